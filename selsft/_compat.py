@@ -1,0 +1,115 @@
+"""Every private or semi-private name of TRL and transformers that selsft touches, in one place.
+
+A minor release of either library may move these names. Keeping them here means that an unsupported version fails when
+selsft is imported, with one line that says what to install, and not as a wrong loss after an hour of training. The
+alternative, `try/except ImportError` next to each use, was rejected: it hides which versions were tested.
+
+| name | what selsft needs it for | present in |
+|---|---|---|
+| `DataCollatorForLanguageModeling` (trl.trainer.sft_trainer) | base class of our collator | trl 0.20 to 1.16; fields changed in 1.11 |
+| `add_fused_lm_head`, `FusedCausalLMOutput` | the output type that `SFTTrainer.compute_loss` reads | trl 1.15 to 1.16 |
+| `maybe_gather_lm_head_ctx` | LM-head weight under DeepSpeed ZeRO-3 | trl 1.9 to 1.16 |
+| `use_adapter` | switching a PEFT adapter on and off | trl 0.20 to 1.16 |
+| `create_model_from_path`, `get_config_model_id` | loading the reference as TRL loads the model | trl 1.0 to 1.16 |
+| `hash_module` | model hash in the key of the score cache | trl 1.0 to 1.16 |
+| `pad` | padding of the token columns | trl 0.20 to 1.16 |
+| `prepare_deepspeed`, `prepare_fsdp`, `disable_gradient_checkpointing` | a frozen model beside the trained one | trl 1.9 to 1.16 |
+| `SFTTrainer._prepare_dataset`, `._set_signature_columns_if_needed`, `._metrics`, `._skip_prepare_dataset` | hooks of the subclass | trl 0.18 to 1.16 |
+| `Trainer.get_batch_samples`, `.loss_is_scaled_for_ga` | counting tokens over an optimizer step | transformers 5.17 / 5.19 to 5.23 |
+| `load_balancing_loss_func` (transformers.models.mixtral) | auxiliary loss of Mixture-of-Experts models | transformers 4.36 to 5.23 |
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+
+from packaging.version import Version
+
+
+# package -> (oldest supported, first unsupported or None). The upper bound of TRL is the next major release, which
+# announces removals in the parts we build on.
+SUPPORTED: dict[str, tuple[str, str | None]] = {
+    "torch": ("2.8", None),
+    "transformers": ("5.17", "6"),
+    "trl": ("1.16", "2"),
+    "peft": ("0.18", None),
+    "datasets": ("4.7", None),
+    "accelerate": ("1.10.1", None),
+}
+
+
+def check_versions(installed: dict[str, str] | None = None) -> None:
+    """Raise `ImportError` with one line when an installed package is outside the supported range.
+
+    Args:
+        installed: package name -> version; read from the environment when not given.
+    """
+    for package, (oldest, limit) in SUPPORTED.items():
+        try:
+            found = installed[package] if installed is not None else importlib.metadata.version(package)
+        except (KeyError, importlib.metadata.PackageNotFoundError):
+            raise ImportError(
+                f"selsft needs {package}>={oldest}, which is not installed: pip install selsft"
+            ) from None
+        wanted = f">={oldest}" + (f",<{limit}" if limit else "")
+        # `Version("2.13.0+cpu") >= Version("2.8")`: local and development parts compare as they should
+        if Version(found) < Version(oldest) or (limit and Version(found) >= Version(limit)):
+            raise ImportError(
+                f"selsft supports {package}{wanted}, found {package} {found}: pip install '{package}{wanted}'"
+            )
+
+
+check_versions()
+
+from trl import SFTTrainer  # noqa: E402
+from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp  # noqa: E402
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling  # noqa: E402
+from trl.trainer.utils import (  # noqa: E402
+    FusedCausalLMOutput,
+    create_model_from_path,
+    get_config_model_id,
+    hash_module,
+    maybe_gather_lm_head_ctx,
+    pad,
+    use_adapter,
+)
+
+
+def _require(owner: type, *names: str) -> None:
+    missing = [name for name in names if not hasattr(owner, name)]
+    if missing:
+        version = importlib.metadata.version(owner.__module__.split(".")[0])
+        raise ImportError(
+            f"selsft hooks into {owner.__name__}.{missing[0]}, which version {version} does not have: "
+            "install the versions of constraints.txt"
+        )
+
+
+_require(
+    SFTTrainer, "_prepare_dataset", "_set_signature_columns_if_needed", "get_batch_samples", "compute_loss", "log"
+)
+
+
+@functools.cache
+def load_balancing_loss():  # the function that every Mixture-of-Experts family of transformers pulls in
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    return load_balancing_loss_func
+
+
+__all__ = [
+    "DataCollatorForLanguageModeling",
+    "FusedCausalLMOutput",
+    "check_versions",
+    "create_model_from_path",
+    "disable_gradient_checkpointing",
+    "get_config_model_id",
+    "hash_module",
+    "load_balancing_loss",
+    "maybe_gather_lm_head_ctx",
+    "pad",
+    "prepare_deepspeed",
+    "prepare_fsdp",
+    "use_adapter",
+]

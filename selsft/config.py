@@ -1,0 +1,292 @@
+"""`SelectiveSFTConfig`: `SFTConfig` plus what to call a negative token and how to forget it.
+
+Only settings live here; what they mean is in `selection.py`, `schedules.py`, `reference.py` and
+`selsft_kernels.objectives`. A nested dataclass per topic was rejected: TRL's command line and YAML files are flat.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from .schedules import FORGET_SCHEDULES
+
+
+FORGET_OBJECTIVES = ("unlikelihood", "probability", "npo", "wga", "gradient_ascent")
+
+# Taheri et al., arXiv 2508.04329, as its code runs: the worst 30 % of the response tokens are negative, whether they
+# are noise or not, and their log-likelihood is descended without a bound, with a weight that grows to 0.25.
+# Use it as `SelectiveSFTConfig(output_dir, reference_model=..., **PAPER_2508_04329)`.
+PAPER_2508_04329: dict[str, Any] = {
+    "positive_fraction": 0.7,
+    "selection_scope": "global",
+    "protect_special_tokens": False,
+    "forget_objective": "gradient_ascent",
+    "forget_weight": 0.25,
+    "forget_schedule": "linear",
+    "forget_normalization": "separate",
+}
+
+
+@dataclass
+class SelectiveSFTConfig(SFTConfig):
+    r"""
+    Configuration class for the [`SelectiveSFTTrainer`].
+
+    This class includes only the parameters that selective fine-tuning adds. For all others, please refer to the
+    [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`] documentation.
+
+    Parameters:
+        > Parameters that control the scores
+
+        reference_model (`str`, *optional*):
+            Model that the tokens are scored with: model id on the Hub, folder of a model, folder or id of a LoRA
+            adapter of the trained model's base (then one model is in memory and the adapter is switched), or `"base"`
+            for the base of the trained adapter. A model that is already loaded goes to the trainer's argument of the
+            same name. Without reference and without `token_weights` column the trainer is `SFTTrainer`.
+        reference_model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`] of the reference, for example
+            `{"dtype": "bfloat16"}`. `trust_remote_code` is taken from the field of that name unless it is given here.
+        score (`str`, *optional*, defaults to `"influence"`):
+            Score of a token. `"influence"` is its log-probability under the reference minus that under the model as
+            it is at the start of training, in nats (arXiv 2508.04329).
+        precompute_scores (`bool`, *optional*, defaults to `True`):
+            Whether to score the whole train dataset before training, with a cache on disk. If `False`, and always for
+            streamed data, every batch is scored in the step that trains on it.
+        scoring_batch_size (`int`, *optional*):
+            Rows per device and forward pass while scoring. Defaults to `per_device_eval_batch_size`.
+        scoring_cache_dir (`str`, *optional*):
+            Folder of the cached log-probabilities. Defaults to the folder `selsft` beside the cache of `datasets`.
+
+        > Parameters that control the selection
+
+        negative_threshold (`float`, *optional*):
+            A token is negative when its score is below minus this value, in nats. Defaults to `1.0` unless
+            `positive_fraction` is set.
+        positive_fraction (`float`, *optional*):
+            Share of the tokens that is positive, best scores first; the rest is negative (the paper uses `0.7`).
+            Mutually exclusive with `negative_threshold`.
+        selection_scope (`str`, *optional*, defaults to `"global"`):
+            Tokens that are ranked together under `positive_fraction`: the whole dataset (`"global"`) or each row
+            (`"sequence"`; a packed row counts as one).
+        neutral_band (`float`, *optional*, defaults to `0.0`):
+            Tokens whose score is within this distance of the boundary, in nats, are neither learnt nor forgotten.
+        protect_special_tokens (`bool`, *optional*, defaults to `True`):
+            Whether EOS and all other special tokens are never negative.
+
+        > Parameters that control the loss
+
+        forget_objective (`str`, *optional*, defaults to `"unlikelihood"`):
+            Term of a negative token with probability p. `"unlikelihood"` is -log(1 - p), `"probability"` is p, `"npo"`
+            is the token-wise NPO against the model at the start of training, `"wga"` is p^beta / beta, and
+            `"gradient_ascent"` is log p: the paper's choice, without a bound.
+        forget_weight (`float`, *optional*, defaults to `0.25`):
+            Final weight lambda of the forgetting term. With `0.0` negative tokens are ignored.
+        forget_schedule (`str`, *optional*, defaults to `"linear"`):
+            How lambda grows with the optimizer step: `"linear"` or `"cosine"` from 0, or `"constant"`.
+        forget_normalization (`str`, *optional*, defaults to `"joint"`):
+            `"joint"` divides both terms by the number of positive and negative tokens of the optimizer step,
+            `"separate"` (the paper) each term by its own number, which makes each of a few negatives weigh many
+            times a positive.
+        forget_beta (`float`, *optional*, defaults to `1.0`):
+            beta of `"npo"` and exponent of `"wga"`.
+        forget_floor (`float`, *optional*):
+            Log-probability below which a negative token is left alone.
+
+    > [!NOTE]
+    > `loss_type="dft"` applies to the positive tokens. `label_smoothing_factor` and `compute_loss_func` are refused
+    > when tokens are selected.
+    """
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "reference_model_init_kwargs"]
+
+    # Parameters that control the scores
+    reference_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Model that the tokens are scored with: model id, folder of a model, folder of a LoRA adapter of "
+            "the same base, or 'base'. Without it, and without a `token_weights` column, the trainer is `SFTTrainer`."
+        },
+    )
+    reference_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` of the reference."},
+    )
+    score: str = field(
+        default="influence",
+        metadata={
+            "help": "Score of a token. 'influence' is its log-probability under the reference minus that under the "
+            "model at the start of training, in nats.",
+            "choices": ["influence"],
+        },
+    )
+    precompute_scores: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to score the whole train dataset before training, with a cache on disk. If False, and "
+            "always for streamed data, every batch is scored in the step that trains on it."
+        },
+    )
+    scoring_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Rows per device and forward pass while scoring. Default: per_device_eval_batch_size."},
+    )
+    scoring_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the cached log-probabilities. Default: the folder `selsft` beside the cache of `datasets`."
+        },
+    )
+
+    # Parameters that control the selection
+    negative_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "A token is negative when its score is below minus this value, in nats. Default: 1.0, unless "
+            "positive_fraction is set."
+        },
+    )
+    positive_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the tokens that is positive, best scores first; the rest is negative. Mutually "
+            "exclusive with negative_threshold."
+        },
+    )
+    selection_scope: str = field(
+        default="global",
+        metadata={
+            "help": "Tokens that are ranked together under positive_fraction: the whole dataset or each row.",
+            "choices": ["global", "sequence"],
+        },
+    )
+    neutral_band: float = field(
+        default=0.0,
+        metadata={
+            "help": "Tokens whose score is within this distance of the boundary, in nats, are neither learnt nor forgotten."
+        },
+    )
+    protect_special_tokens: bool = field(
+        default=True,
+        metadata={"help": "Whether EOS and all other special tokens are never negative."},
+    )
+
+    # Parameters that control the loss
+    forget_objective: str = field(
+        default="unlikelihood",
+        metadata={
+            "help": "Term of a negative token with probability p: 'unlikelihood' -log(1-p), 'probability' p, 'npo', "
+            "'wga' p^beta/beta, or 'gradient_ascent' log p (the paper; no bound).",
+            "choices": list(FORGET_OBJECTIVES),
+        },
+    )
+    forget_weight: float = field(
+        default=0.25,
+        metadata={"help": "Final weight lambda of the forgetting term. With 0 negative tokens are ignored."},
+    )
+    forget_schedule: str = field(
+        default="linear",
+        metadata={
+            "help": "How lambda grows with the optimizer step: 'linear' or 'cosine' from 0, or 'constant'.",
+            "choices": list(FORGET_SCHEDULES),
+        },
+    )
+    forget_normalization: str = field(
+        default="joint",
+        metadata={
+            "help": "'joint' divides both terms by the number of positive and negative tokens of the optimizer step, "
+            "'separate' (the paper) each term by its own number.",
+            "choices": ["joint", "separate"],
+        },
+    )
+    forget_beta: float = field(
+        default=1.0,
+        metadata={"help": "beta of 'npo' and exponent of 'wga'."},
+    )
+    forget_floor: float | None = field(
+        default=None,
+        metadata={"help": "Log-probability below which a negative token is left alone, for example -20."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._validate_selection()
+
+    def _validate_selection(self) -> None:
+        """Check the fields of this class; also called for a config that was made from an `SFTConfig`."""
+        if self.negative_threshold is not None and self.positive_fraction is not None:
+            raise ValueError(
+                f"negative_threshold={self.negative_threshold} and positive_fraction={self.positive_fraction} exclude "
+                "each other: set only one"
+            )
+        if self.negative_threshold is None and self.positive_fraction is None:
+            self.negative_threshold = 1.0
+        for name, choices in (
+            ("score", ("influence",)),
+            ("selection_scope", ("global", "sequence")),
+            ("forget_objective", FORGET_OBJECTIVES),
+            ("forget_schedule", FORGET_SCHEDULES),
+            ("forget_normalization", ("joint", "separate")),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(choices)}")
+        _check_number("negative_threshold", self.negative_threshold, low=-math.inf)
+        _check_number("positive_fraction", self.positive_fraction, low=0.0, high=1.0)
+        _check_number("neutral_band", self.neutral_band, low=0.0)
+        _check_number("forget_weight", self.forget_weight, low=0.0)
+        _check_number("forget_beta", self.forget_beta, low=0.0, open_low=True)
+        _check_number("forget_floor", self.forget_floor, low=-math.inf, high=0.0, open_high=True)
+        if self.scoring_batch_size is not None and self.scoring_batch_size < 1:
+            raise ValueError(f"scoring_batch_size={self.scoring_batch_size} must be at least 1")
+        if self.forget_objective == "gradient_ascent" and self.forget_floor is None and self.forget_weight > 0:
+            warnings.warn(
+                "forget_objective='gradient_ascent' has no bound: the loss of a forgotten token runs to minus infinity "
+                "and its gradient is largest where nothing is left to forget. Use 'unlikelihood', or set forget_floor "
+                "(for example -10).",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    @classmethod
+    def from_training_arguments(cls, args: TrainingArguments) -> SelectiveSFTConfig:
+        """A config with the values of `args` and the defaults of this class for what `args` does not have.
+
+        `SFTConfig` and its siblings are copied field by field, since running `__post_init__` twice would repeat
+        warnings and undo changes made after construction. Plain `TrainingArguments` are converted as TRL converts them.
+        """
+        if isinstance(args, cls):
+            return args
+        if not isinstance(args, SFTConfig):
+            values = args.to_dict()
+            values["hub_token"] = args.hub_token  # `to_dict` hides the token
+            return cls(**values)
+        config = object.__new__(cls)
+        for item in fields(cls):
+            if item.name not in args.__dict__:
+                setattr(config, item.name, item.default)
+        config.__dict__.update(args.__dict__)
+        config._validate_selection()
+        return config
+
+
+def _check_number(
+    name: str,
+    value: float | None,
+    *,
+    low: float,
+    high: float = math.inf,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> None:
+    if value is None:
+        return
+    inside = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
+    if not math.isfinite(value) or not inside:
+        interval = f"{'(' if open_low or low == -math.inf else '['}{low}, {high}{')' if open_high or high == math.inf else ']'}"
+        raise ValueError(f"{name}={value} is outside of {interval}")

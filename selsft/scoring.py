@@ -1,0 +1,271 @@
+"""Per-token log-probabilities of a data set under a frozen model, computed once and cached on disk.
+
+Scores are computed on the *final* rows, after TRL has tokenised, truncated and packed them, and through the collator
+that training uses, so that column index t belongs to token t in every packing mode. Scoring the raw examples and
+carrying the columns through preparation was rejected: truncation and packing would have to treat them alike, and the
+model would see another context than in training.
+
+The cache is keyed by the content of the rows and by the hash of the weights: a threshold, an objective or a learning
+rate can change without another forward pass, and nothing else can change unnoticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets.config
+import numpy as np
+import pyarrow as pa
+import torch
+from accelerate import Accelerator
+from accelerate.utils import tqdm
+from datasets import Dataset
+from transformers import DataCollator
+
+from .head import SelectiveHead
+
+
+logger = logging.getLogger(__name__)
+
+# Forward pass of one batch: `(batch, seq_len - 1)` log-probabilities, 0 where the label is -100
+Forward = Callable[[dict], torch.Tensor]
+
+
+def forward_logps(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
+    """Log-probability of every label under `model`, in the shape of the labels.
+
+    Args:
+        inputs: a batch of the collator, on the model's device; token columns are ignored.
+
+    Returns:
+        `(batch, seq_len)` float32, nats; column t is the log-probability of token t given the tokens before it, 0 for
+        the first token and where the label is -100.
+    """
+    skipped = ("token_weights", "base_logps", "ref_logps", "active_rows")
+    inputs = {key: value for key, value in inputs.items() if key not in skipped}
+    logps = model(**inputs, selective_head=SelectiveHead()).log_probs
+    width = inputs["input_ids"].size(1)
+    # Virtual tokens of prompt learning come first and carry no label
+    return torch.nn.functional.pad(logps[:, logps.size(1) - (width - 1) :], (1, 0)).float()
+
+
+def score_rows(
+    dataset: Dataset,
+    forward: Forward,
+    collator: DataCollator,
+    accelerator: Accelerator,
+    batch_size: int,
+    description: str,
+) -> list[np.ndarray]:
+    """Log-probabilities of all rows: one `(row length,)` float32 array per row, in the order of the data set.
+
+    Rows are visited longest first, so that a batch holds rows of like length (less padding) and running out of memory
+    shows in the first batch. Every process takes each `num_processes`-th batch and gets all results.
+    """
+    columns = [name for name in ("input_ids", "labels", "seq_lengths") if name in dataset.column_names]
+    dataset = dataset.select_columns(columns).with_format(None)
+    lengths = row_lengths(dataset)
+    order = np.argsort(-lengths, kind="stable")
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    world, rank = accelerator.num_processes, accelerator.process_index
+    results: list[np.ndarray] = [np.zeros(0, np.float32)] * len(lengths)
+    rounds = -(-len(batches) // world)
+    for step in tqdm(range(rounds), desc=description, disable=bool(os.environ.get("TQDM_DISABLE"))):
+        # Sharded models need all processes in every forward pass, so the last round repeats a batch where one is short
+        indices = batches[min(step * world + rank, len(batches) - 1)]
+        rows = [dataset[int(index)] for index in indices]
+        inputs = {
+            key: value.to(accelerator.device) if isinstance(value, torch.Tensor) else value
+            for key, value in collator(rows).items()
+        }
+        logps = forward(inputs).cpu().numpy()
+        for index, values in zip(indices, _rows_of(logps, lengths[indices]), strict=True):
+            results[index] = values
+    return _share(results, lengths, batches, accelerator)
+
+
+def _rows_of(logps: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """Undo the collator: `(batch, seq_len)` padded, or `(1, total)` concatenated, into one array per row."""
+    if logps.shape[0] == len(lengths):
+        return [row[:length].copy() for row, length in zip(logps, lengths, strict=True)]
+    ends = np.cumsum(lengths)
+    return [part.copy() for part in np.split(logps[0, : ends[-1]], ends[:-1])]
+
+
+def _share(results, lengths, batches, accelerator: Accelerator) -> list[np.ndarray]:
+    """Give every process the rows that the others have scored."""
+    world = accelerator.num_processes
+    if world == 1:
+        return results
+    flat = torch.zeros(int(lengths.sum()), device=accelerator.device)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    for batch in batches[accelerator.process_index :: world]:
+        for index in batch:
+            flat[starts[index] : starts[index + 1]] = torch.from_numpy(results[index]).to(flat.device)
+    flat = accelerator.reduce(flat, reduction="sum").cpu()
+    return [flat[start:end].numpy() for start, end in zip(starts[:-1], starts[1:], strict=True)]
+
+
+def row_lengths(dataset: Dataset) -> np.ndarray:
+    """Number of tokens of each row, `(rows,)` int64."""
+    parts = [
+        np.asarray(batch["input_ids"].combine_chunks().value_lengths(), dtype=np.int64)
+        for batch in dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000)
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def trained_tokens(dataset: Dataset, padding_free: bool) -> list[np.ndarray]:
+    """Which tokens of each row the collator leaves a label and a past to be predicted from: one bool array per row."""
+    masks = []
+    for row in dataset.select_columns([c for c in ("labels", "seq_lengths") if c in dataset.column_names]):
+        mask = np.asarray(row["labels"]) != -100
+        if mask.size:
+            mask[0] = False
+        if padding_free and "seq_lengths" in row:  # the first token of a document has no past
+            mask[np.cumsum(row["seq_lengths"])[:-1]] = False
+        masks.append(mask)
+    return masks
+
+
+def data_fingerprint(dataset: Dataset) -> str:
+    """SHA-256 of the rows' token ids, labels and document lengths, in order.
+
+    The fingerprint that `datasets` keeps is not used: it is random after a transform that cannot be pickled.
+    """
+    digest = hashlib.sha256()
+    columns = [name for name in ("input_ids", "labels", "seq_lengths") if name in dataset.column_names]
+    for batch in dataset.select_columns(columns).with_format("arrow").iter(batch_size=10_000):
+        for name in columns:
+            column = batch[name].combine_chunks()
+            digest.update(np.asarray(column.value_lengths(), dtype=np.int64).tobytes())
+            digest.update(np.asarray(column.flatten(), dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+class LogpCache:
+    """Folder of cached log-probabilities: `<key>.arrow` (one float32 list per row) and `<key>.json` (what made it).
+
+    Files appear by a rename, so a file that exists is whole, and two runs may share the folder.
+
+    Args:
+        folder: created on first use; `None` for the folder `selsft` beside the cache of `datasets`.
+    """
+
+    def __init__(self, folder: str | None):
+        self.folder = Path(folder) if folder else Path(datasets.config.HF_DATASETS_CACHE).parent / "selsft"
+
+    @staticmethod
+    def key(fingerprint: str, model_hash: str, precision: str) -> str:
+        """Name of the file for these rows under this model; `precision` is the mixed precision of the forward pass."""
+        return hashlib.sha256(f"selsft-1 {fingerprint} {model_hash} {precision}".encode()).hexdigest()[:32]
+
+    def read(self, key: str, lengths: np.ndarray) -> list[np.ndarray] | None:
+        """The cached rows, or `None`. A file that does not fit the rows is reported and not used."""
+        path = self.folder / f"{key}.arrow"
+        if not path.is_file():
+            return None
+        try:
+            with pa.memory_map(str(path)) as source:
+                column = pa.ipc.open_stream(source).read_all()["logps"].combine_chunks()
+                flat = np.array(column.flatten(), dtype=np.float32)  # a copy: the file may be replaced
+                found = np.asarray(column.value_lengths(), dtype=np.int64)
+        except (pa.ArrowException, OSError, KeyError) as error:
+            logger.warning(f"Cached scores {path} cannot be read ({error}): they are computed again.")
+            return None
+        if not np.array_equal(found, lengths):
+            logger.warning(f"Cached scores {path} do not fit the rows of the dataset: they are computed again.")
+            return None
+        return np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []
+
+    def check_writable(self) -> None:
+        """Raise before hours of scoring, not after them, when the folder cannot be written to."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"scoring_cache_dir={str(self.folder)!r} cannot be written to ({error.strerror}): choose another folder"
+            ) from error
+
+    def write(self, key: str, rows: list[np.ndarray], manifest: dict) -> None:
+        """Write rows and manifest. A full disk costs the cache, not the scores: it is reported and training goes on."""
+        flat = np.concatenate(rows) if rows else np.zeros(0, np.float32)
+        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+        column = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat, type=pa.float32()))
+        table = pa.table({"logps": column})
+        try:
+            with self._replace(f"{key}.json") as handle:
+                handle.write(json.dumps(manifest, indent=2).encode())
+            with self._replace(f"{key}.arrow") as handle, pa.ipc.new_stream(handle, table.schema) as writer:
+                writer.write_table(table)
+        except OSError as error:
+            logger.warning(f"The scores could not be cached in {self.folder} ({error}); training goes on with them.")
+
+    @contextlib.contextmanager
+    def _replace(self, name: str):
+        """A file that gets its name only when it is complete."""
+        handle = tempfile.NamedTemporaryFile(dir=self.folder, prefix=f".{name}.", delete=False)
+        try:
+            with handle:
+                yield handle
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(handle.name, self.folder / name)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(handle.name)
+            raise
+
+
+def cached_logps(
+    dataset: Dataset,
+    forward: Forward,
+    collator: DataCollator,
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    cache: LogpCache,
+    model_hash: str,
+    model_name: str,
+    description: str,
+) -> list[np.ndarray]:
+    """Log-probabilities of all rows, from the cache when these rows were scored with these weights before."""
+    fingerprint, precision = data_fingerprint(dataset), str(accelerator.mixed_precision)
+    key, lengths = cache.key(fingerprint, model_hash, precision), row_lengths(dataset)
+    # One process decides, so that all of them score or none does
+    rows = cache.read(key, lengths)
+    found = torch.tensor([rows is not None], device=accelerator.device, dtype=torch.float32)
+    if float(accelerator.reduce(found, reduction="sum")) == accelerator.num_processes and rows is not None:
+        return rows
+    if accelerator.is_main_process:
+        cache.check_writable()
+    start = time.perf_counter()
+    rows = score_rows(dataset, forward, collator, accelerator, batch_size, description)
+    if accelerator.is_main_process:
+        manifest = {
+            "model": model_name,
+            "model_sha256": model_hash,
+            "data_sha256": fingerprint,
+            "rows": len(rows),
+            "tokens": int(lengths.sum()),
+            "mixed_precision": precision,
+            "seconds": round(time.perf_counter() - start, 3),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "versions": {
+                name: importlib.metadata.version(name) for name in ("selsft", "torch", "transformers", "trl", "peft")
+            },
+        }
+        cache.write(key, rows, manifest)
+    accelerator.wait_for_everyone()
+    return rows
