@@ -1,0 +1,16 @@
+"""Fused losses for selective fine-tuning: likelihood for some tokens, bounded forgetting for others.
+
+Imports torch and, where it is installed, triton; nothing of the trainer. Derivations: `kernels/README.md`.
+"""
+
+from .linear_logprob import LogprobOutput, linear_logprob
+from .linear_loss import SelectiveLossOutput, linear_selective_cross_entropy
+from .logits_loss import selective_cross_entropy
+
+__all__ = [
+    "LogprobOutput",
+    "SelectiveLossOutput",
+    "linear_logprob",
+    "linear_selective_cross_entropy",
+    "selective_cross_entropy",
+]

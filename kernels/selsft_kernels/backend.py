@@ -1,0 +1,24 @@
+"""Which implementation a tensor takes: the Triton kernels or their twins in torch.
+
+Triton on every GPU that has it (CUDA, ROCm, XPU), and on CPU tensors when `TRITON_INTERPRET=1` is in the environment
+from the start, which is how the kernels are tested without a GPU. Torch everywhere else.
+"""
+
+import os
+
+import torch
+
+try:
+    import triton  # noqa: F401
+except ImportError:  # Triton ships for Linux (and partly Windows) only
+    HAS_TRITON = False
+else:
+    HAS_TRITON = False
+
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def use_triton(device: torch.device) -> bool:
+    if device.type in ("cuda", "xpu"):
+        return HAS_TRITON
+    return INTERPRETED and device.type == "cpu"

@@ -1,0 +1,148 @@
+"""Log-probabilities of the targets without the logits of the batch: the scoring pass, differentiable by recompute.
+
+Only the log-sum-exp of a row is wanted, so its logits are folded tile by tile over the vocabulary into a running
+maximum and sum; a tile is small enough to stay in the cache between the matrix product and the fold. One product
+forwards. The backward pass is the fused loss itself: for a gradient `u` of the log-probability, `sum u log p` is the
+loss with weights `-u`, `nll` where -u > 0 and `gradient_ascent` where -u < 0. It makes the logits again (three more
+products with a trained head, two with a frozen one), which is the price of not knowing `u` in the forward pass.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import checks
+from .linear_op import linear_loss_op
+from .logprob_op import linear_logprob_op
+
+
+class LogprobOutput(NamedTuple):
+    """What `linear_logprob` returns, each shaped like the target; None where `outputs` does not name it.
+
+    logprob: fp32 log-probability of each target, differentiable; 0 at ignored rows. NaN if the logits are not finite.
+    entropy: fp32 entropy of each row's distribution in nats, detached.
+    is_top1: whether the target has the largest logit, bool; False at ignored rows.
+    """
+
+    logprob: Tensor | None
+    entropy: Tensor | None
+    is_top1: Tensor | None
+
+
+class _Settings(NamedTuple):
+    """The arguments of the operator that are not tensors; see `logprob_op.linear_logprob_op`."""
+
+    softcap: float | None
+    logit_scale: float
+    lora_scale: float
+    entropy: bool
+    is_top1: bool
+    chunk_size: int | None
+    compute_dtype: torch.dtype
+    ignore_index: int
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, settings, needs, input, weight, bias, lora_a, lora_b, target, rows):
+        logprob, entropy, is_top1 = linear_logprob_op(input, weight, bias, lora_a, lora_b, target, rows, *settings)
+        ctx.settings, ctx.needs = settings, needs
+        ctx.save_for_backward(input, weight, bias, lora_a, lora_b, target, rows)
+        ctx.mark_non_differentiable(entropy, is_top1)
+        return logprob, entropy, is_top1
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprob, *_):
+        *parameters, target, rows = ctx.saved_tensors
+        s = ctx.settings
+        *_, d_input, d_weight, d_bias, d_lora_a, d_lora_b = linear_loss_op(
+            *parameters,
+            target,
+            -grad_logprob.float(),
+            None,
+            rows,
+            positive="nll",
+            forget="gradient_ascent",
+            beta=1.0,
+            floor=None,
+            softcap=s.softcap,
+            logit_scale=s.logit_scale,
+            lora_scale=s.lora_scale,
+            entropy=False,
+            is_top1=False,
+            chunk_size=None,
+            compute_dtype=s.compute_dtype,
+            weight_grad_dtype=torch.float32,
+            ignore_index=s.ignore_index,
+            needs=list(ctx.needs),
+        )
+        made = zip((d_input, d_weight, d_bias, d_lora_a, d_lora_b), parameters, ctx.needs, strict=True)
+        grads = [grad.to(of.dtype) if needed else None for grad, of, needed in made]
+        return None, None, *grads, None, None
+
+
+def linear_logprob(
+    input: Tensor,  # [..., H]
+    linear_weight: Tensor,  # [V, H]
+    target: Tensor,  # [...] int64
+    *,
+    linear_bias: Tensor | None = None,  # [V]
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    lora_a: Tensor | None = None,  # [r, H]
+    lora_b: Tensor | None = None,  # [V, r]
+    lora_scale: float = 1.0,
+    active_rows: Tensor | None = None,  # [M] int64
+    ignore_index: int = -100,
+    outputs: Sequence[str] = ("logprob",),
+    chunk_size: int | None = None,
+) -> LogprobOutput:
+    """Log-probability of each target under the head, without the logits of the batch.
+
+    Args:
+        input, linear_weight, target, linear_bias, softcap, logit_scale, lora_a, lora_b, lora_scale, ignore_index:
+            As in `linear_selective_cross_entropy`.
+        active_rows: int64 `[M]`, the rows of the flattened input to compute, each once; the others get 0. With it
+            nothing waits for the device.
+        outputs: Any of `"logprob"`, `"entropy"`, `"is_top1"`.
+        chunk_size: Columns of the vocabulary at a time; None chooses (`chunking.scoring_tile`).
+
+    Returns:
+        A `LogprobOutput`. Only `logprob` is differentiable, once, with respect to the floating arguments.
+
+    Raises:
+        ValueError: As `linear_selective_cross_entropy`. On a GPU a target out of range gives NaN.
+
+    Source: the online log-sum-exp is that of Milakov and Gimelshein, arXiv 1805.02867.
+    """
+    compute_dtype = checks.operands(input, linear_weight)
+    checks.per_token("target", target, input, torch.int64)
+    checks.bias_vector(linear_bias, linear_weight)
+    checks.lora(lora_a, lora_b, linear_weight)
+    checks.head_options(softcap, logit_scale)
+    wanted = checks.output_names(outputs)
+    checks.row_indices(active_rows, input)
+    checks.size_option("chunk_size", chunk_size)
+
+    settings = _Settings(
+        softcap,
+        float(logit_scale),
+        float(lora_scale),
+        "entropy" in wanted,
+        "is_top1" in wanted,
+        chunk_size,
+        compute_dtype,
+        ignore_index,
+    )
+    parameters = (input.reshape(-1, input.shape[-1]), linear_weight, linear_bias, lora_a, lora_b)
+    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in parameters)
+    if any(needs):
+        result = _LinearLogprob.apply(settings, needs, *parameters, target.reshape(-1), active_rows)
+    else:
+        result = linear_logprob_op(*parameters, target.reshape(-1), active_rows, *settings)
+    values = [t.view(target.shape) if name in wanted else None for t, name in zip(result, checks.OUTPUTS, strict=True)]
+    return LogprobOutput(*values)

@@ -1,0 +1,212 @@
+"""The selective loss fused with the LM head: chunks of rows, gradient made in the forward pass.
+
+For each chunk of rows: logits by one matrix product, one row function that turns them into the loss and, in place,
+into their gradient, and the products for the gradients of the hidden states and of the head. That works because the
+signed weights are arguments of the forward pass: nothing of the gradient but a common factor is unknown. Two large
+products with a frozen head, three with a trained one. The alternative, a differentiable log-probability per token
+with every objective on top of it, has to compute the logits once more in the backward pass; `linear_logprob` does so.
+
+Rows of weight 0 or with an ignored target are left out before the first product.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import checks
+from .linear_op import linear_loss_op
+
+
+class SelectiveLossOutput(NamedTuple):
+    """What the selective losses return.
+
+    loss: `sum_i |w_i| L(m_i)`, fp32 scalar, differentiable. NaN if a used row of logits is not finite.
+    logprob: log-probability of each target, fp32, shaped like the target, detached; 0 at skipped rows.
+    entropy: entropy of each row's distribution in nats, likewise.
+    is_top1: whether the target has the largest logit, bool, likewise; False at skipped rows.
+
+    The last three are None where `outputs` does not name them.
+    """
+
+    loss: Tensor
+    logprob: Tensor | None
+    entropy: Tensor | None
+    is_top1: Tensor | None
+
+
+class _Settings(NamedTuple):
+    """The arguments of the operator that are not tensors; see `linear_op.linear_loss_op`."""
+
+    positive: str
+    forget: str
+    beta: float
+    floor: float | None
+    softcap: float | None
+    logit_scale: float
+    lora_scale: float
+    entropy: bool
+    is_top1: bool
+    chunk_size: int | None
+    compute_dtype: torch.dtype
+    weight_grad_dtype: torch.dtype
+    ignore_index: int
+
+
+class _LinearLoss(torch.autograd.Function):
+    """Keeps the gradients that the forward pass made and multiplies them by the incoming scalar."""
+
+    @staticmethod
+    def forward(ctx, settings, needs, input, weight, bias, lora_a, lora_b, target, token_weight, reference, rows):
+        result = linear_loss_op(
+            input, weight, bias, lora_a, lora_b, target, token_weight, reference, rows, *settings, list(needs)
+        )
+        loss, logprob, entropy, is_top1, *grads = result
+        ctx.needs = needs
+        ctx.dtypes = [None if t is None else t.dtype for t in (input, weight, bias, lora_a, lora_b)]
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(logprob, entropy, is_top1)
+        return loss, logprob, entropy, is_top1
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output, *_):
+        grads = [
+            scaled(grad, grad_output, dtype) if needed else None
+            for grad, needed, dtype in zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
+        ]
+        return None, None, *grads, None, None, None, None
+
+
+def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`grad * factor` in `dtype`, one pass, without looking at the factor (which is on the device).
+
+    Not in place: a graph that is kept must be able to run backward again. A factor of shape [1] takes part in type
+    promotion where a scalar does not, so that `1 / N` is not rounded to bf16 before the product.
+    """
+    return torch.mul(grad, factor.reshape(1), out=torch.empty_like(grad, dtype=dtype))
+
+
+def _apply(
+    settings: _Settings, parameters: Sequence[Tensor | None], per_row: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # `needs_input_grad` of a Function ignores the grad mode, and would make gradients under no_grad.
+    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in parameters)
+    if any(needs):
+        return _LinearLoss.apply(settings, needs, *parameters, *per_row)
+    loss, logprob, entropy, is_top1, *_ = linear_loss_op(*parameters, *per_row, *settings, list(needs))
+    return loss, logprob, entropy, is_top1
+
+
+def linear_selective_cross_entropy(
+    input: Tensor,  # [..., H]
+    linear_weight: Tensor,  # [V, H]
+    target: Tensor,  # [...] int64
+    token_weight: Tensor,  # [...] fp32, signed
+    *,
+    linear_bias: Tensor | None = None,  # [V]
+    reference_logprob: Tensor | None = None,  # [...] fp32
+    positive: str = "nll",
+    forget: str = "unlikelihood",
+    beta: float = 1.0,
+    floor: float | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    lora_a: Tensor | None = None,  # [r, H]
+    lora_b: Tensor | None = None,  # [V, r]
+    lora_scale: float = 1.0,
+    active_rows: Tensor | None = None,  # [M] int64
+    ignore_index: int = -100,
+    outputs: Sequence[str] = ("logprob",),
+    chunk_size: int | None = None,
+    weight_grad_dtype: torch.dtype = torch.float32,
+) -> SelectiveLossOutput:
+    """Likelihood for positive tokens and a forgetting objective for negative ones, without the logits of the batch.
+
+    The loss is `sum_i |w_i| L(m_i)`, with `m_i` the log-odds of target i under
+    `softcap * tanh((input W^T + bias) * logit_scale / softcap)` and `L` the `positive` objective where `w_i > 0` and
+    the `forget` objective where `w_i < 0`. It is not normalised: multiply it by `1 / N` outside, which keeps the
+    gradients of single rows at unit scale inside (and so out of fp16's subnormals).
+
+    Args:
+        input: Hidden states, `[..., H]`, float32, bfloat16 or float16. N rows when flattened.
+        linear_weight: The head, `[V, H]`, of the same dtype; under autocast both are cast as `F.linear` would.
+        target: int64 `[...]`, in `[0, V)` or `ignore_index`. Already shifted: row i predicts `target[i]`.
+        token_weight: float32 `[...]`; above 0 a positive token, below 0 a negative one with that weight, 0 skips
+            the row altogether.
+        linear_bias: `[V]`, floating.
+        reference_logprob: float32 `[...]`, log-probability of each target under a reference; `npo` needs it.
+        positive: `"nll"` or `"dft"`.
+        forget: `"unlikelihood"`, `"probability"`, `"npo"`, `"wga"` or `"gradient_ascent"` (unbounded).
+        beta: The constant of `npo` and the exponent of `wga`.
+        floor: A log-probability. A negative token below it gets no gradient, and the loss that it has at the floor.
+        softcap, logit_scale: Final logit softcapping and scale of the model; the scale comes first.
+        lora_a, lora_b, lora_scale: LoRA on the head: `input W^T + lora_scale * (input A^T) B^T`, A `[r, H]`,
+            B `[V, r]`, floating; computed in the dtype of `input`.
+        active_rows: int64 `[M]` on the device of `input`: the rows of the flattened input to compute, each once. The
+            others count as weight 0. Rows of weight 0 may be listed. With it, nothing waits for the device; without
+            it, the rows are found there, which does.
+        ignore_index: The target of rows to skip.
+        outputs: Any of `"logprob"`, `"entropy"`, `"is_top1"`.
+        chunk_size: Rows at a time; None chooses (`chunking.training_rows`).
+        weight_grad_dtype: What the gradient of the head is accumulated in over the chunks: float32, or the dtype of
+            the head for half of the memory and a rounding per chunk.
+
+    Returns:
+        A `SelectiveLossOutput`. With no row to compute, the loss is 0 and still connected: its gradients are zeros.
+
+    Raises:
+        ValueError: Wrong shape, dtype, device, option or, on the CPU, a target or row out of range. On a GPU a target
+            out of range makes the loss NaN.
+
+    Source: arXiv 2508.04329 for the task; the log-odds form and the single pass are derived in `kernels/README.md`.
+    """
+    compute_dtype = checks.operands(input, linear_weight)
+    checks.per_token("target", target, input, torch.int64)
+    checks.per_token("token_weight", token_weight, input, torch.float32)
+    if reference_logprob is not None:
+        checks.per_token("reference_logprob", reference_logprob, input, torch.float32)
+    checks.bias_vector(linear_bias, linear_weight)
+    checks.lora(lora_a, lora_b, linear_weight)
+    checks.objective(positive, forget, beta, floor, reference_logprob)
+    checks.head_options(softcap, logit_scale)
+    wanted = checks.output_names(outputs)
+    checks.row_indices(active_rows, input)
+    checks.size_option("chunk_size", chunk_size)
+    if weight_grad_dtype not in (torch.float32, compute_dtype):
+        raise ValueError(f"weight_grad_dtype={weight_grad_dtype} must be torch.float32 or {compute_dtype}")
+
+    settings = _Settings(
+        positive,
+        forget,
+        float(beta),
+        floor,
+        softcap,
+        float(logit_scale),
+        float(lora_scale),
+        "entropy" in wanted,
+        "is_top1" in wanted,
+        chunk_size,
+        compute_dtype,
+        weight_grad_dtype,
+        ignore_index,
+    )
+    loss, logprob, entropy, is_top1 = _apply(
+        settings,
+        (input.reshape(-1, input.shape[-1]), linear_weight, linear_bias, lora_a, lora_b),
+        (
+            target.reshape(-1),
+            token_weight.detach().reshape(-1),
+            None if reference_logprob is None else reference_logprob.detach().reshape(-1),
+            active_rows,
+        ),
+    )
+    shape = target.shape
+    return SelectiveLossOutput(
+        loss,
+        logprob.view(shape) if "logprob" in wanted else None,
+        entropy.view(shape) if "entropy" in wanted else None,
+        is_top1.view(shape) if "is_top1" in wanted else None,
+    )

@@ -1,0 +1,117 @@
+"""Per-token objectives: what a token adds to the loss, as a scalar function of its log-odds, and the derivative.
+
+With `p` the probability of the target, `m = log p - log(1 - p)` are its log-odds. Every objective is a function `L(m)`
+and returns `(L, dL/dm)`, so that the two cannot drift apart. Log-odds and not log-probabilities, because
+`log(1 - p)` needs a clamp when it is made from a rounded `log p`: near `p = 1` in fp32 that gives -inf, and the clamp
+hides the gradient of exactly the tokens that are memorised best. `log p = -softplus(-m)` and
+`log(1 - p) = -softplus(m)` are exact on both sides.
+
+Autograd through the values was the alternative to the handwritten derivatives; it cannot give them inside a forward
+pass, where the fused loss needs them. The Triton twin of this file is `objectives_triton.py`.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+POSITIVE = ("nll", "dft")
+FORGET = ("unlikelihood", "probability", "npo", "wga", "gradient_ascent")
+
+
+class Objective(NamedTuple):
+    """Which function positive and negative tokens take, with its constants.
+
+    `floor` is a log-probability. A negative token below it has nothing left to forget: its loss is `L` at the floor
+    and its gradient is zero, that is, the loss is `L(max(m, m_floor))` for every forget objective.
+    """
+
+    positive: str = "nll"
+    forget: str = "unlikelihood"
+    beta: float = 1.0
+    floor: float | None = None
+
+    @property
+    def floor_log_odds(self) -> float:
+        """The floor in log-odds; -inf without a floor."""
+        if self.floor is None:
+            return -math.inf
+        return self.floor - math.log(-math.expm1(self.floor))
+
+
+def nll(m: Tensor) -> tuple[Tensor, Tensor]:
+    """`-log p`, the likelihood."""
+    return F.softplus(-m), -torch.sigmoid(-m)
+
+
+def dft(m: Tensor) -> tuple[Tensor, Tensor]:
+    """`-sg(p) log p` (Dynamic Fine-Tuning, arXiv 2508.05629); `sg` stops the gradient, so dL/dm = -p (1 - p)."""
+    p = torch.sigmoid(m)
+    return p * F.softplus(-m), -p * torch.sigmoid(-m)
+
+
+def unlikelihood(m: Tensor) -> tuple[Tensor, Tensor]:
+    """`-log(1 - p)` (arXiv 1908.04319). Its gradient fades with p."""
+    return F.softplus(m), torch.sigmoid(m)
+
+
+def probability(m: Tensor) -> tuple[Tensor, Tensor]:
+    """`p`: value and gradient are bounded."""
+    p = torch.sigmoid(m)
+    return p, p * torch.sigmoid(-m)
+
+
+def npo(m: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """`(2 / beta) softplus(beta (log p - reference))` (arXiv 2404.05868), token by token."""
+    x = beta * (-F.softplus(-m) - reference)
+    return (2 / beta) * F.softplus(x), 2 * torch.sigmoid(x) * torch.sigmoid(-m)
+
+
+def wga(m: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """`sg(p^beta) log p` (weighted gradient ascent, arXiv 2502.19301), reported as `p^beta / beta`.
+
+    The surrogate has the same gradient, `p^beta (1 - p)`, and is bounded; `sg(p^beta) log p` itself has its minimum
+    at a middle p, which would make a falling curve of it look like learning.
+    """
+    p_beta = torch.exp(-beta * F.softplus(-m))
+    return p_beta / beta, p_beta * torch.sigmoid(-m)
+
+
+def gradient_ascent(m: Tensor) -> tuple[Tensor, Tensor]:
+    """`log p`. Unbounded below: its gradient grows as the token is forgotten. Kept to reproduce published runs."""
+    return -F.softplus(-m), torch.sigmoid(-m)
+
+
+def token_loss(
+    m: Tensor,  # [n] fp32 log-odds
+    weight: Tensor,  # [n] fp32, signed
+    reference: Tensor | None,  # [n] fp32 log-probabilities, for npo
+    objective: Objective,
+) -> tuple[Tensor, Tensor]:
+    """`(|w| L(m), |w| dL/dm)` of each token, both [n]; exactly 0 where the weight is 0, whatever `m` is."""
+    keep, keep_grad = nll(m) if objective.positive == "nll" else dft(m)
+    # `clamp` keeps a NaN, which has to reach the loss.
+    drop, drop_grad = _forget(m.clamp(min=objective.floor_log_odds), reference, objective)
+    drop_grad = drop_grad.masked_fill(m < objective.floor_log_odds, 0.0)
+    value = torch.where(weight > 0, keep, drop) * weight.abs()
+    grad = torch.where(weight > 0, keep_grad, drop_grad) * weight.abs()
+    skip = weight == 0
+    return value.masked_fill(skip, 0.0), grad.masked_fill(skip, 0.0)
+
+
+def _forget(m: Tensor, reference: Tensor | None, objective: Objective) -> tuple[Tensor, Tensor]:
+    match objective.forget:
+        case "unlikelihood":
+            return unlikelihood(m)
+        case "probability":
+            return probability(m)
+        case "npo":
+            assert reference is not None  # `checks.objective` has made sure
+            return npo(m, reference, objective.beta)
+        case "wga":
+            return wga(m, objective.beta)
+        case "gradient_ascent":
+            return gradient_ascent(m)
+    raise ValueError(f"forget={objective.forget!r} is not one of {FORGET}")

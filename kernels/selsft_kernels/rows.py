@@ -1,0 +1,166 @@
+"""The row functions in torch: from a chunk of raw logits to loss, statistics and gradient.
+
+They are the CPU path and the twins of the Triton kernels in `rows_triton.py`; `backend.py` picks one of the two. The
+target is kept out of the normaliser: with `lse = log sum_{j != y} exp(z_j)` and `m = z_y - lse`, the gradient of an
+objective with `g = |w| dL/dm` is `dz_y = g` and `dz_j = -g exp(z_j - lse)`. The textbook form `p_j - 1[j = y]` needs
+`p_y - 1`, which cancels as p_y goes to 1.
+
+Raw logits are what the matrix product gives. The logits of the model are `softcap * tanh(z / softcap)` of
+`z = (raw + bias) * logit_scale`, scale before cap.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .objectives import Objective, token_loss
+
+
+class Transform(NamedTuple):
+    """From raw logits to logits."""
+
+    bias: Tensor | None = None  # [V]
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+class Targets(NamedTuple):
+    """What is known of each row before its logits; all [n]."""
+
+    column: Tensor  # int64
+    logit: Tensor  # fp32, raw (bias included)
+    weight: Tensor  # fp32, signed, 0 = skip
+    reference: Tensor | None  # fp32 log-probabilities
+
+
+class RowStats(NamedTuple):
+    """What a row function fills in; all [n] fp32 but `is_top1`, None = not wanted."""
+
+    loss: Tensor | None = None
+    logprob: Tensor | None = None
+    entropy: Tensor | None = None
+    is_top1: Tensor | None = None  # bool
+    lse: Tensor | None = None  # log-sum-exp without the target
+    grad: Tensor | None = None  # |w| dL/dm
+
+    def part(self, start: int, end: int) -> "RowStats":
+        return RowStats(*(None if t is None else t[start:end] for t in self))
+
+
+def transform(raw: Tensor, t: Transform, *, with_bias: bool) -> Tensor:
+    """Logits from raw logits (fp32), in place."""
+    if with_bias and t.bias is not None:
+        raw.add_(t.bias)
+    if t.logit_scale != 1.0:
+        raw.mul_(t.logit_scale)
+    if t.softcap is not None:
+        raw.div_(t.softcap).tanh_().mul_(t.softcap)
+    return raw
+
+
+def log_odds(target_logit: Tensor, lse: Tensor) -> Tensor:
+    """`z_y - lse`, NaN where either is not finite, so that an overflow upstream cannot pass as a loss of 0."""
+    finite = target_logit.isfinite() & lse.isfinite()
+    return torch.where(finite, target_logit - lse, torch.nan)
+
+
+def entropy_from(m: Tensor, rest: Tensor) -> Tensor:
+    """Entropy of softmax(z): that of target against rest, plus `1 - p` times `rest`, the entropy among the others."""
+    p, q = torch.sigmoid(m), torch.sigmoid(-m)
+    return p * F.softplus(-m) + q * F.softplus(m) + q * rest
+
+
+def loss_rows(
+    raw: Tensor,  # [n, V], any row stride; overwritten with the gradient if `want_grad`, else scratch
+    targets: Targets,
+    t: Transform,
+    objective: Objective,
+    stats: RowStats,
+    *,
+    want_grad: bool,
+) -> None:
+    """Loss and statistics of each row and, over the raw logits, the gradient with respect to them."""
+    z = raw if raw.dtype == torch.float32 else raw.float()
+    column = targets.column.unsqueeze(1)
+    if stats.is_top1 is not None:
+        stats.is_top1.copy_(top1(z, targets, t))
+    transform(z, t, with_bias=True)
+    z_y = transform(targets.logit.clone(), t, with_bias=False)
+    slope = z.div(t.softcap).square_().neg_().add_(1.0) if want_grad and t.softcap is not None else None
+
+    z.scatter_(1, column, -torch.inf)
+    largest = z.amax(1, keepdim=True)
+    z.sub_(largest)
+    e, log_sum, rest = _exponentials(z, want_rest=stats.entropy is not None)
+    lse = largest.squeeze(1) + log_sum
+    m = log_odds(z_y, lse)
+    value, grad = token_loss(m, targets.weight, targets.reference, objective)
+    _store(stats, value, m, lse, grad, rest, targets.weight == 0)
+
+    if want_grad:
+        grad_in_place(e, torch.exp(-log_sum), targets, t, grad, z_y, slope)
+        if e.data_ptr() != raw.data_ptr():
+            raw.copy_(e)
+
+
+def _exponentials(z: Tensor, *, want_rest: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`exp(z)`, `log sum exp(z)` and the entropy of softmax(z); z [n, V] has the maximum 0, and -inf = left out."""
+    if not want_rest:
+        e = z.exp_()
+        return e, e.sum(1).log(), None
+    e = z.exp()
+    total = e.sum(1)
+    weighted = z.masked_fill_(e == 0, 0.0).mul_(e).sum(1)
+    return e, total.log(), total.log() - weighted / total
+
+
+def _store(
+    stats: RowStats, value: Tensor, m: Tensor, lse: Tensor, grad: Tensor, rest: Tensor | None, skip: Tensor
+) -> None:
+    if stats.loss is not None:
+        stats.loss.copy_(value)
+    if stats.logprob is not None:
+        stats.logprob.copy_((-F.softplus(-m)).masked_fill(skip, 0.0))
+    if stats.entropy is not None and rest is not None:
+        stats.entropy.copy_(entropy_from(m, rest).masked_fill(skip, 0.0))
+    if stats.is_top1 is not None:
+        stats.is_top1.logical_and_(~skip)
+    if stats.lse is not None:
+        stats.lse.copy_(lse)
+    if stats.grad is not None:
+        stats.grad.copy_(grad)
+
+
+def top1(raw: Tensor, targets: Targets, t: Transform) -> Tensor:
+    """Whether the target is the arg-max of its row, the first one on a tie; [n] bool.
+
+    Compares the rounded logits with each other. The fp32 target logit against rounded others would decide ties by the
+    rounding of the others.
+    """
+    z = raw if t.bias is None else raw + t.bias
+    best = z.argmin(1) if t.logit_scale < 0 else z.argmax(1)
+    return best == targets.column
+
+
+def grad_in_place(
+    e: Tensor,  # [n, V] exp(z_j - c), c the same in a row; its entry at the target does not matter
+    scale: Tensor,  # [n] exp(c - lse), so that e * scale = exp(z_j - lse)
+    targets: Targets,
+    t: Transform,
+    grad: Tensor,  # [n] |w| dL/dm
+    target_logit: Tensor,  # [n] fp32 logit (transformed)
+    slope: Tensor | None,  # [n, V] derivative of the softcap
+) -> None:
+    """Overwrites `e` with the gradient with respect to the raw logits."""
+    g = grad * t.logit_scale
+    skip = targets.weight == 0
+    e.mul_((-g * scale).unsqueeze(1))
+    if slope is not None and t.softcap is not None:
+        e.mul_(slope)
+        g = g * (1.0 - (target_logit / t.softcap).square())
+    e.scatter_(1, targets.column.unsqueeze(1), g.unsqueeze(1))
+    # Rows that a caller lists although their weight is 0; NaN logits must not leak from them through 0 * NaN.
+    if skip.device.type != "cpu" or bool(skip.any()):
+        e.masked_fill_(skip.unsqueeze(1), 0.0)
