@@ -13,7 +13,7 @@ try:
 except ImportError:  # Triton ships for Linux (and partly Windows) only
     HAS_TRITON = False
 else:
-    HAS_TRITON = False
+    HAS_TRITON = True
 
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -1,0 +1,93 @@
+"""`logprob_op.fold_tile` in Triton: one program a row folds a tile of logits into the running statistics."""
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .blocks_triton import LN2, LOG2E, LOWEST, fold_block, load_logits
+from .rows import Transform
+from .rows_triton import last_stride_one, warps
+
+if TYPE_CHECKING:
+    from .logprob_op import FoldState
+
+_MAX_BLOCK = 8192
+
+
+@triton.jit
+def fold_kernel(
+    raw_ptr,
+    raw_stride,
+    column_ptr,
+    bias_ptr,
+    largest_ptr,
+    total_ptr,
+    weighted_ptr,
+    before_ptr,
+    own_ptr,
+    width,
+    scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    IS_TOP1: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = raw_ptr + row * raw_stride
+    column = tl.load(column_ptr + row)
+    lane = tl.arange(0, BLOCK)
+    # The state is in natural units, and one number a row: it starts in lane 0.
+    largest = tl.maximum(tl.load(largest_ptr + row) * LOG2E, LOWEST)
+    total = tl.where(lane == 0, tl.load(total_ptr + row), 0.0)
+    weighted = tl.zeros((BLOCK,), tl.float32)
+    if ENTROPY:
+        weighted = tl.where(lane == 0, tl.load(weighted_ptr + row) * LOG2E, 0.0)
+    before = LOWEST
+    own = LOWEST
+    for start in range(0, width, BLOCK):
+        offsets = start + lane
+        mask = offsets < width
+        z = load_logits(row_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+        if IS_TOP1:
+            before = tl.maximum(before, tl.max(tl.where(mask & (offsets < column), z, LOWEST), axis=0))
+            own = tl.maximum(own, tl.max(tl.where(mask & (offsets == column), z, LOWEST), axis=0))
+        largest, total, weighted = fold_block(z, mask & (offsets != column), largest, total, weighted, ENTROPY)
+    tl.store(largest_ptr + row, largest * LN2)
+    tl.store(total_ptr + row, tl.sum(total, axis=0))
+    if ENTROPY:
+        tl.store(weighted_ptr + row, tl.sum(weighted, axis=0) * LN2)
+    if IS_TOP1:
+        tl.store(before_ptr + row, tl.maximum(tl.load(before_ptr + row), before))
+        if (column >= 0) & (column < width):
+            tl.store(own_ptr + row, own)
+
+
+def fold(raw: Tensor, column: Tensor, t: Transform, state: "FoldState") -> None:
+    """See the twin. Leaves `raw` alone."""
+    rows, width = raw.shape
+    raw = last_stride_one(raw)
+    block = min(_MAX_BLOCK, triton.next_power_of_2(width))
+    fold_kernel[(rows,)](
+        raw,
+        raw.stride(0),
+        column,
+        t.bias,
+        state.largest,
+        state.total,
+        state.weighted,
+        state.before,
+        state.own,
+        width,
+        t.logit_scale,
+        1.0 if t.softcap is None else t.softcap,
+        HAS_BIAS=t.bias is not None,
+        HAS_SOFTCAP=t.softcap is not None,
+        ENTROPY=state.weighted is not None,
+        IS_TOP1=state.own is not None,
+        BLOCK=block,
+        num_warps=warps(block),
+    )
