@@ -7,6 +7,5 @@ from .collator import DataCollatorForSelectiveSFT
 from .config import PAPER_2508_04329, SelectiveSFTConfig
 from .trainer import SelectiveSFTTrainer
 
-
 __version__ = version("selsft")
 __all__ = ["PAPER_2508_04329", "DataCollatorForSelectiveSFT", "SelectiveSFTConfig", "SelectiveSFTTrainer"]

@@ -4,19 +4,21 @@ A minor release of either library may move these names. Keeping them here means 
 selsft is imported, with one line that says what to install, and not as a wrong loss after an hour of training. The
 alternative, `try/except ImportError` next to each use, was rejected: it hides which versions were tested.
 
-| name | what selsft needs it for | present in |
-|---|---|---|
-| `DataCollatorForLanguageModeling` (trl.trainer.sft_trainer) | base class of our collator | trl 0.20 to 1.16; fields changed in 1.11 |
-| `add_fused_lm_head`, `FusedCausalLMOutput` | the output type that `SFTTrainer.compute_loss` reads | trl 1.15 to 1.16 |
-| `maybe_gather_lm_head_ctx` | LM-head weight under DeepSpeed ZeRO-3 | trl 1.9 to 1.16 |
-| `use_adapter` | switching a PEFT adapter on and off | trl 0.20 to 1.16 |
-| `create_model_from_path`, `get_config_model_id` | loading the reference as TRL loads the model | trl 1.0 to 1.16 |
-| `hash_module` | model hash in the key of the score cache | trl 1.0 to 1.16 |
-| `pad` | padding of the token columns | trl 0.20 to 1.16 |
-| `prepare_deepspeed`, `prepare_fsdp`, `disable_gradient_checkpointing` | a frozen model beside the trained one | trl 1.9 to 1.16 |
-| `SFTTrainer._prepare_dataset`, `._set_signature_columns_if_needed`, `._metrics`, `._skip_prepare_dataset` | hooks of the subclass | trl 0.18 to 1.16 |
-| `Trainer.get_batch_samples`, `.loss_is_scaled_for_ga` | counting tokens over an optimizer step | transformers 5.17 / 5.19 to 5.23 |
-| `load_balancing_loss_func` (transformers.models.mixtral) | auxiliary loss of Mixture-of-Experts models | transformers 4.36 to 5.23 |
+What is used, where it is, and which versions have it:
+
+- `DataCollatorForLanguageModeling`, base class of our collator: trl.trainer.sft_trainer, 0.20 to 1.16
+- `FusedCausalLMOutput`, what `SFTTrainer.compute_loss` reads: trl.trainer.utils, 1.15 to 1.16
+- `maybe_gather_lm_head_ctx`, LM-head weight under ZeRO-3: trl.trainer.utils, 1.9 to 1.16
+- `use_adapter`, switching an adapter on and off: trl.trainer.utils, 0.20 to 1.16
+- `create_model_from_path`, `get_config_model_id`, loading the reference as TRL loads the model: trl.trainer.utils, 1.0
+  to 1.16
+- `pad`, padding of the token columns: trl.trainer.utils, 0.20 to 1.16
+- `prepare_deepspeed`, `prepare_fsdp`, a frozen model beside the trained one: trl.models.utils, 1.9 to 1.16
+- `SFTTrainer._prepare_dataset`, `._set_signature_columns_if_needed`, `._metrics`, `._is_vision_dataset`,
+  `._tokenizer`, `.padding_free`, `.chat_template`: 1.15 to 1.16
+- `Trainer.get_batch_samples`, `.model_accepts_loss_kwargs`: transformers 5.17 to 5.23
+- `find_adapter_config_file`: transformers.utils.peft_utils, 5.0 to 5.23
+- `load_balancing_loss_func`, auxiliary loss of Mixture-of-Experts models: transformers.models.mixtral, 4.36 to 5.23
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ import functools
 import importlib.metadata
 
 from packaging.version import Version
-
 
 # package -> (oldest supported, first unsupported or None). The upper bound of TRL is the next major release, which
 # announces removals in the parts we build on.
@@ -62,14 +63,14 @@ def check_versions(installed: dict[str, str] | None = None) -> None:
 
 check_versions()
 
+from transformers.utils.peft_utils import find_adapter_config_file  # noqa: E402
 from trl import SFTTrainer  # noqa: E402
-from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp  # noqa: E402
+from trl.models.utils import prepare_deepspeed, prepare_fsdp  # noqa: E402
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling  # noqa: E402
 from trl.trainer.utils import (  # noqa: E402
     FusedCausalLMOutput,
     create_model_from_path,
     get_config_model_id,
-    hash_module,
     maybe_gather_lm_head_ctx,
     pad,
     use_adapter,
@@ -103,9 +104,8 @@ __all__ = [
     "FusedCausalLMOutput",
     "check_versions",
     "create_model_from_path",
-    "disable_gradient_checkpointing",
+    "find_adapter_config_file",
     "get_config_model_id",
-    "hash_module",
     "load_balancing_loss",
     "maybe_gather_lm_head_ctx",
     "pad",

@@ -16,7 +16,6 @@ import torch
 
 from ._compat import DataCollatorForLanguageModeling, pad
 
-
 WEIGHTS, BASE_LOGPS, REF_LOGPS = "token_weights", "base_logps", "ref_logps"
 TOKEN_COLUMNS = (WEIGHTS, BASE_LOGPS, REF_LOGPS)
 ACTIVE_ROWS = "active_rows"

@@ -1,8 +1,8 @@
 """Token columns through TRL's data preparation: per-message weights, truncation, packing.
 
 TRL truncates and packs `input_ids` and `labels` and either drops every other column or leaves it at its old length.
-So rows that bring weights or scores are tokenised by TRL without truncation and packing, and both are done here over all
-columns alike, with the same rules and `trl.pack_dataset`. Rejected: encoding a weight in the labels, which would leave
+So rows that bring weights or scores are tokenised by TRL without truncation and packing, and both are done here over
+all columns alike, with the same rules and `trl.pack_dataset`. Rejected: encoding a weight in the labels, which would leave
 `-100` and the token id no room.
 """
 
@@ -62,8 +62,8 @@ def message_token_weights(
         after = _render(tokenizer, messages[: position + 1], False, template_kwargs)
         if input_ids[: len(after)] != after or after[: len(before)] != before:
             raise ValueError(
-                f"the chat template renders message {position} ({message['role']}) differently when messages follow, so "
-                "its weight cannot be given to tokens: use a template that keeps earlier turns unchanged, or bring a "
+                f"the chat template renders message {position} ({message['role']}) differently when messages follow, "
+                "so its weight cannot be given to tokens: use a template that keeps earlier turns unchanged, or bring a "
                 f"{WEIGHTS!r} column with the tokenised data"
             )
         weights[len(before) : len(after)] = [float(weight)] * (len(after) - len(before))
@@ -82,7 +82,7 @@ def _render(tokenizer, messages: list[dict], generation_prompt: bool, template_k
 def add_message_weights(
     dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, chat_template: str | None, args: SFTConfig
 ) -> Dataset | IterableDataset:
-    """Add `token_weights` to rows that TRL has tokenised, whose `messages` (or `prompt` and `completion`) are still there."""
+    """Add `token_weights` to rows that TRL has tokenised and that still have `messages`, or `prompt` and `completion`."""
 
     def weigh(example):
         messages = example["messages"] if "messages" in example else example["prompt"] + example["completion"]

@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 from trl import SFTConfig
 
 from .schedules import FORGET_SCHEDULES
-
 
 FORGET_OBJECTIVES = ("unlikelihood", "probability", "npo", "wga", "gradient_ascent")
 
@@ -103,7 +102,7 @@ class SelectiveSFTConfig(SFTConfig):
     > when tokens are selected.
     """
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "reference_model_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "reference_model_init_kwargs"]
 
     # Parameters that control the scores
     reference_model: str | None = field(
@@ -139,7 +138,8 @@ class SelectiveSFTConfig(SFTConfig):
     scoring_cache_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of the cached log-probabilities. Default: the folder `selsft` beside the cache of `datasets`."
+            "help": "Folder of the cached log-probabilities. Default: the folder `selsft` beside the cache of "
+            "`datasets`."
         },
     )
 
@@ -168,7 +168,8 @@ class SelectiveSFTConfig(SFTConfig):
     neutral_band: float = field(
         default=0.0,
         metadata={
-            "help": "Tokens whose score is within this distance of the boundary, in nats, are neither learnt nor forgotten."
+            "help": "Tokens whose score is within this distance of the boundary, in nats, are neither learnt nor "
+            "forgotten."
         },
     )
     protect_special_tokens: bool = field(
@@ -246,8 +247,8 @@ class SelectiveSFTConfig(SFTConfig):
             raise ValueError(f"scoring_batch_size={self.scoring_batch_size} must be at least 1")
         if self.forget_objective == "gradient_ascent" and self.forget_floor is None and self.forget_weight > 0:
             warnings.warn(
-                "forget_objective='gradient_ascent' has no bound: the loss of a forgotten token runs to minus infinity "
-                "and its gradient is largest where nothing is left to forget. Use 'unlikelihood', or set forget_floor "
+                "forget_objective='gradient_ascent' has no bound: the loss of a forgotten token runs to minus "
+                "infinity and its gradient is largest where nothing is left to forget. Use 'unlikelihood', or set forget_floor "
                 "(for example -10).",
                 UserWarning,
                 stacklevel=4,
@@ -257,8 +258,8 @@ class SelectiveSFTConfig(SFTConfig):
     def from_training_arguments(cls, args: TrainingArguments) -> SelectiveSFTConfig:
         """A config with the values of `args` and the defaults of this class for what `args` does not have.
 
-        `SFTConfig` and its siblings are copied field by field, since running `__post_init__` twice would repeat
-        warnings and undo changes made after construction. Plain `TrainingArguments` are converted as TRL converts them.
+        An `SFTConfig` is copied field by field, since running `__post_init__` twice would repeat warnings and undo
+        changes made after construction. Plain `TrainingArguments` are converted as TRL converts them.
         """
         if isinstance(args, cls):
             return args
@@ -288,5 +289,6 @@ def _check_number(
         return
     inside = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
     if not math.isfinite(value) or not inside:
-        interval = f"{'(' if open_low or low == -math.inf else '['}{low}, {high}{')' if open_high or high == math.inf else ']'}"
-        raise ValueError(f"{name}={value} is outside of {interval}")
+        left = "(" if open_low or low == -math.inf else "["
+        right = ")" if open_high or high == math.inf else "]"
+        raise ValueError(f"{name}={value} is outside of {left}{low}, {high}{right}")

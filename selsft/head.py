@@ -23,7 +23,6 @@ from selsft_kernels.objectives import Objective, token_loss
 
 from ._compat import FusedCausalLMOutput, load_balancing_loss, maybe_gather_lm_head_ctx
 
-
 # log of the probability under which a negative token counts as forgotten in the metrics
 _FORGOTTEN = -13.815510557964274  # log(1e-6)
 STATS = ("positive_loss", "positives", "forget_loss", "negatives", "negative_prob", "negatives_forgotten")
@@ -31,15 +30,15 @@ STATS = ("positive_loss", "positives", "forget_loss", "negatives", "negative_pro
 
 class SelectiveHead:
     """What the head is asked to do in one forward pass. A plain class on purpose: FSDP casts the floating-point
-    tensors that it finds in dicts, tuples and dataclasses to the compute dtype, and log-probabilities in bf16 are wrong
-    by 1 %.
+    tensors that it finds in dicts, tuples and dataclasses to the compute dtype, and a log-probability in bf16 is wrong
+    in its third digit.
 
     Args:
         token_weights (`torch.Tensor` of shape `(batch, seq_len)`, float32, or `None`): signed weight of each token; a
             token's column is its own, not that of the position which predicts it. `None` asks for log-probabilities
             of all labels instead of a loss.
-        active_rows (`torch.Tensor` of shape `(m,)`, int64, or `None`): flat indices, in the `(batch, seq_len - 1)` grid of
-            predicting positions, of the rows with a weight other than 0; made on the host so that no step waits.
+        active_rows (`torch.Tensor` of shape `(m,)`, int64, or `None`): flat indices, in the `(batch, seq_len - 1)` grid
+            of predicting positions, of the rows with a weight other than 0; made on the host so that no step waits.
         reference_logps (`torch.Tensor` of shape `(batch, seq_len)`, float32, or `None`): for `forget="npo"`.
         positive, forget, beta, floor: see `selsft_kernels.linear_selective_cross_entropy`.
     """

@@ -15,14 +15,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from peft import PeftConfig, PeftModel
 from peft.utils import PeftType
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.peft_utils import find_adapter_config_file
 
-from ._compat import create_model_from_path, use_adapter
+from ._compat import create_model_from_path, find_adapter_config_file, use_adapter
 
+Model = PreTrainedModel | PeftModel
 
 REFERENCE_ADAPTER = "selsft_reference"
 BASE = "base"
@@ -37,21 +36,27 @@ class Reference:
         tokenizer (`PreTrainedTokenizerBase`): tokenizer of the trained model; the reference must have the same.
         init_kwargs (`dict`): for `from_pretrained` of the reference.
 
+    Attributes:
+        model: the reference where it is a model of its own, else `None`.
+        adapter: name of the reference's adapter on the policy; `None` for a model of its own and for the bare base.
+        injected: whether the adapter is put into a policy without PEFT for the time of `use` only.
+
     Raises:
-        `ValueError` when the reference is the trained model itself, when its vocabulary differs, or when `"base"` is
-        asked of a model without adapter.
+        `ValueError` when the reference is the trained model itself, when its vocabulary differs, when an adapter does
+        not fit, or when `"base"` is asked of a model without adapter.
     """
 
     def __init__(
         self,
-        policy: PreTrainedModel | PeftModel,
-        source: str | PreTrainedModel | PeftModel,
+        policy: Model,
+        source: str | Model,
         tokenizer: PreTrainedTokenizerBase,
         init_kwargs: dict[str, Any] | None = None,
     ):
-        self.model: PreTrainedModel | PeftModel | None = None  # None: the policy itself with another adapter
+        self.model: Model | None = None
         self.adapter: str | None = None
-        self.name = source if isinstance(source, str) else (getattr(source.config, "_name_or_path", "") or "(loaded)")
+        self.injected = False
+        self.name = source if isinstance(source, str) else (source.config._name_or_path or "(loaded model)")
         init_kwargs = dict(init_kwargs or {})
         if not isinstance(source, str):
             if source is policy:
@@ -63,13 +68,17 @@ class Reference:
                 _check_embeddings(policy, source, self.name)
             self.model = source
         elif source == BASE:
-            if not is_peft_model(policy):
+            if not isinstance(policy, PeftModel):
                 raise ValueError(
                     "reference_model='base' needs a model with a PEFT adapter: without one the base is the model "
                     "itself and all scores would be 0. Pass peft_config, or another reference"
                 )
         elif find_adapter_config_file(source) is not None:
-            self._load_adapter(policy, source)
+            self.adapter = REFERENCE_ADAPTER
+            self.injected = not isinstance(policy, PeftModel)
+            if isinstance(policy, PeftModel):
+                with _adapter_errors(source):
+                    policy.load_adapter(source, REFERENCE_ADAPTER, is_trainable=False)
         else:
             compared = _same_tokenizer(source, tokenizer, init_kwargs)  # before the weights are loaded
             self.model = create_model_from_path(source, **init_kwargs)
@@ -77,57 +86,55 @@ class Reference:
                 _check_embeddings(policy, self.model, source)
         if self.model is not None:
             self.model.requires_grad_(False)
-            self.model.eval()
-
-    def _load_adapter(self, policy: PreTrainedModel | PeftModel, source: str) -> None:
-        base = PeftConfig.from_pretrained(source).base_model_name_or_path
-        try:
-            if is_peft_model(policy):
-                # `load_adapter` of a frozen adapter leaves the active adapter and its gradients as they are
-                policy.load_adapter(source, REFERENCE_ADAPTER, is_trainable=False)
-                self.adapter = REFERENCE_ADAPTER
-            else:
-                # The adapter's layers are put into the policy in place, and taken out again by `release`
-                trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-                self.model = PeftModel.from_pretrained(policy, source, adapter_name=REFERENCE_ADAPTER)
-                self._restore = trainable
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"reference_model={source!r} is an adapter of {base!r} that does not fit the trained model: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
-
-    @property
-    def shares_policy(self) -> bool:
-        """Whether the reference runs on the trained model's own weights."""
-        return self.model is None or hasattr(self, "_restore")
 
     @contextlib.contextmanager
-    def use(self, policy: PreTrainedModel | PeftModel) -> Iterator[torch.nn.Module]:
+    def use(self, policy: Model) -> Iterator[Model]:
         """The model to call for reference log-probabilities, without gradients and in evaluation mode."""
         if self.model is not None:
             with frozen(self.model):
                 yield self.model
+        elif self.injected:
+            with _with_adapter(policy, self.name) as model, frozen(model):
+                yield model
         else:
             with frozen(policy), use_adapter(policy, self.adapter):
                 yield policy
 
-    def fingerprint(self, policy: PreTrainedModel | PeftModel) -> str:
-        """Hash of the weights that the reference runs on."""
-        if self.model is None:
-            return model_fingerprint(policy, adapter=self.adapter)
-        return model_fingerprint(self.model, adapter=REFERENCE_ADAPTER if hasattr(self, "_restore") else "*")
+    def fingerprint(self, model: Model) -> str:
+        """Hash of the weights that the reference runs on; `model` is what `use` has yielded."""
+        return model_fingerprint(model, adapter="*" if self.model is not None else self.adapter)
 
-    def release(self, policy: PreTrainedModel | PeftModel) -> None:
+    def release(self, policy: Model) -> None:
         """Take the reference out of memory and leave the policy as it was."""
-        if self.adapter is not None:
+        if self.adapter is not None and not self.injected:
             policy.delete_adapter(self.adapter)
-        elif hasattr(self, "_restore"):
-            self.model.unload()  # type: ignore[union-attr]
-            policy.__dict__.pop("peft_config", None)
-            for parameter in self._restore:
-                parameter.requires_grad_(True)
         self.model = None
+
+
+@contextlib.contextmanager
+def _with_adapter(policy: Model, source: str) -> Iterator[PeftModel]:
+    """The adapter's layers are put into the policy in place, and taken out again."""
+    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    with _adapter_errors(source):
+        model = PeftModel.from_pretrained(policy, source, adapter_name=REFERENCE_ADAPTER)
+    try:
+        yield model
+    finally:
+        model.unload()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _adapter_errors(source: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        base = PeftConfig.from_pretrained(source).base_model_name_or_path
+        raise ValueError(
+            f"reference_model={source!r} is an adapter of {base!r} that does not fit the trained model: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -143,19 +150,21 @@ def frozen(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def use_start(policy: PreTrainedModel | PeftModel) -> Iterator[torch.nn.Module]:
+def use_start(policy: Model) -> Iterator[Model]:
     """The model at the start of training. A fresh adapter is switched off: LoRA with B = 0 is the identity, and
     untrained virtual tokens of prompt learning would only add noise."""
     with frozen(policy):
-        if is_peft_model(policy) and starts_at_base(policy):
+        if starts_at_base(policy):
             with use_adapter(policy, None):
                 yield policy
         else:
             yield policy
 
 
-def starts_at_base(policy: PeftModel) -> bool:
-    """Whether the active adapter is untrained, so that the model equals its base."""
+def starts_at_base(policy: Model) -> bool:
+    """Whether the policy has an adapter that is untrained, so that the model equals its base."""
+    if not isinstance(policy, PeftModel):
+        return False
     config = policy.active_peft_config
     if config.is_prompt_learning:
         return True
@@ -165,7 +174,7 @@ def starts_at_base(policy: PeftModel) -> bool:
     return bool(ups) and all(not p.detach().any() for p in ups)
 
 
-def model_fingerprint(model: PreTrainedModel | PeftModel, adapter: str | None = "*") -> str:
+def model_fingerprint(model: Model, adapter: str | None = "*") -> str:
     """SHA-256 of the weights and of the configuration that decides what is computed from them.
 
     Args:
@@ -212,14 +221,14 @@ def _same_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase, init_kwargs
         token = next((t for t in ours if theirs.get(t) != ours[t]), None) or next(t for t in theirs if t not in ours)
         raise ValueError(
             f"reference_model={source!r} has another tokenizer than the trained model: {len(theirs)} tokens against "
-            f"{len(ours)}, and token {token!r} is {theirs.get(token)} there, {ours.get(token)} here. Scores compare the "
-            "same token under two models: use a reference with the same tokenizer"
+            f"{len(ours)}, and token {token!r} is {theirs.get(token)} there, {ours.get(token)} here. Scores compare "
+            "the same token under two models: use a reference with the same tokenizer"
         )
     return True
 
 
-def _check_embeddings(policy: torch.nn.Module, reference: torch.nn.Module, name: str) -> None:
-    ours, theirs = (model.get_input_embeddings().weight.shape[0] for model in (policy, reference))  # type: ignore[operator, union-attr]
+def _check_embeddings(policy: Model, reference: Model, name: str) -> None:
+    ours, theirs = (model.get_input_embeddings().weight.shape[0] for model in (policy, reference))
     if ours != theirs:
         raise ValueError(
             f"reference_model {name!r} has a vocabulary of {theirs} tokens, the trained model {ours}: use a reference "

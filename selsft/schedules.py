@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 
-
 FORGET_SCHEDULES = ("linear", "constant", "cosine")
 
 

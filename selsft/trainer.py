@@ -10,34 +10,22 @@ from __future__ import annotations
 
 import copy
 import textwrap
-from typing import Any
 
-import numpy as np
 import torch
-from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset, concatenate_datasets
-from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
+from transformers import TrainingArguments
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 
-from ._compat import DataCollatorForLanguageModeling, get_config_model_id
-from .collator import (
-    ACTIVE_ROWS,
-    BASE_LOGPS,
-    REF_LOGPS,
-    TOKEN_COLUMNS,
-    WEIGHTS,
-    DataCollatorForSelectiveSFT,
-    active_rows,
-)
+from ._compat import DataCollatorForLanguageModeling, get_config_model_id, prepare_deepspeed, prepare_fsdp
+from .annotation import TokenAnnotator, base_model
+from .collator import ACTIVE_ROWS, BASE_LOGPS, REF_LOGPS, TOKEN_COLUMNS, WEIGHTS, DataCollatorForSelectiveSFT
 from .columns import add_message_weights, has_message_weights, token_columns, truncate_and_pack
 from .config import SelectiveSFTConfig
 from .head import STATS, SelectiveHead, add_selective_head
-from .reference import Reference, model_fingerprint, starts_at_base, use_start
+from .reference import Model
 from .schedules import forget_weight_at
-from .scoring import LogpCache, cached_logps, forward_logps, trained_tokens
-from .selection import select_token_weights
 
 
 class SelectiveSFTTrainer(SFTTrainer):
@@ -79,6 +67,9 @@ class SelectiveSFTTrainer(SFTTrainer):
     ```
     """
 
+    args: SelectiveSFTConfig
+    model: Model
+
     _tag_names = ["trl", "sft", "selsft"]  # noqa: RUF012 (TRL's convention)
     _name = "SelectiveSFT"
     _paper = {  # noqa: RUF012
@@ -87,7 +78,8 @@ class SelectiveSFTTrainer(SFTTrainer):
         "citation": textwrap.dedent("""\
             @article{taheri2025forgetting,
                 title        = {{Forgetting: A New Mechanism Towards Better Large Language Model Fine-tuning}},
-                author       = {Taheri, Ali and Taban, Alireza and Wang, Qizhou and Ye, Shanshan and Mirzaei, Abdolreza and Liu, Tongliang and Han, Bo},
+                author       = {Ali Taheri and Alireza Taban and Qizhou Wang and Shanshan Ye and Abdolreza Mirzaei
+                                and Tongliang Liu and Bo Han},
                 year         = 2025,
                 eprint       = {arXiv:2508.04329}
             }"""),
@@ -95,7 +87,7 @@ class SelectiveSFTTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | Model,
         args: SelectiveSFTConfig | TrainingArguments | None = None,
         data_collator=None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -111,7 +103,7 @@ class SelectiveSFTTrainer(SFTTrainer):
         peft_config: PeftConfig | None = None,
         formatting_func=None,
         *,
-        reference_model: str | PreTrainedModel | PeftModel | None = None,
+        reference_model: str | Model | None = None,
     ):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -124,133 +116,86 @@ class SelectiveSFTTrainer(SFTTrainer):
             compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics,
             quantization_config, peft_config, formatting_func,
         )  # fmt: skip
-        self.reference: Reference | None = None
         source = reference_model if reference_model is not None else args.reference_model
         given = token_columns(self.train_dataset)
-        self._selective = source is not None or WEIGHTS in given or {BASE_LOGPS, REF_LOGPS} <= set(given)
-        self._online = False
-        self._step_counts: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._stats: list[torch.Tensor] = []
-        if self._selective:
-            self._set_up(source, given)
-
-    # ------------------------------------------------------------------ setting up
-
-    def _set_up(self, source, given: list[str]) -> None:
-        """Everything that a selective run needs beyond `SFTTrainer.__init__`; runs after it, so that the policy is
-        initialised from the same random numbers."""
-        args = self.args
-        self._refuse_unsupported(source, given)
-        self._use_selective_collator()
-        add_selective_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
-        # Our loss is normalised over the optimizer step whatever the model's own forward accepts
-        self.model_accepts_loss_kwargs = True
+        self._selective = source is not None or WEIGHTS in given or {BASE_LOGPS, REF_LOGPS} & set(given) != set()
         self._online = source is not None and (
             not args.precompute_scores or isinstance(self.train_dataset, IterableDataset)
         )
-        if source is not None:
-            options = {"trust_remote_code": args.trust_remote_code, **(args.reference_model_init_kwargs or {})}
-            self.reference = Reference(self.model, source, self._tokenizer, options)
-            if self.reference.model is not None and not self.reference.shares_policy:
-                self._place(self.reference.model)
-            reference = self.reference.model if self.reference.model is not None else self.model
-            add_selective_head(reference.get_base_model() if is_peft_model(reference) else reference)
-        if self._online:
-            self._set_up_online()
-        else:
-            self.train_dataset = self._scored_and_selected(self.train_dataset, given)
+        self._step_counts: torch.Tensor | None = None
+        self._stats: list[torch.Tensor] = []
+        if self._selective:
+            self._select_tokens(source, given)
 
-    def _refuse_unsupported(self, source, given: list[str]) -> None:
+    def _select_tokens(self, source: str | Model | None, given: list[str]) -> None:
+        """All that a selective run needs beyond `SFTTrainer.__init__`; after it, so that the policy is initialised from
+        the same random numbers."""
+        self._refuse_unsupported(source, given)
+        if not isinstance(self.data_collator, DataCollatorForSelectiveSFT):
+            self.data_collator = DataCollatorForSelectiveSFT.from_parent(self.data_collator)
+        add_selective_head(base_model(self.model))
+        # The loss is normalised over the optimizer step, whatever the model's own forward accepts
+        self.model_accepts_loss_kwargs = True
+        self._annotator = TokenAnnotator(
+            self.model,
+            source,
+            self.args,
+            self.accelerator,
+            self.data_collator,
+            self._tokenizer,
+            self._place,
+            self._online,
+        )
+        if isinstance(self.train_dataset, Dataset) and not self._online:
+            self.train_dataset = self._annotator.annotate(self.train_dataset, given)
+        elif WEIGHTS in given:
+            self.train_dataset = self._annotator.shield(self.train_dataset)
+
+    def _refuse_unsupported(self, source: str | Model | None, given: list[str]) -> None:
         args, names = self.args, get_dataset_column_names(self.train_dataset)
         parallelism = self.accelerator.parallelism_config
-        sharded = parallelism is not None and (
-            parallelism.cp_enabled or parallelism.sp_enabled or parallelism.tp_enabled
-        )
-        for refused, reason in (
-            (
-                source is not None and given,
-                f"the train dataset has the columns {given} and a reference_model is set: both say what is negative. "
-                "Drop the columns or the reference",
-            ),
-            (
-                BASE_LOGPS in given and REF_LOGPS not in given or REF_LOGPS in given and BASE_LOGPS not in given,
-                f"the train dataset has only one of the columns {BASE_LOGPS!r} and {REF_LOGPS!r}: a score needs both",
-            ),
-            (
-                self.compute_loss_func is not None,
-                "compute_loss_func and token selection exclude each other: the loss of the tokens is set by "
-                "forget_objective and loss_type",
-            ),
-            (
-                args.label_smoothing_factor > 0,
-                f"label_smoothing_factor={args.label_smoothing_factor} has no meaning for negative tokens: set it to 0",
-            ),
-            (
-                self._is_vision_dataset,
-                "token selection is not available for datasets with images: their tokens are made in the collator. "
-                "Train without a reference_model, or on text",
-            ),
-            (
-                sharded,
-                "token selection is not available with context, sequence or tensor parallelism (cp_size, sp_size or "
-                "tp_size > 1): use data parallelism, FSDP or DeepSpeed",
-            ),
-            (
-                "input_ids" not in names,
-                "token selection needs tokenised rows; with skip_prepare_dataset bring the column 'input_ids'",
-            ),
-        ):
-            if refused:
+        scores = {BASE_LOGPS, REF_LOGPS} & set(given)
+        streamed = isinstance(self.train_dataset, IterableDataset)
+        reasons = {
+            f"the train dataset has the columns {given} and a reference_model is set: both say what is negative. Drop "
+            "the columns or the reference": source is not None and bool(given),
+            f"the train dataset has only one of the columns {BASE_LOGPS!r} and {REF_LOGPS!r}: a score needs both": len(
+                scores
+            )
+            == 1,
+            f"streamed rows cannot be selected by the columns {sorted(scores)}: load the dataset, or bring "
+            f"{WEIGHTS!r}": streamed and bool(scores) and WEIGHTS not in given,
+            "forget_objective='npo' needs the log-probabilities of the start, which streamed rows with given weights "
+            "do not have: use another objective": streamed and WEIGHTS in given and args.forget_objective == "npo",
+            "compute_loss_func and token selection exclude each other: the loss of a token is set by forget_objective "
+            "and loss_type": self.compute_loss_func is not None,
+            f"label_smoothing_factor={args.label_smoothing_factor} has no meaning for negative tokens: set it to "
+            "0": args.label_smoothing_factor > 0,
+            "token selection is not available for datasets with images, whose tokens are made in the collator: train on "
+            "text, or without a reference": self._is_vision_dataset,
+            "token selection is not available with context, sequence or tensor parallelism (cp_size, sp_size or tp_size "
+            "> 1): use data parallelism, FSDP or DeepSpeed": parallelism is not None
+            and (parallelism.cp_enabled or parallelism.sp_enabled or parallelism.tp_enabled),
+            "token selection needs tokenised rows: with skip_prepare_dataset bring the column 'input_ids'": "input_ids"
+            not in names
+            and not streamed,
+            f"data_collator is a {type(self.data_collator).__name__}, which drops the token columns: derive it from "
+            "selsft.DataCollatorForSelectiveSFT, or leave it out": not isinstance(
+                self.data_collator, DataCollatorForSelectiveSFT
+            )
+            and type(self.data_collator) is not DataCollatorForLanguageModeling,
+        }
+        for reason, holds in reasons.items():
+            if holds:
                 raise ValueError(reason)
 
-    def _use_selective_collator(self) -> None:
-        if isinstance(self.data_collator, DataCollatorForSelectiveSFT):
-            return
-        if type(self.data_collator) is not DataCollatorForLanguageModeling:
-            raise ValueError(
-                f"data_collator is a {type(self.data_collator).__name__}, which drops the token columns: derive it from "
-                "selsft.DataCollatorForSelectiveSFT, or leave it out"
-            )
-        self.data_collator = DataCollatorForSelectiveSFT.from_parent(self.data_collator)
-
-    def _place(self, model) -> None:
+    def _place(self, model: Model) -> Model:
         """Put a frozen model where the accelerator wants it, as TRL's DPO trainer does with its reference."""
-        from ._compat import prepare_deepspeed, prepare_fsdp
-
-        assert self.reference is not None
         if self.is_deepspeed_enabled:
-            prepared = prepare_deepspeed(model, self.accelerator)
-        elif self.is_fsdp_enabled:
-            prepared = prepare_fsdp(model, self.accelerator)
-        else:
-            prepared = self.accelerator.prepare_model(model, evaluation_mode=True)
-        self.reference.model = prepared
-
-    def _set_up_online(self) -> None:
-        args = self.args
-        if args.positive_fraction is not None and (args.selection_scope == "global" or self.padding_free):
-            raise ValueError(
-                "positive_fraction ranks the tokens of the whole dataset, which scores of one batch cannot: use "
-                "negative_threshold, or selection_scope='sequence' without padding_free, or precompute_scores=True"
-            )
-        # Scores compare with the model as it is now, so without an adapter to switch off a frozen copy is needed
-        self._start = self.model if is_peft_model(self.model) else copy.deepcopy(self.model).requires_grad_(False)
-        if self._start is not self.model:
-            self._start.__dict__.pop("forward", None)  # the copy's forward is bound to the original
-            self._start.__dict__.pop("_has_selective_head", None)
-            add_selective_head(self._start)
-        elif not starts_at_base(self.model):
-            raise ValueError(
-                "the model has a trained adapter, which changes while it trains: scores need precompute_scores=True, "
-                "or merge the adapter first"
-            )
-        if self.reference is not None and hasattr(self.reference, "_restore"):
-            raise ValueError(
-                "a LoRA reference of a model that is trained in full cannot be kept beside it, since its base changes: "
-                "use precompute_scores=True, or train with peft_config"
-            )
-
-    # ------------------------------------------------------------------ data
+            return prepare_deepspeed(model, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(model, self.accelerator)
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         """Train rows with token columns or weighted messages are truncated and packed with those columns; all other
@@ -272,113 +217,20 @@ class SelectiveSFTTrainer(SFTTrainer):
         if self._selective and WEIGHTS not in self._signature_columns:
             self._signature_columns += [WEIGHTS, *([BASE_LOGPS] if self.args.forget_objective == "npo" else [])]
 
-    def _scored_and_selected(self, dataset: Dataset, given: list[str]) -> Dataset:
-        """Add the columns `base_logps`, `ref_logps` (where scores are needed) and `token_weights` to final rows."""
-        args = self.args
-        if self.reference is not None or (args.forget_objective == "npo" and BASE_LOGPS not in given):
-            dataset = _with_column(dataset, BASE_LOGPS, self._base_logps(dataset))
-        if self.reference is not None:
-            with self.reference.use(self.model) as model:
-                rows = self._logps(
-                    dataset, model, self.reference.fingerprint(self.model), self.reference.name, "reference"
-                )
-            dataset = _with_column(dataset, REF_LOGPS, rows)
-            self.reference.release(self.model)
-            self.reference = None
-        if WEIGHTS in given:
-            return self._protect(dataset)
-        columns = dataset.with_format("numpy")
-        trained = trained_tokens(dataset, self.padding_free)
-        weights = select_token_weights(
-            columns[BASE_LOGPS][:], columns[REF_LOGPS][:], trained, self._special_tokens(dataset), args
-        )
-        return _with_column(dataset, WEIGHTS, weights)
-
-    def _base_logps(self, dataset: Dataset) -> list[np.ndarray]:
-        at_base = is_peft_model(self.model) and starts_at_base(self.model)
-        digest = model_fingerprint(self.model, adapter=None if at_base else "*")
-        with use_start(self.model) as model:
-            return self._logps(dataset, model, digest, get_config_model_id(self.model.config), "base")
-
-    def _logps(self, dataset: Dataset, model, digest: str, name: str, role: str) -> list[np.ndarray]:
-        def forward(inputs):
-            with self.accelerator.autocast():
-                return forward_logps(model, inputs)
-
-        return cached_logps(
-            dataset,
-            forward,
-            self.data_collator,
-            self.accelerator,
-            batch_size=self.args.scoring_batch_size or self.args.per_device_eval_batch_size,
-            cache=LogpCache(self.args.scoring_cache_dir),
-            model_hash=digest,
-            model_name=name,
-            description=f"Scoring train dataset ({role})",
-        )
-
-    def _special_ids(self) -> np.ndarray:
-        tokenizer: PreTrainedTokenizerBase = self._tokenizer
-        added = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
-        return np.unique([*tokenizer.all_special_ids, *added])
-
-    def _special_tokens(self, dataset: Dataset) -> list[np.ndarray]:
-        """Tokens of each row that must not be negative: one bool array per row."""
-        special = self._special_ids() if self.args.protect_special_tokens else np.zeros(0, np.int64)
-        return [np.isin(row["input_ids"], special) for row in dataset.select_columns(["input_ids"])]
-
-    def _protect(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-        """Given weights are kept, but a special token in a negative span is neither forgotten nor learnt."""
-        if not self.args.protect_special_tokens and self.args.forget_weight != 0:
-            return dataset
-        special = self._special_ids() if self.args.protect_special_tokens else np.zeros(0, np.int64)
-        ignore = self.args.forget_weight == 0
-
-        def protect(row):
-            weights = np.asarray(row[WEIGHTS], dtype=np.float32)
-            shielded = np.isin(row["input_ids"], special) | ignore
-            return {WEIGHTS: np.where(shielded, np.maximum(weights, 0), weights)}
-
-        return (
-            dataset.map(protect, desc="Protecting special tokens")
-            if isinstance(dataset, Dataset)
-            else dataset.map(protect)
-        )
-
-    # ------------------------------------------------------------------ the step
-
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Counts positive and negative tokens over the whole optimizer step and all processes, where TRL counts labels;
-        scores the batches of the step first when there are no scores yet."""
+        """Counts positive and negative tokens over the optimizer step and all processes, where TRL counts labels, and
+        scores the batches of the step first when they have no scores yet."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not self._selective or not batches:
             return batches, num_items
         if self._online:
             for batch in batches:
-                self._score_batch(batch)
-        counts = sum(_count(batch[WEIGHTS].to(device)) for batch in batches)
+                self._annotator.annotate_batch(batch)
+        counts = torch.stack([_count(batch[WEIGHTS].to(device)) for batch in batches]).sum(0)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
-        self._step_counts = positives, negatives = counts[0], counts[1]
-        return batches, positives + negatives if self.args.forget_normalization == "joint" else positives
-
-    def _score_batch(self, batch: dict[str, Any]) -> None:
-        device = self.accelerator.device
-        inputs = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-        assert self.reference is not None
-        with self.accelerator.autocast():
-            with use_start(self._start) as model:
-                base = forward_logps(model, inputs)
-            with self.reference.use(self.model) as model:
-                ref = forward_logps(model, inputs)
-        trained = (inputs["labels"] != -100).cpu().numpy()
-        trained[:, 0] = False
-        special = self._special_ids() if self.args.protect_special_tokens else np.zeros(0, np.int64)
-        shield = np.isin(inputs["input_ids"].cpu().numpy(), special)
-        rows = select_token_weights(base.cpu().numpy(), ref.cpu().numpy(), trained, shield, self.args)
-        batch[WEIGHTS] = torch.from_numpy(np.stack(rows))
-        batch[ACTIVE_ROWS] = active_rows(batch[WEIGHTS])
-        batch[BASE_LOGPS] = base
+        self._step_counts = counts
+        return batches, counts.sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """In training, `SFTTrainer.compute_loss` runs on a model whose fused head returns the selective loss, so that
@@ -387,12 +239,15 @@ class SelectiveSFTTrainer(SFTTrainer):
         if not self._selective or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         args = self.args
-        positives, negatives = self._step_counts if num_items_in_batch is not None else _count(columns[WEIGHTS])
+        counts = self._step_counts if num_items_in_batch is not None else _count(columns[WEIGHTS])
+        assert counts is not None
+        positives, negatives = counts
         forget_weight = forget_weight_at(
             self.state.global_step, self.state.max_steps, args.forget_weight, args.forget_schedule
         )
+        scale: float | torch.Tensor = forget_weight
         if args.forget_normalization == "joint":
-            num_items, scale = positives + negatives, forget_weight
+            num_items = positives + negatives
         else:  # both terms over the number of positives: lambda sum_neg / N- = (lambda N+ / N-) sum_neg / N+
             num_items = positives.clamp(min=1)
             scale = forget_weight * num_items / negatives.clamp(min=1)
@@ -443,11 +298,3 @@ def _count(token_weights: torch.Tensor) -> torch.Tensor:
     """`(2,)` int64: numbers of positive and negative tokens of a batch. The first column is predicted by nothing."""
     shifted = token_weights[:, 1:]
     return torch.stack([(shifted > 0).sum(), (shifted < 0).sum()])
-
-
-def _with_column(dataset: Dataset, name: str, rows: list[np.ndarray]) -> Dataset:
-    """`dataset` with a column of float32 lists, the rest untouched (`add_column` would flatten a shuffled data set)."""
-    from datasets import Features, List, Value
-
-    column = Dataset.from_dict({name: rows}, features=Features({name: List(Value("float32"))}))
-    return concatenate_datasets([dataset, column], axis=1)

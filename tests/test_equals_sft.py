@@ -9,7 +9,6 @@ from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
 
 from . import tiny
 
-
 # Each changes between two runs of the same trainer
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "tokens_per_second")
 
@@ -74,7 +73,7 @@ def all_positive(trainer):
     rows = trainer.train_dataset
     trainer.train_dataset = rows.map(lambda row: {"token_weights": [1.0] * len(row["input_ids"])})
     trainer._selective = True
-    trainer._set_up(None, ["token_weights"])
+    trainer._select_tokens(None, ["token_weights"])
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "shuffled"])

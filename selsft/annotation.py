@@ -1,0 +1,191 @@
+"""From a reference to token columns: scores the rows of the trainer and turns the scores into token weights.
+
+The trainer asks for one of two things: `annotate` adds the columns to a whole data set before training (cached on disk),
+`annotate_batch` to one batch within a step (streamed data, or `precompute_scores=False`). Both run the same forward pass
+and the same selection. Kept apart from the trainer so that `selsft score` and tests reach it without training.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from ._compat import get_config_model_id
+from .cache import LogpCache
+from .collator import ACTIVE_ROWS, BASE_LOGPS, REF_LOGPS, WEIGHTS, DataCollatorForSelectiveSFT, active_rows
+from .config import SelectiveSFTConfig
+from .head import add_selective_head
+from .reference import Model, Reference, model_fingerprint, starts_at_base, use_start
+from .scoring import cached_logps, forward_logps, trained_tokens
+from .selection import select_token_weights
+
+
+class TokenAnnotator:
+    """Adds `base_logps`, `ref_logps` and `token_weights`.
+
+    Args:
+        model: the policy, whose base has a selective head; it must still be as it is at the start of training.
+        source: see `SelectiveSFTConfig.reference_model`; `None` when the rows bring their own scores or weights.
+        collator: the collator that training uses.
+        tokenizer: of the policy.
+        place: puts a frozen model where the accelerator wants it (sharded, on the device) and returns it.
+        online: whether batches are scored one by one; then the reference stays in memory.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        source: str | Model | None,
+        args: SelectiveSFTConfig,
+        accelerator: Accelerator,
+        collator: DataCollatorForSelectiveSFT,
+        tokenizer: PreTrainedTokenizerBase,
+        place: Callable[[Model], Model],
+        online: bool = False,
+    ):
+        self.model, self.args, self.accelerator, self.collator = model, args, accelerator, collator
+        self.special_ids = special_ids(tokenizer) if args.protect_special_tokens else np.zeros(0, np.int64)
+        self.reference: Reference | None = None
+        if source is not None:
+            options = {"trust_remote_code": args.trust_remote_code, **_as_dict(args.reference_model_init_kwargs)}
+            self.reference = Reference(model, source, tokenizer, options)
+            if self.reference.model is not None:
+                add_selective_head(base_model(self.reference.model))
+                self.reference.model = place(self.reference.model)
+        if online:
+            self._prepare_online(place)
+
+    def annotate(self, dataset: Dataset, given: list[str]) -> Dataset:
+        """`dataset` with the columns that a run needs.
+
+        Args:
+            dataset: final rows, with `input_ids`, `labels` and, when packed, `seq_lengths`.
+            given: token columns that the rows have already.
+        """
+        if BASE_LOGPS not in given and (self.reference is not None or self.args.forget_objective == "npo"):
+            dataset = with_column(dataset, BASE_LOGPS, self._base_logps(dataset))
+        if self.reference is not None:
+            with self.reference.use(self.model) as model:
+                digest = self.reference.fingerprint(model)
+                rows = self._logps(dataset, model, digest, self.reference.name, "reference")
+            dataset = with_column(dataset, REF_LOGPS, rows)
+            self.reference.release(self.model)
+        if WEIGHTS in given:
+            return self.shield(dataset)
+        columns = dataset.select_columns([BASE_LOGPS, REF_LOGPS]).with_format("numpy")
+        trained = trained_tokens(dataset, self.collator.padding_free)
+        special = [np.isin(row["input_ids"], self.special_ids) for row in dataset.select_columns(["input_ids"])]
+        weights = select_token_weights(columns[BASE_LOGPS][:], columns[REF_LOGPS][:], trained, special, self.args)
+        return with_column(dataset, WEIGHTS, weights)
+
+    def annotate_batch(self, batch: dict[str, Any]) -> None:
+        """Add `token_weights`, `active_rows` and `base_logps` to a collated batch, in place."""
+        assert self.reference is not None
+        device = self.accelerator.device
+        inputs = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+        with use_start(self._start) as model:
+            base = self._forward(model, inputs)
+        with self.reference.use(self.model) as model:
+            reference = self._forward(model, inputs)
+        trained = (inputs["labels"] != -100).cpu().numpy()
+        trained[:, 0] = False  # predicted by nothing
+        special = np.isin(inputs["input_ids"].cpu().numpy(), self.special_ids)
+        rows = select_token_weights(
+            list(base.cpu().numpy()), list(reference.cpu().numpy()), list(trained), list(special), self.args
+        )
+        batch[WEIGHTS] = torch.from_numpy(np.stack(rows))
+        batch[ACTIVE_ROWS] = active_rows(batch[WEIGHTS])
+        batch[BASE_LOGPS] = base
+
+    def shield(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        """Keep given weights, but neither forget nor learn a special token of a negative span; with `forget_weight=0`
+        no token is negative."""
+        ignore = self.args.forget_weight == 0
+        if not ignore and not self.special_ids.size:
+            return dataset
+
+        def shielded(row):
+            weights = np.asarray(row[WEIGHTS], dtype=np.float32)
+            safe = np.isin(row["input_ids"], self.special_ids) | ignore
+            return {WEIGHTS: np.where(safe, np.maximum(weights, 0), weights)}
+
+        options = {"desc": "Protecting special tokens"} if isinstance(dataset, Dataset) else {}
+        return dataset.map(shielded, **options)
+
+    def _forward(self, model: Model, inputs: dict[str, Any]) -> torch.Tensor:
+        with self.accelerator.autocast():
+            return forward_logps(model, inputs)
+
+    def _base_logps(self, dataset: Dataset) -> list[np.ndarray]:
+        digest = model_fingerprint(self.model, adapter=None if starts_at_base(self.model) else "*")
+        with use_start(self.model) as model:
+            return self._logps(dataset, model, digest, get_config_model_id(self.model.config), "base")
+
+    def _logps(self, dataset: Dataset, model: Model, digest: str, name: str, role: str) -> list[np.ndarray]:
+        return cached_logps(
+            dataset,
+            lambda inputs: self._forward(model, inputs),
+            self.collator,
+            self.accelerator,
+            batch_size=self.args.scoring_batch_size or self.args.per_device_eval_batch_size,
+            cache=LogpCache(self.args.scoring_cache_dir),
+            model_hash=digest,
+            model_name=name,
+            description=f"Scoring train dataset ({role})",
+        )
+
+    def _prepare_online(self, place: Callable[[Model], Model]) -> None:
+        args = self.args
+        if args.positive_fraction is not None and (args.selection_scope == "global" or self.collator.padding_free):
+            raise ValueError(
+                f"positive_fraction={args.positive_fraction} ranks the tokens of the whole dataset, which one batch "
+                "cannot show: use negative_threshold, or selection_scope='sequence' without padding_free, or "
+                "precompute_scores=True on data that is not streamed"
+            )
+        if self.reference is not None and self.reference.injected:
+            raise ValueError(
+                "a LoRA reference cannot be kept on a model that is trained in full, since its base changes: use "
+                "precompute_scores=True, or train with peft_config"
+            )
+        # Scores compare with the model at the start of training: its base where an adapter is trained, else a copy
+        if starts_at_base(self.model):
+            self._start = self.model
+        elif isinstance(self.model, PeftModel):
+            raise ValueError(
+                "the model comes with a trained adapter, which changes while it trains further: use "
+                "precompute_scores=True, or merge the adapter first"
+            )
+        else:
+            self._start = place(copy.deepcopy(self.model).requires_grad_(False))
+
+
+def base_model(model: Model) -> Model:
+    """The causal language model below PEFT."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Ids of EOS, chat markers and all other special tokens, `(n,)` int64."""
+    added = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
+    return np.unique(np.array([*tokenizer.all_special_ids, *added], dtype=np.int64))
+
+
+def with_column(dataset: Dataset, name: str, rows: list[np.ndarray]) -> Dataset:
+    """`dataset` with one more column of float32 lists; a column of that name is replaced."""
+    if name in dataset.column_names:
+        dataset = dataset.remove_columns(name)
+    column = Dataset.from_dict({name: rows}, features=Features({name: List(Value("float32"))}))
+    return concatenate_datasets([dataset, column], axis=1)
+
+
+def _as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
+    assert not isinstance(value, str)  # `TrainingArguments.__post_init__` parses JSON from the command line
+    return dict(value or {})
