@@ -245,12 +245,14 @@ class SelectiveSFTTrainer(SFTTrainer):
         forget_weight = forget_weight_at(
             self.state.global_step, self.state.max_steps, args.forget_weight, args.forget_schedule
         )
-        scale: float | torch.Tensor = forget_weight
+        # A row of weight 0 is skipped and missing from the metrics: where lambda starts at 0, a weight too small to
+        # change any sum stands for it
+        scale: float | torch.Tensor = max(forget_weight, 1e-30)
         if args.forget_normalization == "joint":
             num_items = positives + negatives
         else:  # both terms over the number of positives: lambda sum_neg / N- = (lambda N+ / N-) sum_neg / N+
             num_items = positives.clamp(min=1)
-            scale = forget_weight * num_items / negatives.clamp(min=1)
+            scale = scale * num_items / negatives.clamp(min=1)
         weights = columns[WEIGHTS].float()
         head = SelectiveHead(
             torch.where(weights < 0, weights * scale, weights),
