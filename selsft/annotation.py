@@ -53,6 +53,7 @@ class TokenAnnotator:
     ):
         self.model, self.args, self.accelerator, self.collator = model, args, accelerator, collator
         self.special_ids = special_ids(tokenizer) if args.protect_special_tokens else np.zeros(0, np.int64)
+        self.at_base = starts_at_base(model)
         self.reference: Reference | None = None
         if source is not None:
             options = {"trust_remote_code": args.trust_remote_code, **_as_dict(args.reference_model_init_kwargs)}
@@ -91,7 +92,7 @@ class TokenAnnotator:
         assert self.reference is not None
         device = self.accelerator.device
         inputs = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-        with use_start(self._start) as model:
+        with use_start(self._start, self.at_base) as model:
             base = self._forward(model, inputs)
         with self.reference.use(self.model) as model:
             reference = self._forward(model, inputs)
@@ -125,8 +126,8 @@ class TokenAnnotator:
             return forward_logps(model, inputs)
 
     def _base_logps(self, dataset: Dataset) -> list[np.ndarray]:
-        digest = model_fingerprint(self.model, adapter=None if starts_at_base(self.model) else "*")
-        with use_start(self.model) as model:
+        digest = model_fingerprint(self.model, adapter=None if self.at_base else "*")
+        with use_start(self.model, self.at_base) as model:
             return self._logps(dataset, model, digest, get_config_model_id(self.model.config), "base")
 
     def _logps(self, dataset: Dataset, model: Model, digest: str, name: str, role: str) -> list[np.ndarray]:
@@ -156,7 +157,7 @@ class TokenAnnotator:
                 "precompute_scores=True, or train with peft_config"
             )
         # Scores compare with the model at the start of training: its base where an adapter is trained, else a copy
-        if starts_at_base(self.model):
+        if self.at_base:
             self._start = self.model
         elif isinstance(self.model, PeftModel):
             raise ValueError(

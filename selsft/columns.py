@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, pack_dataset
 from trl.data_utils import get_dataset_column_names
 
-from .collator import TOKEN_COLUMNS, WEIGHTS
+from .collator import BASE_LOGPS, REF_LOGPS, TOKEN_COLUMNS, WEIGHTS
 
 
 def token_columns(dataset: Dataset | IterableDataset) -> list[str]:
@@ -103,6 +103,7 @@ def add_message_weights(
 def truncate_and_pack(dataset: Dataset | IterableDataset, args: SFTConfig, packing: bool) -> Dataset | IterableDataset:
     """Truncate, drop fully masked rows, pack and shuffle as `SFTTrainer` does, over all token columns alike."""
     columns = ["input_ids", "labels", *token_columns(dataset)]
+    _check_context(args, packing, columns)
     _check_lengths(dataset, columns)
     if args.max_length is not None and not packing:
         kept = slice(-args.max_length, None) if args.truncation_mode == "keep_end" else slice(None, args.max_length)
@@ -125,6 +126,20 @@ def truncate_and_pack(dataset: Dataset | IterableDataset, args: SFTConfig, packi
     if args.shuffle_dataset:
         dataset = dataset.shuffle(seed=args.seed)
     return dataset
+
+
+def _check_context(args: SFTConfig, packing: bool, columns: list[str]) -> None:
+    """A score holds for the tokens before it: dropping some of them would leave it wrong in silence."""
+    cuts = args.packing_strategy in ("wrapped", "bfd_split") if packing else (
+        args.max_length is not None and args.truncation_mode == "keep_end"
+    )
+    scores = sorted({BASE_LOGPS, REF_LOGPS} & set(columns))
+    if cuts and scores:
+        how = f"packing_strategy={args.packing_strategy!r}" if packing else "truncation_mode='keep_end'"
+        raise ValueError(
+            f"the columns {scores} were computed in another context than {how} gives: pack or truncate before scoring, "
+            "or use packing_strategy='bfd'"
+        )
 
 
 def _check_lengths(dataset: Dataset | IterableDataset, columns: list[str]) -> None:

@@ -150,11 +150,15 @@ def frozen(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def use_start(policy: Model) -> Iterator[Model]:
-    """The model at the start of training. A fresh adapter is switched off: LoRA with B = 0 is the identity, and
-    untrained virtual tokens of prompt learning would only add noise."""
+def use_start(policy: Model, at_base: bool) -> Iterator[Model]:
+    """The model as it was at the start of training.
+
+    Args:
+        at_base: what `starts_at_base` has said then. A fresh adapter is switched off: LoRA with B = 0 is the identity,
+            and untrained virtual tokens of prompt learning would only add noise.
+    """
     with frozen(policy):
-        if starts_at_base(policy):
+        if at_base:
             with use_adapter(policy, None):
                 yield policy
         else:
@@ -170,8 +174,12 @@ def starts_at_base(policy: Model) -> bool:
         return True
     if config.peft_type != PeftType.LORA:
         return False
-    ups = [p for name, p in policy.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
-    return bool(ups) and all(not p.detach().any() for p in ups)
+    ups = [
+        parameter
+        for name, parameter in policy.named_parameters()
+        if ("lora_B." in name or "lora_embedding_B." in name) and f".{policy.active_adapter}" in name
+    ]
+    return bool(ups) and all(not parameter.detach().any() for parameter in ups)
 
 
 def model_fingerprint(model: Model, adapter: str | None = "*") -> str:
