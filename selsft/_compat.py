@@ -16,6 +16,7 @@ What is used, where it is, and which versions have it:
 - `prepare_deepspeed`, `prepare_fsdp`, a frozen model beside the trained one: trl.models.utils, 1.9 to 1.16
 - `SFTTrainer._prepare_dataset`, `._set_signature_columns_if_needed`, `._metrics`, `._is_vision_dataset`,
   `._tokenizer`, `.padding_free`, `.chat_template`: 1.15 to 1.16
+- `BaseTunerLayer` as a global of trl.trainer.sft_trainer, for the refusal of adapters on `lm_head`: 1.15 to 1.16
 - `Trainer.get_batch_samples`, `.model_accepts_loss_kwargs`: transformers 5.17 to 5.23
 - `find_adapter_config_file`: transformers.utils.peft_utils, 5.0 to 5.23
 - `load_balancing_loss_func`, auxiliary loss of Mixture-of-Experts models: transformers.models.mixtral, 4.36 to 5.23
@@ -23,8 +24,11 @@ What is used, where it is, and which versions have it:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
+from collections.abc import Iterator
+from unittest import mock
 
 from packaging.version import Version
 
@@ -63,8 +67,8 @@ def check_versions(installed: dict[str, str] | None = None) -> None:
 
 check_versions()
 
+import trl.trainer.sft_trainer as _sft_trainer  # noqa: E402
 from transformers.utils.peft_utils import find_adapter_config_file  # noqa: E402
-from trl import SFTTrainer  # noqa: E402
 from trl.models.utils import prepare_deepspeed, prepare_fsdp  # noqa: E402
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling  # noqa: E402
 from trl.trainer.utils import (  # noqa: E402
@@ -88,8 +92,20 @@ def _require(owner: type, *names: str) -> None:
 
 
 _require(
-    SFTTrainer, "_prepare_dataset", "_set_signature_columns_if_needed", "get_batch_samples", "compute_loss", "log"
+    _sft_trainer.SFTTrainer,
+    "_prepare_dataset",
+    "_set_signature_columns_if_needed",
+    "get_batch_samples",
+    "compute_loss",
+    "log",
 )
+
+
+@contextlib.contextmanager
+def adapter_on_lm_head() -> Iterator[None]:
+    """Let `SFTTrainer.__init__` accept a PEFT adapter on `lm_head`, which its own loss would drop; ours does not."""
+    with mock.patch.object(_sft_trainer, "BaseTunerLayer", type("NoTunerLayer", (), {})):
+        yield
 
 
 @functools.cache
@@ -102,6 +118,7 @@ def load_balancing_loss():  # the function that every Mixture-of-Experts family 
 __all__ = [
     "DataCollatorForLanguageModeling",
     "FusedCausalLMOutput",
+    "adapter_on_lm_head",
     "check_versions",
     "create_model_from_path",
     "find_adapter_config_file",

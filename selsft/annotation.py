@@ -1,22 +1,22 @@
 """From a reference to token columns: scores the rows of the trainer and turns the scores into token weights.
 
-The trainer asks for one of two things: `annotate` adds the columns to a whole data set before training (cached on disk),
-`annotate_batch` to one batch within a step (streamed data, or `precompute_scores=False`). Both run the same forward pass
-and the same selection. Kept apart from the trainer so that `selsft score` and tests reach it without training.
+The trainer asks for one of two things: `annotate` adds the columns to a whole data set before training (cached on
+disk), `annotate_batch` to one batch within a step (streamed data, or `precompute_scores=False`). Both run the same
+forward pass and the same selection. Rejected: doing this in the trainer, whose overrides would drown in it.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ._compat import get_config_model_id
 from .cache import LogpCache
@@ -165,12 +165,12 @@ class TokenAnnotator:
                 "precompute_scores=True, or merge the adapter first"
             )
         else:
-            self._start = place(copy.deepcopy(self.model).requires_grad_(False))
+            self._start = place(cast(Model, copy.deepcopy(self.model).requires_grad_(False)))
 
 
-def base_model(model: Model) -> Model:
+def base_model(model: Model) -> PreTrainedModel:
     """The causal language model below PEFT."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Log-probabilities on disk: one Arrow file per pair of rows and weights, never half-written, never unpickled.
 
-The key is made of the content of the rows and the hash of the weights: a threshold, an objective or a learning rate can
-change without another forward pass, and nothing else can change unnoticed. The fingerprint of `datasets` was rejected as
-a key: it is random after a transform that cannot be pickled, and covers columns that no score depends on.
+The key is made of the content of the rows and the hash of the weights: a threshold, an objective or a learning rate
+can change without another forward pass, and nothing else can change unnoticed. The fingerprint of `datasets` was
+rejected as a key: it is random after a transform that cannot be pickled, and covers columns that no score depends on.
 """
 
 from __future__ import annotations

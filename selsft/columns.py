@@ -1,8 +1,8 @@
 """Token columns through TRL's data preparation: per-message weights, truncation, packing.
 
-TRL truncates and packs `input_ids` and `labels` and either drops every other column or leaves it at its old length.
-So rows that bring weights or scores are tokenised by TRL without truncation and packing, and both are done here over
-all columns alike, with the same rules and `trl.pack_dataset`. Rejected: encoding a weight in the labels, which would leave
+TRL truncates and packs `input_ids` and `labels` and either drops every other column or leaves it at its old length. So
+rows that bring weights or scores are tokenised by TRL without truncation and packing, and both are done here over all
+columns alike, with the same rules and `trl.pack_dataset`. Rejected: encoding a weight in the labels, which would leave
 `-100` and the token id no room.
 """
 
@@ -30,9 +30,14 @@ def has_message_weights(dataset: Dataset | IterableDataset) -> bool:
     names = get_dataset_column_names(dataset)
     if "input_ids" in names or not {"messages", "completion"} & set(names):
         return False
-    first = next(iter(dataset), {})
+    first: dict[str, Any] = next(iter(dataset), {})
     messages = first.get("messages") or first.get("completion")
     return isinstance(messages, list) and any(isinstance(m, dict) and "weight" in m for m in messages)
+
+
+def brings_weights(dataset: Dataset | IterableDataset) -> bool:
+    """Whether `dataset` says itself which tokens count how much."""
+    return bool(token_columns(dataset)) or has_message_weights(dataset)
 
 
 def message_token_weights(
@@ -62,9 +67,9 @@ def message_token_weights(
         after = _render(tokenizer, messages[: position + 1], False, template_kwargs)
         if input_ids[: len(after)] != after or after[: len(before)] != before:
             raise ValueError(
-                f"the chat template renders message {position} ({message['role']}) differently when messages follow, "
-                "so its weight cannot be given to tokens: use a template that keeps earlier turns unchanged, or bring a "
-                f"{WEIGHTS!r} column with the tokenised data"
+                f"the chat template renders message {position} ({message['role']}) differently when others follow, "
+                "so its weight cannot be given to tokens: use a template that keeps earlier turns unchanged, or "
+                f"bring a {WEIGHTS!r} column with the tokenised data"
             )
         weights[len(before) : len(after)] = [float(weight)] * (len(after) - len(before))
     return weights
@@ -82,7 +87,7 @@ def _render(tokenizer, messages: list[dict], generation_prompt: bool, template_k
 def add_message_weights(
     dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, chat_template: str | None, args: SFTConfig
 ) -> Dataset | IterableDataset:
-    """Add `token_weights` to rows that TRL has tokenised and that still have `messages`, or `prompt` and `completion`."""
+    """Add `token_weights` to rows that TRL has tokenised and that still have their messages."""
 
     def weigh(example):
         messages = example["messages"] if "messages" in example else example["prompt"] + example["completion"]
@@ -130,15 +135,17 @@ def truncate_and_pack(dataset: Dataset | IterableDataset, args: SFTConfig, packi
 
 def _check_context(args: SFTConfig, packing: bool, columns: list[str]) -> None:
     """A score holds for the tokens before it: dropping some of them would leave it wrong in silence."""
-    cuts = args.packing_strategy in ("wrapped", "bfd_split") if packing else (
-        args.max_length is not None and args.truncation_mode == "keep_end"
+    cuts = (
+        args.packing_strategy in ("wrapped", "bfd_split")
+        if packing
+        else (args.max_length is not None and args.truncation_mode == "keep_end")
     )
     scores = sorted({BASE_LOGPS, REF_LOGPS} & set(columns))
     if cuts and scores:
         how = f"packing_strategy={args.packing_strategy!r}" if packing else "truncation_mode='keep_end'"
         raise ValueError(
-            f"the columns {scores} were computed in another context than {how} gives: pack or truncate before scoring, "
-            "or use packing_strategy='bfd'"
+            f"the columns {scores} were computed in another context than {how} gives: pack or truncate before "
+            "scoring, or use packing_strategy='bfd'"
         )
 
 

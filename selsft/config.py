@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import TrainingArguments
 from trl import SFTConfig
@@ -102,7 +102,10 @@ class SelectiveSFTConfig(SFTConfig):
     > when tokens are selected.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "reference_model_init_kwargs"]
+    _VALID_DICT_FIELDS = [  # noqa: RUF012 (as TRL declares it)
+        *SFTConfig._VALID_DICT_FIELDS,
+        "reference_model_init_kwargs",
+    ]
 
     # Parameters that control the scores
     reference_model: str | None = field(
@@ -248,8 +251,8 @@ class SelectiveSFTConfig(SFTConfig):
         if self.forget_objective == "gradient_ascent" and self.forget_floor is None and self.forget_weight > 0:
             warnings.warn(
                 "forget_objective='gradient_ascent' has no bound: the loss of a forgotten token runs to minus "
-                "infinity and its gradient is largest where nothing is left to forget. Use 'unlikelihood', or set forget_floor "
-                "(for example -10).",
+                "infinity and its gradient is largest where nothing is left to forget. Use 'unlikelihood', or set "
+                "forget_floor (for example -10).",
                 UserWarning,
                 stacklevel=4,
             )

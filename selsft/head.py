@@ -12,8 +12,12 @@ from __future__ import annotations
 import functools
 import types
 from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 import torch
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -37,8 +41,10 @@ class SelectiveHead:
         token_weights (`torch.Tensor` of shape `(batch, seq_len)`, float32, or `None`): signed weight of each token; a
             token's column is its own, not that of the position which predicts it. `None` asks for log-probabilities
             of all labels instead of a loss.
-        active_rows (`torch.Tensor` of shape `(m,)`, int64, or `None`): flat indices, in the `(batch, seq_len - 1)` grid
-            of predicting positions, of the rows with a weight other than 0; made on the host so that no step waits.
+        metrics (`bool`): whether log-probabilities come with entropy and top-1 hits (a loss always does).
+        active_rows (`torch.Tensor` of shape `(m,)`, int64, or `None`): flat indices, in the grid of
+            `(batch, seq_len - 1)` predicting positions, of the tokens with a weight; made on the host, so that no step
+            waits for the device.
         reference_logps (`torch.Tensor` of shape `(batch, seq_len)`, float32, or `None`): for `forget="npo"`.
         positive, forget, beta, floor: see `selsft_kernels.linear_selective_cross_entropy`.
     """
@@ -52,6 +58,7 @@ class SelectiveHead:
         forget: str = "unlikelihood",
         beta: float = 1.0,
         floor: float | None = None,
+        metrics: bool = False,
     ):
         self.token_weights = token_weights
         self.active_rows = active_rows
@@ -60,6 +67,7 @@ class SelectiveHead:
         self.forget = forget
         self.beta = beta
         self.floor = floor
+        self.metrics = metrics
 
 
 @dataclass
@@ -108,7 +116,7 @@ def add_selective_head(model: PreTrainedModel) -> None:
             return original_forward(*args, **kwargs)
         return _selective_forward(self, selective_head, *args, **kwargs)
 
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    model.forward = types.MethodType(forward, model)
     model._has_selective_head = True  # type: ignore[assignment]
 
 
@@ -124,6 +132,58 @@ def logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
     return (1.0 if scale is None else float(scale)), getattr(config, "final_logit_softcapping", None)
 
 
+class LMHead(NamedTuple):
+    """The tensors of a language-modelling head, full-sized and on one device."""
+
+    weight: torch.Tensor  # (V, H)
+    bias: torch.Tensor | None  # (V,)
+    lora_a: torch.Tensor | None  # (r, H)
+    lora_b: torch.Tensor | None  # (V, r)
+    lora_scale: float
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self.weight, self.bias, self.lora_a, self.lora_b
+
+
+def read_lm_head(module: nn.Module) -> LMHead:
+    """Weight, bias and LoRA factors of an output embedding.
+
+    Raises:
+        `ValueError` for an adapter on the head that is more than plain LoRA: the loss reads the weights directly and
+        would drop it in silence.
+    """
+    if not isinstance(module, BaseTunerLayer):
+        return LMHead(_whole(module.weight), _whole(getattr(module, "bias", None)), None, None, 1.0)
+    base = cast(nn.Linear, module.get_base_layer())
+    weight, bias = _whole(base.weight), _whole(base.bias)
+    if not isinstance(module, LoraLayer):
+        raise ValueError(
+            f"lm_head has an adapter that the fused loss cannot follow ({type(module).__name__}): only LoRA is "
+            "supported there. Remove 'lm_head' from target_modules"
+        )
+    active = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.lora_A]
+    if not active or module.merged:
+        return LMHead(weight, bias, None, None, 1.0)
+    name, *more = active
+    plain = (
+        type(module) is LoraLinear and not module.lora_variant and isinstance(module.lora_dropout[name], nn.Identity)
+    )
+    if more or not plain:
+        raise ValueError(
+            f"lm_head has an adapter that the fused loss cannot follow ({type(module).__name__}, adapters {active}): "
+            "only one plain LoRA adapter with lora_dropout=0 is supported there. Remove 'lm_head' from "
+            "target_modules, or set lora_dropout=0 and use_dora=False"
+        )
+    lora_a, lora_b = _whole(module.lora_A[name].weight), _whole(module.lora_B[name].weight)
+    return LMHead(weight, bias, lora_a, lora_b, float(module.scaling[name]))
+
+
+def _whole(parameter):
+    """FSDP2 shards parameters as DTensors, while the hidden states are ordinary tensors."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
 def _selective_forward(
     model: PreTrainedModel, head: SelectiveHead, *args, labels: torch.Tensor, **kwargs
 ) -> SelectiveCausalLMOutput:
@@ -133,23 +193,17 @@ def _selective_forward(
         kwargs.setdefault("output_router_logits", True)
     # `base_model` and the output embedding are looked up at every call: FSDP and PEFT replace them after patching
     backbone = model.base_model(*args, **kwargs)
-    lm_head = model.get_output_embeddings()
-    weight, bias = lm_head.weight, getattr(lm_head, "bias", None)
+    lm_head = read_lm_head(model.get_output_embeddings())
     # With `device_map` the backbone can end on another device than the head
-    hidden = backbone.last_hidden_state[:, :-1].to(weight.device)
-    targets = labels[:, 1:].to(weight.device)
-    if isinstance(weight, DTensor):  # FSDP2 shards parameters, the hidden states are ordinary tensors
-        weight = weight.full_tensor()
-        bias = bias.full_tensor() if bias is not None else None
-    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(weight.dtype)
-    scale, softcap = logit_transform(model)
-    common = {"linear_bias": bias, "softcap": softcap, "logit_scale": scale}
-    with maybe_gather_lm_head_ctx(weight, bias):
+    device = lm_head.weight.device
+    hidden, targets = backbone.last_hidden_state[:, :-1].to(device), labels[:, 1:].to(device)
+    if hidden.dtype != lm_head.weight.dtype and not torch.is_autocast_enabled(device.type):
+        hidden = hidden.to(lm_head.weight.dtype)
+    with maybe_gather_lm_head_ctx(*lm_head.tensors):  # type: ignore[arg-type]
         if head.token_weights is None:
-            scored = linear_logprob(hidden, weight, targets, **common)
-            return SelectiveCausalLMOutput(log_probs=scored.logprob, label_mask=targets != -100)
-        output = _selective_loss(head, hidden, weight, targets, common)
+            output = _label_logps(head, hidden, lm_head, targets, *logit_transform(model))
+        else:
+            output = _selective_loss(head, hidden, lm_head, targets, *logit_transform(model))
     if kwargs.get("output_router_logits"):
         output.aux_loss = load_balancing_loss()(
             backbone.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
@@ -157,7 +211,39 @@ def _selective_forward(
     return output
 
 
-def _selective_loss(head: SelectiveHead, hidden, weight, targets, common) -> SelectiveCausalLMOutput:
+def _label_logps(
+    head: SelectiveHead,
+    hidden: torch.Tensor,
+    lm_head: LMHead,
+    targets: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+) -> SelectiveCausalLMOutput:
+    scored = linear_logprob(
+        hidden,
+        lm_head.weight,
+        targets,
+        linear_bias=lm_head.bias,
+        softcap=softcap,
+        logit_scale=scale,
+        lora_a=lm_head.lora_a,
+        lora_b=lm_head.lora_b,
+        lora_scale=lm_head.lora_scale,
+        outputs=("logprob", "entropy", "is_top1") if head.metrics else ("logprob",),
+    )
+    return SelectiveCausalLMOutput(
+        log_probs=scored.logprob, entropy=scored.entropy, is_top1=scored.is_top1, label_mask=targets != -100
+    )
+
+
+def _selective_loss(
+    head: SelectiveHead,
+    hidden: torch.Tensor,
+    lm_head: LMHead,
+    targets: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+) -> SelectiveCausalLMOutput:
     width = targets.size(1)
     assert head.token_weights is not None
     weights = shift(head.token_weights, width).to(targets.device, torch.float32)
@@ -168,18 +254,24 @@ def _selective_loss(head: SelectiveHead, hidden, weight, targets, common) -> Sel
         rows = rows // own * width + rows % own + virtual
     out = linear_selective_cross_entropy(
         hidden,
-        weight,
+        lm_head.weight,
         targets,
         weights,
+        linear_bias=lm_head.bias,
         reference_logprob=reference,
         positive=head.positive,
         forget=head.forget,
         beta=head.beta,
         floor=head.floor,
+        softcap=softcap,
+        logit_scale=scale,
+        lora_a=lm_head.lora_a,
+        lora_b=lm_head.lora_b,
+        lora_scale=lm_head.lora_scale,
         active_rows=None if rows is None else rows.to(targets.device),
         outputs=("logprob", "entropy", "is_top1"),
-        **common,
     )
+    assert out.logprob is not None and out.entropy is not None and out.is_top1 is not None
     # Labels and weights agree by construction (the collator zeroes the weight of a masked label)
     positive, negative = weights > 0, weights < 0
     # The mean objective per token, without weights, for the logs. log p near 0 is exact to fp32's relative precision,

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -97,7 +97,7 @@ class Reference:
             with _with_adapter(policy, self.name) as model, frozen(model):
                 yield model
         else:
-            with frozen(policy), use_adapter(policy, self.adapter):
+            with frozen(policy), use_adapter(cast(PeftModel, policy), self.adapter):
                 yield policy
 
     def fingerprint(self, model: Model) -> str:
@@ -159,7 +159,7 @@ def use_start(policy: Model, at_base: bool) -> Iterator[Model]:
     """
     with frozen(policy):
         if at_base:
-            with use_adapter(policy, None):
+            with use_adapter(cast(PeftModel, policy), None):
                 yield policy
         else:
             yield policy
@@ -236,7 +236,9 @@ def _same_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase, init_kwargs
 
 
 def _check_embeddings(policy: Model, reference: Model, name: str) -> None:
-    ours, theirs = (model.get_input_embeddings().weight.shape[0] for model in (policy, reference))
+    ours, theirs = (
+        cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0] for model in (policy, reference)
+    )
     if ours != theirs:
         raise ValueError(
             f"reference_model {name!r} has a vocabulary of {theirs} tokens, the trained model {ours}: use a reference "

@@ -11,6 +11,7 @@ noise or not, which ruins a small model (docs/experiments.md); it is one setting
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -89,21 +90,22 @@ def select_token_weights(
         one float32 array per row of -1, 0, 1; 0 wherever `trained` is false. With `forget_weight=0` negatives are 0:
         ignoring is forgetting with weight zero, and such rows are then skipped altogether.
     """
-    rule = {
-        "negative_threshold": args.negative_threshold,
-        "positive_fraction": args.positive_fraction,
-        "neutral_band": args.neutral_band,
-    }
+    label = functools.partial(
+        label_tokens,
+        negative_threshold=args.negative_threshold,
+        positive_fraction=args.positive_fraction,
+        neutral_band=args.neutral_band,
+    )
     lengths = [len(row) for row in trained]
     mask = _concatenate(trained, bool)
     scores = (_concatenate(ref_logps, np.float32) - _concatenate(base_logps, np.float32))[mask]
     shield = _concatenate(protected, bool)[mask]
     if args.selection_scope == "global":
-        labels = label_tokens(scores, protected=shield, **rule)
+        labels = label(scores, protected=shield)
     else:
         ends = np.cumsum([int(row.sum()) for row in trained])[:-1]
         parts = zip(np.split(scores, ends), np.split(shield, ends), strict=True)
-        labels = _concatenate([label_tokens(part, protected=guard, **rule) for part, guard in parts], np.int8)
+        labels = _concatenate([label(part, protected=guard) for part, guard in parts], np.int8)
     if args.forget_weight == 0:
         labels = np.maximum(labels, NEUTRAL)
     weights = np.zeros(mask.size, dtype=np.float32)

@@ -8,22 +8,32 @@ would have to follow every feature of TRL's.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import textwrap
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainingArguments
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 
-from ._compat import DataCollatorForLanguageModeling, get_config_model_id, prepare_deepspeed, prepare_fsdp
+from ._compat import (
+    DataCollatorForLanguageModeling,
+    adapter_on_lm_head,
+    get_config_model_id,
+    prepare_deepspeed,
+    prepare_fsdp,
+)
 from .annotation import TokenAnnotator, base_model
 from .collator import ACTIVE_ROWS, BASE_LOGPS, REF_LOGPS, TOKEN_COLUMNS, WEIGHTS, DataCollatorForSelectiveSFT
-from .columns import add_message_weights, has_message_weights, token_columns, truncate_and_pack
+from .columns import add_message_weights, brings_weights, has_message_weights, token_columns, truncate_and_pack
 from .config import SelectiveSFTConfig
-from .head import STATS, SelectiveHead, add_selective_head
+from .head import STATS, SelectiveHead, add_selective_head, read_lm_head
 from .reference import Model
 from .schedules import forget_weight_at
 
@@ -110,15 +120,17 @@ class SelectiveSFTTrainer(SFTTrainer):
             args = SelectiveSFTConfig(f"{name.split('/')[-1]}-SFT")
         else:
             args = SelectiveSFTConfig.from_training_arguments(args)
-        self._train_is_prepared = False
-        super().__init__(
-            model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_loss_func,
-            compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics,
-            quantization_config, peft_config, formatting_func,
-        )  # fmt: skip
         source = reference_model if reference_model is not None else args.reference_model
+        self._train_is_prepared = False
+        may_select = source is not None or (train_dataset is not None and brings_weights(train_dataset))
+        with adapter_on_lm_head() if may_select else contextlib.nullcontext():
+            super().__init__(
+                model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_loss_func,
+                compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics,
+                quantization_config, peft_config, formatting_func,
+            )  # fmt: skip
         given = token_columns(self.train_dataset)
-        self._selective = source is not None or WEIGHTS in given or {BASE_LOGPS, REF_LOGPS} & set(given) != set()
+        self._selective = source is not None or bool(given)
         self._online = source is not None and (
             not args.precompute_scores or isinstance(self.train_dataset, IterableDataset)
         )
@@ -128,12 +140,14 @@ class SelectiveSFTTrainer(SFTTrainer):
             self._select_tokens(source, given)
 
     def _select_tokens(self, source: str | Model | None, given: list[str]) -> None:
-        """All that a selective run needs beyond `SFTTrainer.__init__`; after it, so that the policy is initialised from
-        the same random numbers."""
+        """All that a selective run needs beyond `SFTTrainer.__init__`; after it, so that the policy is initialised
+        from the same random numbers."""
         self._refuse_unsupported(source, given)
         if not isinstance(self.data_collator, DataCollatorForSelectiveSFT):
-            self.data_collator = DataCollatorForSelectiveSFT.from_parent(self.data_collator)
+            parent = cast(DataCollatorForLanguageModeling, self.data_collator)
+            self.data_collator = DataCollatorForSelectiveSFT.from_parent(parent)
         add_selective_head(base_model(self.model))
+        read_lm_head(self.model.get_output_embeddings())  # refuses an adapter that the loss cannot follow
         # The loss is normalised over the optimizer step, whatever the model's own forward accepts
         self.model_accepts_loss_kwargs = True
         self._annotator = TokenAnnotator(
@@ -156,36 +170,61 @@ class SelectiveSFTTrainer(SFTTrainer):
         parallelism = self.accelerator.parallelism_config
         scores = {BASE_LOGPS, REF_LOGPS} & set(given)
         streamed = isinstance(self.train_dataset, IterableDataset)
-        reasons = {
-            f"the train dataset has the columns {given} and a reference_model is set: both say what is negative. Drop "
-            "the columns or the reference": source is not None and bool(given),
-            f"the train dataset has only one of the columns {BASE_LOGPS!r} and {REF_LOGPS!r}: a score needs both": len(
-                scores
-            )
-            == 1,
-            f"streamed rows cannot be selected by the columns {sorted(scores)}: load the dataset, or bring "
-            f"{WEIGHTS!r}": streamed and bool(scores) and WEIGHTS not in given,
-            "forget_objective='npo' needs the log-probabilities of the start, which streamed rows with given weights "
-            "do not have: use another objective": streamed and WEIGHTS in given and args.forget_objective == "npo",
-            "compute_loss_func and token selection exclude each other: the loss of a token is set by forget_objective "
-            "and loss_type": self.compute_loss_func is not None,
-            f"label_smoothing_factor={args.label_smoothing_factor} has no meaning for negative tokens: set it to "
-            "0": args.label_smoothing_factor > 0,
-            "token selection is not available for datasets with images, whose tokens are made in the collator: train on "
-            "text, or without a reference": self._is_vision_dataset,
-            "token selection is not available with context, sequence or tensor parallelism (cp_size, sp_size or tp_size "
-            "> 1): use data parallelism, FSDP or DeepSpeed": parallelism is not None
-            and (parallelism.cp_enabled or parallelism.sp_enabled or parallelism.tp_enabled),
-            "token selection needs tokenised rows: with skip_prepare_dataset bring the column 'input_ids'": "input_ids"
-            not in names
-            and not streamed,
-            f"data_collator is a {type(self.data_collator).__name__}, which drops the token columns: derive it from "
-            "selsft.DataCollatorForSelectiveSFT, or leave it out": not isinstance(
-                self.data_collator, DataCollatorForSelectiveSFT
-            )
-            and type(self.data_collator) is not DataCollatorForLanguageModeling,
-        }
-        for reason, holds in reasons.items():
+        collator = type(self.data_collator)
+        reasons = [
+            (
+                source is not None and given,
+                f"the train dataset has the columns {given} and a reference_model is set: both say what is negative. "
+                "Drop the columns or the reference",
+            ),
+            (
+                len(scores) == 1 and WEIGHTS not in given,
+                f"the train dataset has the column {sorted(scores)[0] if scores else ''!r} alone: a score needs both "
+                f"{BASE_LOGPS!r} and {REF_LOGPS!r}",
+            ),
+            (
+                streamed and scores and WEIGHTS not in given,
+                f"streamed rows cannot be selected by the columns {sorted(scores)}: load the dataset, or bring "
+                f"{WEIGHTS!r}",
+            ),
+            (
+                streamed and WEIGHTS in given and BASE_LOGPS not in given and args.forget_objective == "npo",
+                "forget_objective='npo' needs the log-probabilities at the start of training, which streamed rows "
+                "with given weights do not have: use another objective",
+            ),
+            (
+                self.compute_loss_func is not None,
+                "compute_loss_func and token selection exclude each other: the loss of a token is set by "
+                "forget_objective and loss_type",
+            ),
+            (
+                args.label_smoothing_factor > 0,
+                f"label_smoothing_factor={args.label_smoothing_factor} has no meaning for negative tokens: set "
+                "it to 0",
+            ),
+            (
+                self._is_vision_dataset,
+                "token selection is not available for datasets with images, whose tokens are made in the collator: "
+                "train on text, or without a reference",
+            ),
+            (
+                parallelism is not None
+                and (parallelism.cp_enabled or parallelism.sp_enabled or parallelism.tp_enabled),
+                "token selection is not available with context, sequence or tensor parallelism (cp_size, sp_size or "
+                "tp_size > 1): use data parallelism, FSDP or DeepSpeed",
+            ),
+            (
+                "input_ids" not in names and not streamed,
+                "token selection needs tokenised rows: with skip_prepare_dataset bring the column 'input_ids'",
+            ),
+            (
+                not issubclass(collator, DataCollatorForSelectiveSFT)
+                and collator is not DataCollatorForLanguageModeling,
+                f"data_collator is a {collator.__name__}, which drops the token columns: derive it from "
+                "selsft.DataCollatorForSelectiveSFT, or leave it out",
+            ),
+        ]
+        for holds, reason in reasons:
             if holds:
                 raise ValueError(reason)
 
@@ -194,7 +233,7 @@ class SelectiveSFTTrainer(SFTTrainer):
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(model, self.accelerator)
         if self.is_fsdp_enabled:
-            return prepare_fsdp(model, self.accelerator)
+            return cast(Model, prepare_fsdp(model, self.accelerator))
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
@@ -214,8 +253,9 @@ class SelectiveSFTTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self):
         """Keeps the token columns that training needs."""
         super()._set_signature_columns_if_needed()
-        if self._selective and WEIGHTS not in self._signature_columns:
-            self._signature_columns += [WEIGHTS, *([BASE_LOGPS] if self.args.forget_objective == "npo" else [])]
+        names = cast(list[str], self._signature_columns)
+        if self._selective and WEIGHTS not in names:
+            names += [WEIGHTS, BASE_LOGPS] if self.args.forget_objective == "npo" else [WEIGHTS]
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Counts positive and negative tokens over the optimizer step and all processes, where TRL counts labels, and
@@ -237,6 +277,8 @@ class SelectiveSFTTrainer(SFTTrainer):
         its normalisation, metrics and auxiliary loss stay TRL's. In evaluation it runs as it is: plain NLL."""
         columns = {name: inputs.pop(name) for name in (*TOKEN_COLUMNS, ACTIVE_ROWS) if name in inputs}
         if not self._selective or not self.model.training:
+            if isinstance(self.model.get_output_embeddings(), BaseTunerLayer):  # TRL's head would drop the adapter
+                model = _with_head(model, SelectiveHead(metrics=True))
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         args = self.args
         counts = self._step_counts if num_items_in_batch is not None else _count(columns[WEIGHTS])
@@ -264,18 +306,10 @@ class SelectiveSFTTrainer(SFTTrainer):
             floor=args.forget_floor,
         )
 
-        def with_selective_head(fused_lm_head: bool = False, **kwargs):
-            if not fused_lm_head:  # the deprecated forward that rebuilds logits for `return_outputs`
-                return model(**kwargs)
-            outputs = model(**kwargs, selective_head=head)
-            self._stats.append(outputs.stats.detach())
-            outputs.log_probs = -outputs.loss.reshape(1, 1)  # TRL sums `-log_probs` and divides by the number of items
-            return outputs
-
         self._metrics["train"]["forget_weight"].append(forget_weight)
         loss_type, args.loss_type = args.loss_type, "nll"  # the head has applied DFT's factor already
         try:
-            return super().compute_loss(with_selective_head, inputs, return_outputs, num_items)
+            return super().compute_loss(_with_head(model, head, self._stats), inputs, return_outputs, num_items)
         finally:
             args.loss_type = loss_type
 
@@ -294,6 +328,21 @@ class SelectiveSFTTrainer(SFTTrainer):
                 metrics["negative_below_1e-6"].append(total["negatives_forgotten"] / negatives)
             metrics["negative_fraction"].append(negatives / max(positives + negatives, 1))
         super().log(logs, start_time)
+
+
+def _with_head(model: torch.nn.Module, head: SelectiveHead, stats: list[torch.Tensor] | None = None) -> Callable:
+    """What `SFTTrainer.compute_loss` calls in place of the model: its fused head becomes the selective one."""
+
+    def forward(fused_lm_head: bool = False, **inputs):
+        if not fused_lm_head:  # the deprecated forward that rebuilds the logits for `return_outputs`
+            return model(**inputs)
+        outputs = model(**inputs, selective_head=head)
+        if stats is not None:
+            stats.append(outputs.stats.detach())
+            outputs.log_probs = -outputs.loss.reshape(1, 1)  # TRL sums `-log_probs` and divides by the number of items
+        return outputs
+
+    return forward
 
 
 def _count(token_weights: torch.Tensor) -> torch.Tensor:

@@ -137,17 +137,13 @@ def test_scored_columns_select_without_a_reference(options):
     data = tiny.tokenised_data(base_logps=lambda i, row: [0.0] * len(row), ref_logps=score)
     for threshold, expected in ((1.5, {2, 3}), (2.5, {3})):
         run = make(options, data, negative_threshold=threshold, protect_special_tokens=False)
-        found = {
-            t % 4 for row in run.train_dataset for t, weight in enumerate(row["token_weights"]) if weight < 0
-        }
+        found = {t % 4 for row in run.train_dataset for t, weight in enumerate(row["token_weights"]) if weight < 0}
         assert found == expected
 
 
 @pytest.mark.parametrize("changes", [MODES["wrapped"], MODES["bfd_split"], MODES["keep_end"]])
 def test_scores_of_another_context_are_refused(changes, options):
-    data = tiny.tokenised_data(
-        base_logps=lambda i, row: [0.0] * len(row), ref_logps=lambda i, row: [0.0] * len(row)
-    )
+    data = tiny.tokenised_data(base_logps=lambda i, row: [0.0] * len(row), ref_logps=lambda i, row: [0.0] * len(row))
     with pytest.raises(ValueError, match="were computed in another context"):
         make(options, data, **changes)
 

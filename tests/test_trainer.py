@@ -56,13 +56,16 @@ def expected_loss(model, rows, objective, normalization, forget_weight, beta=1.0
                 n_positive += 1
             elif weight < 0:
                 start = row["base_logps"][position] if objective == "npo" else 0.0
-                negative += -weight * {
-                    "unlikelihood": -math.log1p(-p),
-                    "probability": p,
-                    "npo": 2 / beta * math.log1p(math.exp(beta * (logp - start))),
-                    "wga": p**beta / beta,
-                    "gradient_ascent": logp,
-                }[objective]
+                negative += (
+                    -weight
+                    * {
+                        "unlikelihood": -math.log1p(-p),
+                        "probability": p,
+                        "npo": 2 / beta * math.log1p(math.exp(beta * (logp - start))),
+                        "wga": p**beta / beta,
+                        "gradient_ascent": logp,
+                    }[objective]
+                )
                 n_negative += 1
     if normalization == "joint":
         return (positive + forget_weight * negative) / (n_positive + n_negative)
@@ -110,7 +113,9 @@ def test_forget_weight_zero_is_ignoring(options):
     sign = lambda index, row: [-1.0 if (index + t) % 4 == 0 else 1.0 for t in range(len(row))]  # noqa: E731
     data = tiny.tokenised_data(token_weights=sign)
     ignored = data.map(
-        lambda row: {"labels": [-100 if w < 0 else y for w, y in zip(row["token_weights"], row["labels"], strict=True)]}
+        lambda row: {
+            "labels": [-100 if w < 0 else y for w, y in zip(row["token_weights"], row["labels"], strict=True)]
+        }
     )
     changes = {"optim": "sgd", "learning_rate": 0.3}
     run = make(options, data, forget_weight=0.0, protect_special_tokens=False, **changes)
@@ -215,13 +220,15 @@ def test_reference_trains_online(streamed, options, tmp_path):
 )
 def test_adapters_train_selectively(config, options, tmp_path):
     run = make(
-        options, tiny.prompt_data(), config, tiny.llama(seed=1), negative_threshold=0.1, learning_rate=0.1, max_steps=6,
-        scoring_cache_dir=str(tmp_path / "c"), forget_weight=1.0,
+        options, tiny.prompt_data(), config, tiny.llama(seed=1), negative_threshold=0.1, learning_rate=0.1,
+        max_steps=6, scoring_cache_dir=str(tmp_path / "c"), forget_weight=1.0,
     )  # fmt: skip
     before = {name: value.clone() for name, value in run.model.named_parameters() if value.requires_grad}
     run.train()
     assert all(np.isfinite(row["loss"]) and row["negative_fraction"] > 0.1 for row in steps(run))
-    moved = [name for name, value in run.model.named_parameters() if name in before and not torch.equal(value, before[name])]
+    moved = [
+        name for name, value in run.model.named_parameters() if name in before and not torch.equal(value, before[name])
+    ]
     assert moved == list(before)
 
 
@@ -247,7 +254,11 @@ def test_prompt_tuning_loss_does_not_see_virtual_tokens(options):
 def test_paper_preset_warns_and_runs(options, tmp_path):
     with pytest.warns(UserWarning, match="has no bound"):
         run = make(
-            options, tiny.prompt_data(), reference=tiny.llama(seed=1), scoring_cache_dir=str(tmp_path), **PAPER_2508_04329
+            options,
+            tiny.prompt_data(),
+            reference=tiny.llama(seed=1),
+            scoring_cache_dir=str(tmp_path),
+            **PAPER_2508_04329,
         )
     weights = np.concatenate([np.array(row["token_weights"]) for row in run.train_dataset])
     assert (weights > 0).sum() == int(0.7 * (weights != 0).sum())
@@ -257,7 +268,7 @@ def test_paper_preset_warns_and_runs(options, tmp_path):
 REFUSED = {
     "label_smoothing": ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor=0.1"),
     "reference_and_weights": ({}, {"reference": lambda: tiny.llama(seed=1)}, "both say what is negative"),
-    "half_a_score": ({}, {"data": lambda: tiny.tokenised_data(base_logps=signed)}, "only one of the columns"),
+    "half_a_score": ({}, {"data": lambda: tiny.tokenised_data(base_logps=signed)}, "the column .base_logps. alone"),
     "short_column": (
         {}, {"data": lambda: tiny.tokenised_data(token_weights=lambda i, row: [1.0] * (len(row) - (i == 3)))},
         "row 3: column 'token_weights' has",
@@ -296,3 +307,34 @@ def test_config_names_field_and_value(field, value, options):
 def test_config_excludes_two_rules(options):
     with pytest.raises(ValueError, match="exclude each other"):
         SelectiveSFTConfig(**options, negative_threshold=1.0, positive_fraction=0.5)
+
+
+LM_HEAD_LORA = {"r": 4, "target_modules": ["q_proj", "lm_head"]}
+
+
+def test_lora_on_the_head_is_trained_and_evaluated(options):
+    """TRL refuses it, since its loss would drop the adapter. The reference is the model's own forward, which does not."""
+    run = make(options, peft_config=LoraConfig(**LM_HEAD_LORA), forget_weight=1.0, learning_rate=0.1, max_steps=5)
+    factors = {n: p.clone() for n, p in run.model.named_parameters() if "lm_head" in n and p.requires_grad}
+    run.train()
+    assert len(factors) == 2
+    assert all(not torch.equal(p, factors[n]) for n, p in run.model.named_parameters() if n in factors)
+    batch = next(iter(run.get_train_dataloader()))
+    run.model.eval()
+    with torch.no_grad():
+        logits = run.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    wanted = F.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:])
+    inputs = {key: batch[key] for key in ("input_ids", "labels", "attention_mask")}
+    with torch.no_grad():
+        assert float(run.compute_loss(run.model, inputs)) == pytest.approx(float(wanted), rel=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"lora_dropout": 0.1}, {"use_dora": True}], ids=["dropout", "dora"])
+def test_other_adapters_on_the_head_are_refused(change, options):
+    with pytest.raises(ValueError, match="lm_head has an adapter that the fused loss cannot follow"):
+        make(options, peft_config=LoraConfig(**LM_HEAD_LORA, **change))
+
+
+def test_lora_on_the_head_without_selection_is_trls_error(options):
+    with pytest.raises(ValueError, match="PEFT adapter to `lm_head` is not supported"):
+        make(options, tiny.prompt_data(), LoraConfig(**LM_HEAD_LORA))

@@ -1,0 +1,34 @@
+# Every target sets up what it needs: a fresh machine needs python and make alone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+.PHONY: demo test lint gpu-check bench clean
+
+demo: $(STAMP)
+	$(BIN)/selsft demo
+
+# Two runs: the Triton kernels need the interpreter, which everything else would crawl under.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/triton
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# On a machine with a GPU: correctness first, then the benchmarks, then the bars of docs/kernel-log.md.
+gpu-check: $(STAMP)
+	$(BIN)/python benchmarks/gpu_check.py
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist
