@@ -5,6 +5,8 @@ from the start, which is how the kernels are tested without a GPU. Torch everywh
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -22,3 +24,17 @@ def use_triton(device: torch.device) -> bool:
     if device.type in ("cuda", "xpu"):
         return HAS_TRITON
     return INTERPRETED and device.type == "cpu"
+
+
+@contextmanager
+def computing_on(device: torch.device) -> Iterator[None]:
+    """Inside an operator: no autocast, and kernels go to `device`, which need not be the current one.
+
+    Triton launches on the current device whatever its arguments are on; with a model split over GPUs those differ.
+    """
+    with torch.autocast(device.type, enabled=False):
+        if device.type in ("cuda", "xpu"):
+            with torch.get_device_module(device).device(device):
+                yield
+        else:
+            yield

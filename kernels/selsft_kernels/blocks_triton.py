@@ -27,11 +27,25 @@ def transform(raw, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def load_logits(row_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """A block of logits in fp32; what is masked is arbitrary."""
-    raw = tl.load(row_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+def load_logits(
+    row_ptr,
+    bias_ptr,
+    offsets,
+    vocab,
+    readable,  # columns that may be read, at least `vocab`
+    scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """A block of logits in fp32; what lies beyond the vocabulary is arbitrary.
+
+    A load masked at a multiple of 16 columns is done 16 bytes a thread; masked at an odd vocabulary, 2 bytes.
+    """
+    raw = tl.load(row_ptr + offsets, mask=offsets < readable, other=0.0, eviction_policy=EVICT).to(tl.float32)
     if HAS_BIAS:
-        raw += tl.load(bias_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        raw += tl.load(bias_ptr + offsets, mask=offsets < vocab, other=0.0).to(tl.float32)
     return transform(raw, scale, softcap, HAS_SOFTCAP)
 
 

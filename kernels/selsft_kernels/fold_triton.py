@@ -8,12 +8,10 @@ from torch import Tensor
 
 from .blocks_triton import LN2, LOG2E, LOWEST, fold_block, load_logits
 from .rows import Transform
-from .rows_triton import last_stride_one, warps
+from .rows_triton import last_stride_one, launch_shape
 
 if TYPE_CHECKING:
     from .logprob_op import FoldState
-
-_MAX_BLOCK = 8192
 
 
 @triton.jit
@@ -28,6 +26,7 @@ def fold_kernel(
     before_ptr,
     own_ptr,
     width,
+    readable,
     scale,
     softcap,
     HAS_BIAS: tl.constexpr,
@@ -51,7 +50,9 @@ def fold_kernel(
     for start in range(0, width, BLOCK):
         offsets = start + lane
         mask = offsets < width
-        z = load_logits(row_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+        z = load_logits(
+            row_ptr, bias_ptr, offsets, width, readable, scale, softcap, HAS_BIAS, HAS_SOFTCAP, "evict_first"
+        )
         if IS_TOP1:
             before = tl.maximum(before, tl.max(tl.where(mask & (offsets < column), z, LOWEST), axis=0))
             own = tl.maximum(own, tl.max(tl.where(mask & (offsets == column), z, LOWEST), axis=0))
@@ -66,11 +67,11 @@ def fold_kernel(
             tl.store(own_ptr + row, own)
 
 
-def fold(raw: Tensor, column: Tensor, t: Transform, state: "FoldState") -> None:
+def fold(raw: Tensor, column: Tensor, t: Transform, state: "FoldState", padding: int = 0) -> None:
     """See the twin. Leaves `raw` alone."""
     rows, width = raw.shape
     raw = last_stride_one(raw)
-    block = min(_MAX_BLOCK, triton.next_power_of_2(width))
+    block, num_warps = launch_shape(width, extras=state.weighted is not None or state.own is not None)
     fold_kernel[(rows,)](
         raw,
         raw.stride(0),
@@ -82,6 +83,7 @@ def fold(raw: Tensor, column: Tensor, t: Transform, state: "FoldState") -> None:
         state.before,
         state.own,
         width,
+        width + padding,
         t.logit_scale,
         1.0 if t.softcap is None else t.softcap,
         HAS_BIAS=t.bias is not None,
@@ -89,5 +91,5 @@ def fold(raw: Tensor, column: Tensor, t: Transform, state: "FoldState") -> None:
         ENTROPY=state.weighted is not None,
         IS_TOP1=state.own is not None,
         BLOCK=block,
-        num_warps=warps(block),
+        num_warps=num_warps,
     )

@@ -84,7 +84,7 @@ def linear_loss_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`(loss, logprob, entropy, is_top1, d_input, d_weight, d_bias, d_lora_a, d_lora_b)`; [0] where not wanted."""
     checks.contents(target, active_rows, weight.shape[0], ignore_index)
-    with torch.autocast(input.device.type, enabled=False):
+    with backend.computing_on(input.device):
         head = make_head(weight, bias, lora_a, lora_b, softcap, logit_scale, lora_scale, compute_dtype)
         work = select_rows(target, token_weight, reference, active_rows, ignore_index)
         objective = Objective(positive, forget, beta, floor)
@@ -142,8 +142,8 @@ def select_rows(
     """The rows to compute. Without `index` they are looked up, for which the host waits on a GPU."""
     if index is None:
         index = ((token_weight != 0) & (target != ignore_index)).nonzero().squeeze(1)
-    if index.shape[0] == target.shape[0]:
-        index = None  # every row once: their order does not matter
+        if index.shape[0] == target.shape[0]:
+            index = None
     count = target.shape[0]
     if index is not None:
         count = index.shape[0]
@@ -214,7 +214,7 @@ def chunk_loop(
     for start in range(0, work.size, chunk):
         end = min(start + chunk, work.size)
         index = None if work.rows is None else work.rows[start:end]
-        x = (input[start:end] if index is None else input[index]).to(dtype)
+        x = hidden_rows(input, index, work.weight[start:end], slice(start, end)).to(dtype)
         lora_hidden = None if head.lora is None else product_fp32(x, head.lora.a.t())
         raw = raw_logits(buffer[: end - start, :vocab], x, head, lora_hidden)
         targets = Targets(
@@ -224,10 +224,28 @@ def chunk_loop(
             None if work.reference is None else work.reference[start:end],
         )
         loss_rows = rows_triton.loss_rows if backend.use_triton(device) else rows.loss_rows
-        loss_rows(raw, targets, head.transform, objective, stats.part(start, end), want_grad=want_grad)
+        loss_rows(
+            raw,
+            targets,
+            head.transform,
+            objective,
+            stats.part(start, end),
+            want_grad=want_grad,
+            padding=buffer.shape[1] - vocab,
+        )
         if want_grad:
             place = slice(start, end) if index is None else index
             add_gradients(grads, raw, x, head, lora_hidden, place, first=start == 0)
+
+
+def hidden_rows(input: Tensor, index: Tensor | None, weight: Tensor, rows: slice) -> Tensor:
+    """The hidden states of a chunk; zeros where a caller lists a row of weight 0.
+
+    Its logits' gradient is zero, but in the product for the head's gradient a NaN in such a row would still count.
+    """
+    if index is None:
+        return input[rows]
+    return input[index].masked_fill_((weight == 0).unsqueeze(1), 0.0)
 
 
 def raw_logits(out: Tensor, x: Tensor, head: Head, lora_hidden: Tensor | None, columns: slice = slice(None)) -> Tensor:

@@ -53,7 +53,8 @@ def logits_loss_op(
         lse=torch.empty_like(weight), grad=torch.empty_like(weight)
     )
     if backend.use_triton(device):
-        rows_triton.loss_rows(logits, targets, transform, objective, stats, want_grad=False)
+        with backend.computing_on(device):
+            rows_triton.loss_rows(logits, targets, transform, objective, stats, want_grad=False)
     else:
         for start, end in parts(logits):
             part = Targets(*(None if t is None else t[start:end] for t in targets))  # type: ignore[arg-type]
@@ -108,7 +109,8 @@ def write_grad(
     targets = Targets(target, target_logit, weight, None)
     grad = grad * factor
     if backend.use_triton(logits.device):
-        rows_triton.grad_rows(out, logits, targets, transform, lse, grad)
+        with backend.computing_on(logits.device):
+            rows_triton.grad_rows(out, logits, targets, transform, lse, grad)
         return
     for start, end in parts(logits):
         part = Targets(*(None if t is None else t[start:end] for t in targets))  # type: ignore[arg-type]

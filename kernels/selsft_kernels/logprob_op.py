@@ -66,7 +66,7 @@ def linear_logprob_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(logprob, entropy, is_top1)`, each [N]; [0] where not wanted."""
     checks.contents(target, active_rows, weight.shape[0], ignore_index)
-    with torch.autocast(input.device.type, enabled=False):
+    with backend.computing_on(input.device):
         head = make_head(weight, bias, lora_a, lora_b, softcap, logit_scale, lora_scale, compute_dtype)
         # The same rule as in training, with weight 1 for every row.
         work = select_rows(target, torch.ones_like(target, dtype=torch.float32), None, active_rows, ignore_index)
@@ -109,14 +109,15 @@ def tile_loop(input: Tensor, head: Head, work: Work, state: FoldState, chunk_siz
             columns = slice(left, min(left + width, vocab))
             raw = raw_logits(buffer[: end - start, : columns.stop - left], x, head, lora_hidden, columns)
             bias = None if head.transform.bias is None else head.transform.bias[columns]
-            fold(raw, target - left, head.transform._replace(bias=bias), state.part(start, end))
+            padding = chunking.padded(raw.shape[1]) - raw.shape[1]
+            fold(raw, target - left, head.transform._replace(bias=bias), state.part(start, end), padding)
     return z_y
 
 
-def fold_tile(raw: Tensor, column: Tensor, t: Transform, state: FoldState) -> None:
+def fold_tile(raw: Tensor, column: Tensor, t: Transform, state: FoldState, padding: int = 0) -> None:
     """Folds raw logits [n, width] into the state; `column` [n] is the target's place in the tile or outside of it.
 
-    The twin of `fold_triton.fold`; overwrites `raw` if it is fp32.
+    The twin of `fold_triton.fold`; overwrites `raw` if it is fp32. `padding` is as in `rows.loss_rows`.
     """
     width = raw.shape[1]
     z = rows.transform(raw if raw.dtype == torch.float32 else raw.float(), t, with_bias=True)

@@ -80,8 +80,12 @@ def loss_rows(
     stats: RowStats,
     *,
     want_grad: bool,
+    padding: int = 0,
 ) -> None:
-    """Loss and statistics of each row and, over the raw logits, the gradient with respect to them."""
+    """Loss and statistics of each row and, over the raw logits, the gradient with respect to them.
+
+    `padding`: columns to the right of `raw`, in the same memory, that may be read and written; for the Triton kernels.
+    """
     z = raw if raw.dtype == torch.float32 else raw.float()
     column = targets.column.unsqueeze(1)
     if stats.is_top1 is not None:

@@ -6,6 +6,7 @@ gradient over it. Online softmax with one pass and stored blocks was the alterna
 fit the registers or the shared memory of one multiprocessor.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,7 +16,7 @@ from .objectives import Objective
 from .objectives_triton import sigmoid, softplus, token_loss
 from .rows import RowStats, Targets, Transform
 
-_MAX_BLOCK = 8192
+_MAX_BLOCK = 16384
 
 
 @triton.jit
@@ -54,6 +55,7 @@ def loss_rows_kernel(
     lse_ptr,
     grad_ptr,
     vocab,
+    readable,
     scale,
     softcap,
     beta,
@@ -90,7 +92,9 @@ def loss_rows_kernel(
         for start in range(0, vocab, BLOCK):
             offsets = start + tl.arange(0, BLOCK)
             mask = offsets < vocab
-            z = load_logits(row_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+            z = load_logits(
+                row_ptr, bias_ptr, offsets, vocab, readable, scale, softcap, HAS_BIAS, HAS_SOFTCAP, "evict_last"
+            )
             if IS_TOP1:
                 before = tl.maximum(before, tl.max(tl.where(mask & (offsets < target), z, LOWEST), axis=0))
                 own = tl.maximum(own, tl.max(tl.where(mask & (offsets == target), z, LOWEST), axis=0))
@@ -127,12 +131,13 @@ def loss_rows_kernel(
         target_grad = grad * target_slope(z_y, scale, softcap, HAS_SOFTCAP)
         for start in range(0, vocab, BLOCK):
             offsets = start + tl.arange(0, BLOCK)
-            mask = offsets < vocab
-            z = load_logits(row_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+            z = load_logits(
+                row_ptr, bias_ptr, offsets, vocab, readable, scale, softcap, HAS_BIAS, HAS_SOFTCAP, "evict_first"
+            )
             d = grad_block(z, offsets, target, lse * LOG2E, grad, target_grad, scale, softcap, HAS_SOFTCAP)
             # A skipped row may hold NaN, and 0 * NaN is not 0.
             d = tl.where(weight == 0.0, 0.0, d)
-            tl.store(row_ptr + offsets, d.to(raw_ptr.dtype.element_ty), mask=mask)
+            tl.store(row_ptr + offsets, d.to(raw_ptr.dtype.element_ty), mask=offsets < readable)
 
 
 @triton.jit
@@ -160,7 +165,8 @@ def grad_rows_kernel(
     grad = tl.load(grad_ptr + row)
     z_y = transform(tl.load(target_logit_ptr + row), scale, softcap, HAS_SOFTCAP)
     target_grad = grad * target_slope(z_y, scale, softcap, HAS_SOFTCAP)
-    z = load_logits(raw_ptr + row * raw_stride, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+    row_ptr = raw_ptr + row * raw_stride
+    z = load_logits(row_ptr, bias_ptr, offsets, vocab, vocab, scale, softcap, HAS_BIAS, HAS_SOFTCAP, "evict_first")
     lse2 = tl.load(lse_ptr + row) * LOG2E
     d = grad_block(z, offsets, tl.load(target_ptr + row), lse2, grad, target_grad, scale, softcap, HAS_SOFTCAP)
     d = tl.where(tl.load(weight_ptr + row) == 0.0, 0.0, d)
@@ -175,13 +181,14 @@ def loss_rows(
     stats: RowStats,
     *,
     want_grad: bool,
+    padding: int = 0,
 ) -> None:
     """See the twin. Leaves `raw` alone unless `want_grad`."""
     rows, vocab = raw.shape
     if rows == 0:
         return
     raw = last_stride_one(raw)
-    block = min(_MAX_BLOCK, triton.next_power_of_2(vocab))
+    block, num_warps = launch_shape(vocab, extras=stats.entropy is not None or stats.is_top1 is not None)
     loss_rows_kernel[(rows,)](
         raw,
         raw.stride(0),
@@ -197,6 +204,7 @@ def loss_rows(
         stats.lse,
         stats.grad,
         vocab,
+        vocab + padding,
         t.logit_scale,
         1.0 if t.softcap is None else t.softcap,
         objective.beta,
@@ -211,7 +219,7 @@ def loss_rows(
         KEEP=stats.lse is not None,
         WRITE_GRAD=want_grad,
         BLOCK=block,
-        num_warps=warps(block),
+        num_warps=num_warps,
     )
 
 
@@ -221,7 +229,7 @@ def grad_rows(out: Tensor, raw: Tensor, targets: Targets, t: Transform, lse: Ten
     if rows == 0:
         return
     raw = last_stride_one(raw)
-    block = min(_MAX_BLOCK, triton.next_power_of_2(vocab))
+    block, num_warps = min(4096, _MAX_BLOCK, triton.next_power_of_2(vocab)), 8
     grad_rows_kernel[(rows, triton.cdiv(vocab, block))](
         out,
         out.stride(0),
@@ -239,7 +247,7 @@ def grad_rows(out: Tensor, raw: Tensor, targets: Targets, t: Transform, lse: Ten
         HAS_BIAS=t.bias is not None,
         HAS_SOFTCAP=t.softcap is not None,
         BLOCK=block,
-        num_warps=warps(block),
+        num_warps=num_warps,
     )
 
 
@@ -247,6 +255,12 @@ def last_stride_one(raw: Tensor) -> Tensor:
     return raw if raw.stride(1) == 1 else raw.contiguous()
 
 
-def warps(block: int) -> int:
-    """16 logits a thread keep the loads wide and the registers few."""
-    return min(16, max(1, block // 512))
+def launch_shape(vocab: int, *, extras: bool) -> tuple[int, int]:
+    """`(BLOCK, num_warps)` of a kernel that goes along a row.
+
+    1024 threads leave room for one program on a multiprocessor, so that a long row is still in the L2 cache when pass
+    2 comes back for it. 16 logits a thread make wide loads; with entropy or arg-max, which need more registers, 8.
+    """
+    block = min(_MAX_BLOCK // 2 if extras else _MAX_BLOCK, triton.next_power_of_2(vocab))
+    most = 1024 // (64 if torch.version.hip else 32)
+    return block, min(most, max(4, block // 256))

@@ -249,8 +249,9 @@ def test_skipped_rows_may_hold_anything() -> None:
     dirty = call.linear(p)
     for name, value in clean.items():
         assert torch.equal(dirty[name], value), name
-    listed = call.linear(p, active_rows=torch.tensor([0, 1, 2, 3, 4]))
-    assert listed["loss"].isfinite() and not listed["d_input"][1].any()
+    listed = call.linear(p, active_rows=torch.arange(6))
+    for name, value in clean.items():
+        assert relative(listed[name], value) < 1e-6, name
 
 
 def test_rows_of_weight_zero_are_left_out_before_the_first_product(monkeypatch: pytest.MonkeyPatch) -> None:

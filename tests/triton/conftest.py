@@ -1,0 +1,37 @@
+"""These tests run the Triton kernels: on a GPU, or on the CPU with `TRITON_INTERPRET=1` set from the start."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from selsft_kernels import backend
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    gpu = torch.cuda.is_available()
+    no_kernels = pytest.mark.skip(reason="needs a CUDA device, or TRITON_INTERPRET=1 in the environment")
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if here not in item.path.parents:
+            continue
+        if not (backend.HAS_TRITON and (gpu or backend.INTERPRETED)):
+            item.add_marker(no_kernels)
+        elif item.get_closest_marker("gpu") and not gpu:
+            item.add_marker(no_gpu)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() and not backend.INTERPRETED else "cpu")
+
+
+@pytest.fixture
+def short_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Kernels go along a row in several steps also for the small vocabularies of these tests."""
+    from selsft_kernels import rows_triton, target_dot_triton
+
+    monkeypatch.setattr(rows_triton, "_MAX_BLOCK", 64)
+    monkeypatch.setattr(target_dot_triton, "_MAX_BLOCK", 8)
+    return 64

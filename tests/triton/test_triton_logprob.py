@@ -1,0 +1,84 @@
+"""The Triton path of scoring against fp64: tiles, statistics, gradients by recompute."""
+
+import pytest
+import torch
+
+from selsft_kernels import backend, linear_logprob
+from tests.kernels import call, oracle
+from tests.kernels.oracle import problem, relative
+
+TOLERANCE = 2e-5
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy, inside the interpreter
+
+
+def check(p: oracle.Problem, **overrides: object) -> None:
+    n = p.target.shape[0]
+    upstream = torch.randn(n, generator=torch.Generator().manual_seed(9)).to(p.input.device)
+    actual = call.logprob(p, upstream, **overrides)
+    z, leaves = oracle.forward(p)
+    keep = oracle.used(p, weighted=False)
+    lp = oracle.log_probabilities(z, p.target)[0]
+    grads = torch.autograd.grad((lp * upstream)[keep].sum(), list(leaves.values()))
+    expected = oracle.statistics(z.detach(), lp.detach(), p.target, keep)
+    assert torch.equal(actual["is_top1"], expected.pop("is_top1"))
+    for name, value in (expected | {f"d_{k}": g for k, g in zip(leaves, grads, strict=True)}).items():
+        assert relative(actual[name], value) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("vocab", [7, 257, 500])
+@pytest.mark.parametrize("rows", [1, 3, 63])
+def test_shapes(rows: int, vocab: int, device: torch.device) -> None:
+    check(problem(rows=rows, vocab=vocab, seed=rows + vocab, device=device), chunk_size=300)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 64, 100])
+def test_tiles_and_blocks(chunk_size: int, device: torch.device, short_blocks: int) -> None:
+    """Tiles narrower than, as wide as, and wider than a block; the maximum grows from tile to tile."""
+    vocab = 9 if chunk_size == 1 else 150
+    p = problem(rows=5, vocab=vocab, bias=True, device=device)
+    with torch.no_grad():
+        assert p.bias is not None
+        p.bias += torch.linspace(0, 20, vocab, device=device)
+    check(p, chunk_size=chunk_size)
+
+
+def test_all_features(device: torch.device) -> None:
+    p = problem(rows=5, spread=3.0, bias=True, lora=True, softcap=3.0, logit_scale=-1.7, lora_scale=2.0, device=device)
+    check(p, chunk_size=10)
+
+
+def test_top1_is_the_first_of_equal_logits(device: torch.device) -> None:
+    weight = torch.tensor([[1.0], [2.0], [2.0], [0.0]], device=device)
+    hidden, target = torch.ones(4, 1, device=device), torch.arange(4, device=device)
+    for chunk_size in (1, 2, 4):
+        out = linear_logprob(hidden, weight, target, outputs=("is_top1",), chunk_size=chunk_size)
+        assert out.is_top1 is not None and out.is_top1.tolist() == [False, True, False, False]
+
+
+def test_hidden_states_that_are_not_finite_give_nan(device: torch.device) -> None:
+    p = problem(rows=3, device=device)
+    p.target.fill_(1)
+    with torch.no_grad():
+        p.input[0, 0], p.input[2, 0] = torch.inf, torch.nan
+    logprob = linear_logprob(p.input, p.weight, p.target).logprob
+    assert logprob is not None and logprob.isnan().tolist() == [True, False, True]
+
+
+def test_the_kernels_agree_with_their_twins(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem(rows=6, vocab=90, bias=True, lora=True, device=device)
+    upstream = torch.ones(6, device=device)
+    kernels = call.logprob(p, upstream, chunk_size=40)
+    monkeypatch.setattr(backend, "use_triton", lambda device: False)
+    for name, value in call.logprob(p, upstream, chunk_size=40).items():
+        assert relative(kernels[name], value) < 2e-6, name
+
+
+def test_a_target_outside_the_vocabulary_reads_nothing_and_gives_nan(device: torch.device) -> None:
+    """On a GPU the check of the values is left to the kernel, which must not read beyond the head."""
+    from selsft_kernels.target_dot_triton import target_logits
+
+    hidden, weight = torch.ones(3, 4, device=device), torch.ones(5, 4, device=device)
+    target = torch.tensor([4, 5, -1], device=device)
+    z = target_logits(hidden, weight, target, None, None, None, 0.0)
+    assert z[0].item() == 4.0 and z[1:].isnan().all()

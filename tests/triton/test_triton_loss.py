@@ -1,0 +1,246 @@
+"""The Triton path of the losses against fp64 autograd: objectives, shapes, features, edges."""
+
+import pytest
+import torch
+
+from selsft_kernels import backend, linear_selective_cross_entropy
+from tests.kernels import call, oracle
+from tests.kernels.oracle import Problem, problem, relative
+
+TOLERANCE = 2e-5
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy, inside the interpreter
+
+OBJECTIVES = [
+    {"positive": "nll", "forget": "unlikelihood"},
+    {"positive": "dft", "forget": "probability"},
+    {"forget": "npo", "beta": 0.3},
+    {"forget": "wga", "beta": 3.0},
+    {"forget": "gradient_ascent"},
+]
+
+
+def assert_matches(p: Problem, actual: dict) -> None:
+    expected = oracle.selective(p)
+    assert torch.equal(actual["is_top1"], expected.pop("is_top1"))
+    for name, value in expected.items():
+        assert actual[name].isfinite().all(), name
+        assert relative(actual[name], value) < TOLERANCE, name
+
+
+def test_this_is_the_triton_path(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from selsft_kernels import rows
+
+    assert backend.use_triton(device)
+    monkeypatch.setattr(rows, "loss_rows", None)
+    call.linear(problem(rows=2, device=device))
+
+
+@pytest.mark.parametrize("floor", [None, -3.0])
+@pytest.mark.parametrize("options", OBJECTIVES, ids=lambda o: "-".join(map(str, o.values())))
+def test_every_objective(options: dict, floor: float | None, device: torch.device) -> None:
+    p = problem(rows=24, vocab=23, spread=2.0, floor=floor, seed=2, device=device, **options)
+    if floor is not None:
+        lp, _ = oracle.log_probabilities(oracle.forward(p)[0], p.target)
+        negative = (p.token_weight < 0) & oracle.used(p)
+        assert 0 < int((lp[negative] < floor).sum()) < int(negative.sum()), "the floor must cut some and not all"
+    assert_matches(p, call.linear(p))
+
+
+@pytest.mark.parametrize("vocab", [7, 257, 500])
+@pytest.mark.parametrize("rows", [1, 3, 63])
+def test_shapes(rows: int, vocab: int, device: torch.device) -> None:
+    p = problem(rows=rows, vocab=vocab, seed=rows + vocab, device=device)
+    assert_matches(p, call.linear(p, chunk_size=40))
+
+
+@pytest.mark.parametrize("vocab", [64, 65, 127, 200])
+def test_several_blocks_a_row(vocab: int, device: torch.device, short_blocks: int) -> None:
+    """Block edges: the vocabulary ends on one, one after, one before; every block's maximum is above the last."""
+    p = problem(rows=8, vocab=vocab, bias=True, softcap=30.0, device=device)
+    with torch.no_grad():
+        assert p.bias is not None
+        p.bias += torch.linspace(0, 20, vocab, device=device)
+        p.target[:3] = torch.tensor([0, vocab - 1, vocab // 2], device=device)
+    assert_matches(p, call.linear(p))
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"bias": True},
+        {"softcap": 3.0},
+        {"logit_scale": -0.7},
+        {"lora": True, "lora_scale": 0.5},
+        {"bias": True, "softcap": 3.0, "logit_scale": 1.7, "lora": True, "lora_scale": 2.0},
+    ],
+    ids=lambda f: "+".join(f),
+)
+def test_features(features: dict, device: torch.device, short_blocks: int) -> None:
+    p = problem(rows=7, vocab=70, spread=3.0, device=device, **features)
+    assert_matches(p, call.linear(p, chunk_size=4))
+
+
+@pytest.mark.parametrize("shift", [80.0, -80.0])
+def test_saturated_logits(shift: float, device: torch.device) -> None:
+    p = problem(rows=4, hidden=4, vocab=9, device=device)
+    with torch.no_grad():
+        p.target.copy_(torch.tensor([0, 0, 1, 1]))
+        p.weight.zero_()
+        p.weight[0, 0] = shift
+        p.input[:, 0] = 1.0
+        p.token_weight.copy_(torch.tensor([1.0, -1.0, 0.5, -0.5]))
+    for options in OBJECTIVES:
+        p.options = options
+        assert_matches(p, call.linear(p))
+
+
+@pytest.mark.parametrize("m", [25.0, 15.0, 3.0, 0.0, -3.0, -15.0, -25.0])
+def test_small_values_keep_their_relative_precision(m: float, device: torch.device) -> None:
+    """log p near 0 and log(1 - p) near 0: `log(1 + e)` in fp32 would return 0 for e below 6e-8."""
+    hidden = torch.ones(2, 1, device=device)
+    weight = torch.tensor([[m], [0.0], [-1000.0]], device=device)
+    target = torch.zeros(2, dtype=torch.int64, device=device)
+    exact = torch.tensor(m, dtype=torch.float64)
+    for sign in (1.0, -1.0):
+        out = linear_selective_cross_entropy(hidden, weight, target, torch.full((2,), sign, device=device))
+        expected = 2 * torch.log1p(torch.exp(-sign * exact)) if sign * m > -20 else -2 * sign * exact
+        assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ["no rows", "all ignored", "all weights zero"])
+def test_nothing_to_compute_gives_connected_zeros(case: str, device: torch.device) -> None:
+    p = problem(rows=0 if case == "no rows" else 3, bias=True, lora=True, device=device)
+    if case == "all ignored":
+        p.target.fill_(-100)
+    if case == "all weights zero":
+        p.token_weight.zero_()
+    result = call.linear(p)
+    assert result["loss"].item() == 0.0
+    for name, parameter in p.parameters().items():
+        assert result[f"d_{name}"].shape == parameter.shape and not result[f"d_{name}"].any(), name
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_hidden_states_that_are_not_finite_make_the_loss_nan(poison: float, sign: float, device: torch.device) -> None:
+    p = problem(rows=3, floor=-2.0, device=device)
+    p.token_weight.fill_(sign)
+    p.target.fill_(1)
+    with torch.no_grad():
+        p.input[2, 3] = poison
+    assert torch.isnan(call.linear(p)["loss"])
+
+
+def test_skipped_rows_may_hold_anything(device: torch.device) -> None:
+    """Rows 1 (weight 0) and 2 (ignored) are listed, hold NaN, and touch nothing."""
+    p = problem(rows=4, device=device)
+    p.target.copy_(torch.tensor([2, 2, -100, 5]))
+    p.token_weight.copy_(torch.tensor([1.0, 0.0, -1.0, 0.5]))
+    with torch.no_grad():
+        p.input[1:3] = torch.nan
+    listed = call.linear(p, active_rows=torch.arange(4, device=device))
+    assert not listed["d_input"][1:3].any() and not listed["logprob"][1:3].any()
+    with torch.no_grad():
+        p.input[1:3] = 0.0
+    expected = oracle.selective(p)
+    for name in ("loss", "d_input", "d_weight", "entropy"):
+        assert relative(listed[name], expected[name]) < TOLERANCE, name
+
+
+def test_buffers_are_written_before_they_are_read(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every fresh buffer full of NaN, padding included, the result is the same."""
+    p = problem(rows=9, vocab=70, bias=True, lora=True, softcap=5.0, device=device)
+    expected = call.linear(p, chunk_size=4)
+
+    def poisoned(make):  # type: ignore[no-untyped-def]
+        def fill(*args, **kwargs):  # type: ignore[no-untyped-def]
+            t = make(*args, **kwargs)
+            return t.fill_(torch.nan) if t.is_floating_point() else t
+
+        return fill
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    actual = call.linear(p, chunk_size=4)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+def test_strided_operands(device: torch.device) -> None:
+    """Hidden states that are a slice, and a weight that is a transpose, as a tied Conv1D head has."""
+    p = problem(rows=6, hidden=8, vocab=21, device=device)
+    flat = call.linear(p)
+    wide = torch.zeros(6, 16, device=device)
+    wide[:, ::2] = p.input.detach()
+    weight = p.weight.detach().t().contiguous().t().requires_grad_()
+    hidden = wide[:, ::2].requires_grad_()
+    assert not weight.is_contiguous() and not hidden.is_contiguous()
+    out = linear_selective_cross_entropy(hidden, weight, p.target, p.token_weight)
+    grads = torch.autograd.grad(out.loss, (hidden, weight))
+    for grad, name in zip(grads, ("d_input", "d_weight"), strict=True):
+        assert relative(grad, flat[name]) < 1e-6
+
+
+@pytest.mark.parametrize("inplace_backward", [False, True])
+@pytest.mark.parametrize("vocab", [7, 65, 500])
+def test_logits(vocab: int, inplace_backward: bool, device: torch.device, short_blocks: int) -> None:
+    p = problem(rows=5, vocab=vocab, floor=-4.0, softcap=6.0, logit_scale=1.5, device=device)
+    z = 3 * torch.randn(5, vocab, generator=torch.Generator().manual_seed(1)).to(device)
+    actual = call.logits(p, z, inplace_backward=inplace_backward)
+    leaf = z.double().requires_grad_()
+    transformed = oracle.head_transform(leaf, p.options)
+    lp, l1mp = oracle.log_probabilities(transformed, p.target)
+    loss = oracle.token_losses(lp, l1mp, p).sum()
+    expected = oracle.statistics(transformed.detach(), lp.detach(), p.target, oracle.used(p))
+    expected |= {"loss": loss.detach(), "d_logits": torch.autograd.grad(loss, leaf)[0]}
+    assert torch.equal(actual["is_top1"], expected.pop("is_top1"))
+    for name, value in expected.items():
+        assert relative(actual[name], value) < TOLERANCE, name
+
+
+def test_logits_are_left_alone_in_the_forward_pass(device: torch.device) -> None:
+    z = torch.randn(3, 40, device=device).requires_grad_()
+    before = z.detach().clone()
+    target, weight = torch.tensor([1, 2, 3], device=device), torch.ones(3, device=device)
+    from selsft_kernels import selective_cross_entropy
+
+    selective_cross_entropy(z, target, weight).loss.backward()
+    assert torch.equal(z.detach(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype, device: torch.device) -> None:
+    """At most 1.5 times the error of plain PyTorch; in the interpreter, which cuts bf16 off, 3 times."""
+    from tests.kernels.test_precision import naive, rms
+
+    slack = 3.0 if backend.INTERPRETED and dtype == torch.bfloat16 else 1.5
+    p = problem(rows=32, hidden=64, vocab=300, dtype=dtype, spread=2.0, bias=True, device=device)
+    expected, plain, ours = oracle.selective(p), naive(p), call.linear(p, chunk_size=20)
+    for name in ("logprob", "d_input", "d_weight", "d_bias"):
+        assert ours[name].dtype == plain[name].dtype
+        assert rms(ours[name], expected[name]) < slack * rms(plain[name], expected[name]), name
+
+
+def test_the_factor_is_not_rounded_to_the_dtype_of_the_gradient(device: torch.device) -> None:
+    """1/3 lies between two bf16 numbers; rounded first, every entry would be off by the same 0.2 %."""
+    p = problem(rows=20, dtype=torch.bfloat16, device=device)
+    grad, scaled = (call.linear(p, factor=factor)["d_input"].double() for factor in (1.0, 1 / 3))
+    some = grad != 0
+    assert ((scaled[some] * 3 / grad[some]).mean() - 1).abs() < 5e-4
+
+
+def test_compiles_without_a_graph_break(device: torch.device) -> None:
+    p = problem(rows=4, bias=True, device=device)
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return linear_selective_cross_entropy(hidden, weight, p.target, p.token_weight).loss / 2
+
+    loss = step(p.input, p.weight)
+    grads = torch.autograd.grad(loss, (p.input, p.weight))
+    p.bias = None
+    expected = oracle.selective(p)
+    for actual, name in zip((loss.detach(), *grads), ("loss", "d_input", "d_weight"), strict=True):
+        assert relative(actual, expected[name] / 2) < TOLERANCE
