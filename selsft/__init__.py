@@ -1,11 +1,29 @@
-"""Selective supervised fine-tuning: learn the useful tokens, forget the misleading ones, in place of `SFTTrainer`."""
+"""Selective supervised fine-tuning: learn the useful tokens, forget the misleading ones, in place of `SFTTrainer`.
 
+The names are imported when they are first used: torch and TRL take seconds, which `selsft --help` need not wait for.
+"""
+
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from . import _compat as _compat  # refuses unsupported versions before anything else is imported
-from .collator import DataCollatorForSelectiveSFT
-from .config import PAPER_2508_04329, SelectiveSFTConfig
-from .trainer import SelectiveSFTTrainer
+if TYPE_CHECKING:
+    from .collator import DataCollatorForSelectiveSFT
+    from .config import PAPER_2508_04329, SelectiveSFTConfig
+    from .trainer import SelectiveSFTTrainer
 
 __version__ = version("selsft")
 __all__ = ["PAPER_2508_04329", "DataCollatorForSelectiveSFT", "SelectiveSFTConfig", "SelectiveSFTTrainer"]
+_MODULES = {
+    "DataCollatorForSelectiveSFT": "collator",
+    "PAPER_2508_04329": "config",
+    "SelectiveSFTConfig": "config",
+    "SelectiveSFTTrainer": "trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module("._compat", __name__)  # refuses unsupported versions before anything else is imported
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
