@@ -15,6 +15,7 @@ from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
 from selsft.cache import LogpCache, data_fingerprint
 
 from . import tiny
+from .oracle import assert_scored
 
 PACKING = {
     "padded": {},
@@ -40,31 +41,10 @@ def trainer(options, tmp_path, data=None, peft_config=None, reference=None, **ch
     )
 
 
-def plain_logps(model, ids: list[int]) -> np.ndarray:
-    """Log-probability of each token of one unpadded document, from the model's ordinary logits in float64."""
-    with torch.no_grad():
-        logits = model.double()(torch.tensor([ids])).logits[0, :-1]
-    logps = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-    return np.concatenate([[0.0], logps.numpy()])
-
-
 @pytest.mark.parametrize("mode", PACKING)
 def test_columns_match_the_models_own_logits(mode, options, tmp_path):
     run = trainer(options, tmp_path, **PACKING[mode])
-    policy, reference = tiny.llama(), tiny.llama(seed=1)
-    checked = 0
-    for row in run.train_dataset:
-        ends = np.cumsum(row["seq_lengths"]) if row.get("seq_lengths") else [len(row["input_ids"])]
-        for start, end in zip([0, *ends[:-1]], ends, strict=True):
-            labels = np.array(row["labels"][start:end])
-            labels[0] = -100  # no past to be predicted from
-            for column, model in (("base_logps", policy), ("ref_logps", reference)):
-                expected = np.where(labels == -100, 0.0, plain_logps(model, row["input_ids"][start:end]))
-                np.testing.assert_allclose(row[column][start:end], expected, atol=1e-5)
-            weights = np.array(row["token_weights"][start:end])
-            assert ((weights == 0) == (labels == -100)).all()
-            checked += (weights != 0).sum()
-    assert checked > 40
+    assert assert_scored(run.train_dataset, tiny.llama(), tiny.llama(seed=1)) > 40
 
 
 @pytest.mark.parametrize("mode", PACKING)

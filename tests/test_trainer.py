@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from selsft import PAPER_2508_04329, SelectiveSFTConfig, SelectiveSFTTrainer
 
 from . import tiny
+from .oracle import expected_loss
 
 OBJECTIVES = ("unlikelihood", "probability", "npo", "wga", "gradient_ascent")
 
@@ -38,38 +39,6 @@ def make(options, data=None, peft_config=None, reference=None, model=None, **cha
 
 def steps(trainer):
     return [row for row in trainer.state.log_history if "grad_norm" in row]
-
-
-def expected_loss(model, rows, objective, normalization, forget_weight, beta=1.0):
-    """The formulas of the documentation on ordinary logits in float64, token by token."""
-    positive, negative, n_positive, n_negative = 0.0, 0.0, 0, 0
-    for row in rows:
-        ids = torch.tensor([row["input_ids"]])
-        with torch.no_grad():
-            logps = torch.log_softmax(model.double()(ids).logits[0, :-1], -1)
-        for position in range(1, len(row["input_ids"])):
-            weight = row["token_weights"][position] if row["labels"][position] != -100 else 0.0
-            logp = float(logps[position - 1, row["input_ids"][position]])
-            p = math.exp(logp)
-            if weight > 0:
-                positive += weight * -logp
-                n_positive += 1
-            elif weight < 0:
-                start = row["base_logps"][position] if objective == "npo" else 0.0
-                negative += (
-                    -weight
-                    * {
-                        "unlikelihood": -math.log1p(-p),
-                        "probability": p,
-                        "npo": 2 / beta * math.log1p(math.exp(beta * (logp - start))),
-                        "wga": p**beta / beta,
-                        "gradient_ascent": logp,
-                    }[objective]
-                )
-                n_negative += 1
-    if normalization == "joint":
-        return (positive + forget_weight * negative) / (n_positive + n_negative)
-    return positive / n_positive + forget_weight * negative / n_negative
 
 
 @pytest.mark.parametrize("normalization", ["joint", "separate"])

@@ -102,3 +102,49 @@ def tokenised_data(rows: int = 24, prompt: int = 3, **columns) -> Dataset:
     labels = [[-100] * prompt + row[prompt:] for row in ids]
     made = {name: [function(index, row) for index, row in enumerate(ids)] for name, function in columns.items()}
     return Dataset.from_dict({"input_ids": ids, "labels": labels, **made})
+
+
+def architectures() -> dict:
+    """A config class and its settings for each family whose head or loss is special in some way."""
+    import transformers as hf
+
+    size = {
+        "vocab_size": len(tokenizer()),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
+    no_groups = {key: value for key, value in size.items() if key != "num_key_value_heads"}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "output_router_logits": True}
+    return {
+        "llama": (hf.LlamaConfig, size),
+        "tied": (hf.LlamaConfig, {**size, "tie_word_embeddings": True}),
+        "qwen2": (hf.Qwen2Config, size),
+        "qwen3": (hf.Qwen3Config, {**size, "head_dim": 8}),
+        "gemma2_softcap": (hf.Gemma2Config, {**size, "head_dim": 8, "final_logit_softcapping": 2.0}),
+        "cohere_logit_scale": (hf.CohereConfig, {**size, "logit_scale": 0.25}),
+        "granite_logits_scaling": (hf.GraniteConfig, {**size, "logits_scaling": 3.0}),
+        "gpt_neox": (hf.GPTNeoXConfig, no_groups),
+        "phi_head_bias": (hf.PhiConfig, size),
+        "phi3": (hf.Phi3Config, size),
+        "qwen3_moe": (hf.Qwen3MoeConfig, {**size, **experts, "head_dim": 8, "router_aux_loss_coef": 0.1}),
+    }
+
+
+def build(name: str, seed: int = 0):
+    """A random model of a family, with a random head bias where it has one (zeros would hide a dropped bias)."""
+    from transformers import AutoModelForCausalLM
+
+    config_class, settings = architectures()[name]
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config_class(**settings), attn_implementation="eager")
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    if bias is not None:
+        torch.nn.init.normal_(bias)
+    return model.float()
