@@ -1,0 +1,116 @@
+"""`selsft demo`: the whole method on a toy, offline, on two CPU cores, in a few minutes.
+
+Trains the same small model three ways on the same noisy data (plain, ignoring the negative tokens, forgetting them),
+prints what each one answers, and leaves the run in a folder. docs/demo.md says how to read it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("selsft", "torch", "transformers", "trl", "datasets", "tokenizers")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="selsft demo", description=__doc__.partition("\n")[0].partition(": ")[2])
+    parser.add_argument("--seed", type=int, default=0, help="first seed: facts, noise, weights and order (default: 0)")
+    parser.add_argument("--seeds", type=_positive, default=1, metavar="N", help="how many seeds to run (default: 1)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="new folder for config, results and the report (default: runs/demo/ and the time)",
+    )
+    parser.add_argument(
+        "--forget-weight", type=float, metavar="W", help="weight of the forgetting term at the end of training"
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a source tree that was never installed
+            found[name] = "not installed"
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    output = args.output or Path("runs", "demo", time.strftime("%Y%m%d-%H%M%S"))
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        parser.error(f"--output {output} exists already: choose a new folder, the demo overwrites no run")
+    if args.forget_weight is not None and not args.forget_weight >= 0:
+        parser.error(f"--forget-weight {args.forget_weight} must not be negative")
+    # The demo needs no network: nothing may look for updates or report usage. Set before the libraries are imported.
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "TQDM_DISABLE"):
+        os.environ.setdefault(name, "1")
+
+    from dataclasses import replace
+
+    from rich.console import Console
+
+    from selsft.demo.experiment import DemoConfig
+
+    config = DemoConfig()
+    if args.forget_weight is not None:
+        config = replace(config, forget_weight=args.forget_weight)
+    output.mkdir(parents=True, exist_ok=True)
+    run(config, range(args.seed, args.seed + args.seeds), output, Console())
+    return 0
+
+
+def run(config, seeds: Sequence[int], output: Path, console) -> list:
+    """Run `seeds`, print the report and write it into `output`, an empty folder."""
+    import torch
+
+    from selsft.demo.experiment import run_seed
+    from selsft.demo.report import Progress, as_rows, page, render
+
+    record: dict[str, object] = {"config": asdict(config), "seeds": list(seeds), "versions": versions()}
+    record["threads"] = torch.get_num_threads()
+    (output / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    start = time.perf_counter()
+    progress = Progress(console)
+    results = []
+    for seed in seeds:
+        progress.prefix = f"seed {seed}  " if len(seeds) > 1 else ""
+        results.append(run_seed(seed, config, progress))
+    total = time.perf_counter() - start
+
+    everything = {
+        **record,
+        "seconds": progress.seconds,
+        "seconds_in_all": total,
+        "results": [asdict(result) for result in results],
+    }
+    (output / "results.json").write_text(json.dumps(everything, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    rows = as_rows(results)
+    with (output / "results.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    render(console, results, progress.seconds, total)
+    page(results, progress.seconds, total).save_html(str(output / "report.html"))
+    console.print(f"Written to {output}: config.json, results.json, results.csv, report.html", markup=False)
+    return results
