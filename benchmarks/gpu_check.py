@@ -1,0 +1,43 @@
+"""Everything that needs a GPU, in one go: the GPU tests, the benchmark, and the table of the bars.
+
+Run it in the root of the repository with the development dependencies installed (`make gpu-check` does). Arguments go
+to the benchmark; `--main` measures only the shape that the bars are about, which takes minutes, not an hour. Exits
+with 1 if a test fails, 3 if a bar is missed, and 2 without a CUDA device.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from selsft.bench import records
+from selsft.bench.accuracy import measure_errors
+from selsft.bench.bars import bars, table
+from selsft.bench.cases import MAIN_SHAPE
+from selsft.bench.kernels import main as benchmark
+from selsft.bench.kernels import parser
+
+
+def main(argv: list[str]) -> int:
+    if not torch.cuda.is_available():
+        print("gpu_check: there is no CUDA device here, so nothing was tested or measured", file=sys.stderr)
+        return 2
+    tests = [sys.executable, "-m", "pytest", "-q", "tests/triton", "tests/kernels"]
+    if subprocess.run(tests, check=False).returncode != 0:
+        print("gpu_check: the tests failed, so nothing was measured", file=sys.stderr)
+        return 1
+    if benchmark(argv) != 0:
+        return 1
+    device = torch.device("cuda")
+    output: Path = parser().parse_args(argv).output_dir
+    path = (output / records.file_stem(device)).with_suffix(".csv")
+    result = bars(records.read(path), measure_errors(device, *MAIN_SHAPE, torch.bfloat16))
+    text = f"# Bars, {torch.cuda.get_device_name()}\n\n{table(result)}\n"
+    path.with_name(path.stem + "-bars.md").write_text(text)
+    print("\n" + text)
+    return 3 if any(bar.verdict == "MISS" for bar in result) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,85 @@
+"""Time and memory of one step, on a GPU or a CPU.
+
+On a GPU, CUDA events around each step and the allocator's peak; on a CPU, the clock and the allocations that the
+profiler sees. `torch.utils.benchmark` was the alternative; it gives no memory and no quantiles of single steps.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+Step = Callable[[], object]
+
+WARMUP = 3
+_LEAST, _MOST = 7, 50
+
+
+class Measurement(NamedTuple):
+    ms_median: float
+    ms_p20: float
+    ms_p80: float
+    peak_mib: float  # above what was allocated before the step, returned gradients included
+
+
+def measure(step: Step, device: torch.device, seconds: float = 1.0) -> Measurement:
+    """Runs `step` a few times to warm up, then for about `seconds`, at least 7 and at most 50 times."""
+    for _ in range(WARMUP):
+        step()
+    clock = _gpu_ms if device.type == "cuda" else _cpu_ms
+    times = [clock(step)]
+    while len(times) < _LEAST or (sum(times) < 1000 * seconds and len(times) < _MOST):
+        times.append(clock(step))
+    cuts = statistics.quantiles(times, n=10, method="inclusive")
+    peak = _gpu_peak(step) if device.type == "cuda" else _cpu_peak(step)
+    return Measurement(statistics.median(times), cuts[1], cuts[7], peak / 2**20)
+
+
+def _gpu_ms(step: Step) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _cpu_ms(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return 1000 * (time.perf_counter() - start)
+
+
+def _gpu_peak(step: Step) -> int:
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _cpu_peak(step: Step) -> int:
+    """Largest sum of the allocations minus the frees, in the order of their times."""
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    results = profile.profiler.kineto_results
+    changes = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
+    total = peak = 0
+    for _, change in sorted(changes, key=lambda c: c[0]):
+        total += change
+        peak = max(peak, total)
+    return peak
+
+
+def copy_bandwidth(device: torch.device, mib: int = 1024) -> float:
+    """Bytes per second of a large copy, reads and writes counted; the memory roof of the roofline."""
+    source = torch.empty(mib * 2**20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    ms = measure(lambda: target.copy_(source), device, seconds=0.3).ms_median
+    return 2 * source.numel() / (ms / 1000)
