@@ -5,7 +5,6 @@ The demo goes through the public trainers and not through a loop of its own, so 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -15,6 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallb
 from trl import SFTConfig, SFTTrainer
 
 from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
+from selsft.demo.model import clone
 
 Advance = Callable[[], None]
 
@@ -84,7 +84,7 @@ def train_plain(
 ) -> LlamaForCausalLM:
     """A copy of `start`, trained on all response tokens of `rows` by TRL's own trainer."""
     args = SFTConfig(**_arguments(recipe, len(rows), folder, seed))
-    trainer = SFTTrainer(copy.deepcopy(start), args, train_dataset=rows, processing_class=tokenizer)
+    trainer = SFTTrainer(clone(start), args, train_dataset=rows, processing_class=tokenizer)
     return _run(trainer, advance)
 
 
@@ -108,7 +108,7 @@ def selective_trainer(
         scoring_cache_dir=f"{folder}/scores",
     )
     return SelectiveSFTTrainer(
-        copy.deepcopy(start), args, train_dataset=rows, processing_class=tokenizer, reference_model=reference
+        clone(start), args, train_dataset=rows, processing_class=tokenizer, reference_model=reference
     )
 
 
