@@ -1,0 +1,64 @@
+"""The command `selsft`: one module per command, imported when it is asked for.
+
+Importing torch and TRL takes seconds, so `selsft --help` touches neither. Every command module has a
+`main(argv) -> int`. Bad input ends in one line that names the field, the value and the remedy, and in exit status 2.
+Rejected: click or typer, since the flags are the fields of TRL's dataclasses, for which TRL has a parser.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import sys
+
+from .errors import InputError, one_line
+
+COMMANDS = {
+    "train": "fine-tune a model: learn the useful tokens, forget the misleading ones (flags of `trl sft` and more)",
+    "score": "score the tokens of a data set with a reference, save them for `train`, and print a summary",
+    "demo": "the whole method on a toy model, offline, in a few minutes on a CPU",
+    "bench": "measure the loss against other implementations on this machine",
+}
+USAGE = "usage: selsft {train,score,demo,bench} [--flag value ...]"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(help_text())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"selsft {importlib.metadata.version('selsft')}")
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        print(f"selsft: error: unknown command {name!r}: use one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return run(name, rest)
+
+
+def run(name: str, argv: list[str]) -> int:
+    """Run the command `name` and turn its bad input into one line and status 2."""
+    try:
+        return importlib.import_module(f"{__name__}.{name}").main(argv) or 0
+    except InputError as error:
+        if os.environ.get("SELSFT_TRACEBACK"):
+            raise
+        print(f"selsft {name}: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"selsft {name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def help_text() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
+    return (
+        f"{USAGE}\n\nSelective supervised fine-tuning: learn the useful tokens, forget the misleading ones.\n\n"
+        f"commands:\n{commands}\n\n"
+        "  selsft COMMAND --help shows the flags of a command, selsft --version the version.\n"
+        "  With SELSFT_TRACEBACK=1 bad input shows where it was found."
+    )

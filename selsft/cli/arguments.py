@@ -1,0 +1,196 @@
+"""The flags of `train` and `score`: TRL's dataclasses, `SelectiveSFTConfig` in the place of `SFTConfig`, and YAML.
+
+`trl.TrlParser` does the work. Added here: errors of one line instead of the usage of 250 flags, no abbreviated flags
+(a misspelt one would set another), a help text that starts with what matters, and recipes that ship with the package.
+Rejected: flags of our own for a better fit, since a command line of `trl sft` must work unchanged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+from ..config import SelectiveSFTConfig
+from .errors import InputError, input_errors
+
+COMMON = (
+    "config", "model_name_or_path", "dataset_name", "dataset_train_split", "dataset_test_split", "output_dir",
+    "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "max_length", "packing", "dtype", "bf16", "use_cpu", "use_peft", "lora_r", "lora_alpha", "eval_strategy",
+    "report_to", "resume_from_checkpoint", "push_to_hub", "seed",
+)  # fmt: skip
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+@dataclass
+class Arguments:
+    """Everything that a command was given.
+
+    Args:
+        launch: flags that are not ours, for `accelerate launch`.
+        own: the flags that are, as they came from the command line.
+        extra: an instance of the command's own dataclass, if it has one.
+    """
+
+    script: ScriptArguments
+    training: SelectiveSFTConfig
+    model: ModelConfig
+    mixture: DatasetMixtureConfig
+    launch: list[str] = field(default_factory=list)
+    own: list[str] = field(default_factory=list)
+    extra: Any = None
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=100)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """`--flag VALUE` instead of `--flag FLAG, --other-spelling FLAG`."""
+        if not action.option_strings or action.nargs == 0:
+            return ", ".join(action.option_strings)
+        choices = f"{{{','.join(map(str, action.choices))}}}" if action.choices else "VALUE"
+        return f"{action.option_strings[0]} {choices}"
+
+
+class CommandParser(TrlParser):
+    """`TrlParser` for one command.
+
+    Args:
+        command: name after `selsft`.
+        extra: dataclass of flags that only this command has.
+    """
+
+    def __init__(self, command: str, description: str, examples: str, extra: type | None = None):
+        self._extra = extra
+        types: list[Any] = [ScriptArguments, SelectiveSFTConfig, ModelConfig, DatasetMixtureConfig]
+        if extra:
+            types.append(extra)
+        super().__init__(
+            types,
+            prog=f"selsft {command}",
+            usage=f"selsft {command} [--config FILE.yaml] [--flag value ...]",
+            description=description,
+            epilog=examples,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message.removeprefix("argument "))
+
+    def format_help(self) -> str:
+        """Own flags, then the common ones; `--help_all` lists the rest."""
+        shown = {name: actions for name, actions in self._sections().items() if actions}
+        return self._format(shown) + (
+            "\nAlso: --num_processes N and every other flag of `accelerate launch`, "
+            "--accelerate_config NAME or FILE,\n"
+            "and all flags of SFTConfig, TrainingArguments, ModelConfig and ScriptArguments: see --help_all.\n"
+            f"\n{self.epilog}\n"
+        )
+
+    def format_help_all(self) -> str:
+        return self._format({"all flags": self._actions})
+
+    def _format(self, sections: dict[str, list[argparse.Action]]) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        for title, actions in sections.items():
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        return formatter.format_help()
+
+    def _sections(self) -> dict[str, list[argparse.Action]]:
+        by_name = {action.dest: action for action in reversed(self._actions)}
+        config = argparse.Action(["--config"], "config", help="YAML file of flags, or the name of a recipe")
+        by_name["config"] = config
+        inherited = {item.name for item in dataclasses.fields(SFTConfig)}
+        own = [item.name for item in dataclasses.fields(SelectiveSFTConfig) if item.name not in inherited]
+        extra = [item.name for item in dataclasses.fields(self._extra)] if self._extra else []
+        names = {"this command": extra, "scores, selection and forgetting": own, "common flags": COMMON}
+        return {title: [by_name[name] for name in names] for title, names in names.items()}
+
+    def parse(self, argv: list[str]) -> Arguments | None:
+        """The arguments, or `None` after printing help.
+
+        Raises:
+            `InputError` for an unknown flag of the YAML file or the command line, a wrong type or choice, or settings
+            that exclude each other.
+        """
+        if "-h" in argv or "--help" in argv:
+            print(self.format_help())
+            return None
+        if "--help_all" in argv:
+            print(self.format_help_all())
+            return None
+        argv = _with_config_path(argv)
+        # TRL's own default for gradient_checkpointing sets this off in every run
+        warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
+        with input_errors():
+            try:
+                *parsed, in_file, in_line = self.parse_args_and_config(
+                    argv, return_remaining_strings=True, separate_remaining_strings=True
+                )
+            except yaml.YAMLError as error:
+                raise InputError(f"--config is not a YAML file: {error}") from error
+        # A sequence of its own: the same string may be a value of ours elsewhere
+        own = _without(argv, in_line)
+        script, training, model, mixture = parsed[:4]
+        launch = [*in_file, *in_line]
+        self._check_unknown(launch)
+        return Arguments(script, training, model, mixture, launch, own, parsed[4] if self._extra else None)
+
+    def _check_unknown(self, launch: list[str]) -> None:
+        """Flags that neither we nor `accelerate launch` know are spelling mistakes."""
+        if not launch:
+            return
+        from accelerate.commands.launch import launch_command_parser
+
+        known = set(launch_command_parser()._option_string_actions) | {"--accelerate_config"}
+        if not launch[0].startswith("-"):
+            raise InputError(f"unexpected argument {launch[0]!r}: every value needs a --flag before it")
+        for part in launch:
+            flag = part.split("=")[0]
+            if flag.startswith("--") and flag not in known:
+                close = difflib.get_close_matches(flag, [*self._option_string_actions, *known], n=1)
+                hint = f"did you mean {close[0]}?" if close else f"see {self.prog} --help_all"
+                raise InputError(f"unknown argument {flag}: {hint}")
+
+
+def _with_config_path(argv: list[str]) -> list[str]:
+    """`--config=FILE` as two parts, and the name of a recipe of the package as its path."""
+    parts = [piece for part in argv for piece in (part.split("=", 1) if part.startswith("--config=") else [part])]
+    if "--config" not in parts:
+        return parts
+    position = parts.index("--config") + 1
+    if position == len(parts):
+        raise InputError("--config needs a value: the path of a YAML file")
+    path = Path(parts[position])
+    recipe = RECIPES / (path.name if path.suffix else f"{path.name}.yaml")
+    if not path.is_file():
+        if path.parent != Path(".") or not recipe.is_file():
+            names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+            raise InputError(f"--config {path}: no such file (recipes that ship with selsft: {names})")
+        parts[position] = str(recipe)
+    return parts
+
+
+def _without(parts: list[str], removed: list[str]) -> list[str]:
+    """`parts` without the subsequence `removed`."""
+    rest, kept = list(removed), []
+    for part in parts:
+        if rest and part == rest[0]:
+            rest.pop(0)
+        else:
+            kept.append(part)
+    return kept

@@ -1,0 +1,9 @@
+"""`selsft bench`: measures the loss on this machine."""
+
+from __future__ import annotations
+
+
+def main(argv: list[str]) -> int:
+    from selsft.bench import main as bench
+
+    return bench(argv)

@@ -1,0 +1,91 @@
+"""`selsft_run.json`: what made a folder of weights or scores.
+
+Written before the work starts, so that a run that was cut off says what it was. Nothing secret goes in: `to_dict`
+hides tokens. Rejected: relying on `training_args.bin`, which is a pickle and says nothing about the data.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from ..reference import model_fingerprint
+from ..scoring import data_fingerprint, row_lengths
+from ..trainer import SelectiveSFTTrainer
+from .arguments import Arguments
+from .data import describe
+
+NAME = "selsft_run.json"
+PACKAGES = ("selsft", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "triton")
+# Hashing reads all weights: a second for a small model, minutes and a gathered copy for a sharded large one
+_HASHED_BYTES = 4e9
+
+
+def run_manifest(command: str, arguments: Arguments, trainer: SelectiveSFTTrainer) -> dict[str, Any]:
+    """Settings, versions, data and model of a run, as they are before it starts."""
+    manifest: dict[str, Any] = {
+        "command": command,
+        "arguments": arguments.own,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "processes": trainer.accelerator.num_processes,
+        "device": str(trainer.accelerator.device),
+        "model": _model(arguments, trainer),
+        "data": _data(arguments, trainer.train_dataset),
+        "config": trainer.args.to_dict(),
+        "model_config": {key: value for key, value in vars(arguments.model).items() if value is not None},
+    }
+    return manifest
+
+
+def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> None:
+    """Write (or replace, at the end of a run) the file as a whole."""
+    path = Path(folder) / NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{NAME}.", delete=False) as handle:
+        json.dump(manifest, handle, indent=2, default=str)
+        handle.write("\n")
+    os.chmod(handle.name, 0o644)  # a temporary file is readable for its owner only
+    os.replace(handle.name, path)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # triton exists on Linux only
+            continue
+    return found
+
+
+def _model(arguments: Arguments, trainer: SelectiveSFTTrainer) -> dict[str, Any]:
+    model = trainer.model
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    whole = trainer.accelerator.num_processes == 1 and size <= _HASHED_BYTES
+    return {
+        "name": arguments.model.model_name_or_path,
+        "revision": getattr(model.config, "_commit_hash", None) or arguments.model.model_revision,
+        "sha256": model_fingerprint(model) if whole else None,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "reference": trainer.args.reference_model,
+    }
+
+
+def _data(arguments: Arguments, dataset) -> dict[str, Any]:
+    found: dict[str, Any] = {"source": describe(arguments), "split": arguments.script.dataset_train_split}
+    if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
+        found["rows"] = len(dataset)
+        found["tokens"] = int(row_lengths(dataset).sum())
+        found["sha256"] = data_fingerprint(dataset)
+    return found

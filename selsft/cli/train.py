@@ -1,0 +1,145 @@
+"""`selsft train`: what `trl sft` does, with `SelectiveSFTTrainer`.
+
+Follows `trl/scripts/sft.py` step by step, so that a command line or YAML file of `trl sft` trains the same model here.
+Beyond it: local files and scored folders as data, a record of the run, and no writing into a folder that holds
+something. Rejected: importing TRL's script and swapping the trainer class in it, which a renamed variable would break.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
+from trl import get_peft_config, get_quantization_config
+
+from ..reference import BASE
+from ..trainer import SelectiveSFTTrainer
+from .arguments import Arguments, CommandParser
+from .data import check_source, load_splits
+from .errors import InputError, input_errors
+from .launch import launch_command, launched, needs_launch
+from .manifest import run_manifest, write_manifest
+
+DESCRIPTION = (
+    "Fine-tune a model on the useful tokens of a data set and make it forget the misleading ones. Without "
+    "--reference_model and without a token_weights column this is `trl sft`."
+)
+EXAMPLES = """examples:
+  selsft train --model_name_or_path Qwen/Qwen3-0.6B --dataset_name data.jsonl --reference_model clean-adapter \\
+      --use_peft --output_dir runs/forget
+  selsft train --config recipe.yaml --dataset_name runs/scored --negative_threshold 2.0 --output_dir runs/forget-2
+  selsft train --config recipe.yaml --num_processes 8 --accelerate_config fsdp2"""
+
+
+def main(argv: list[str]) -> int:
+    arguments = CommandParser("train", DESCRIPTION, EXAMPLES).parse(argv)
+    if arguments is None:
+        return 0
+    resume = check_paths(arguments)
+    check_model_and_data(arguments)
+    if needs_launch(arguments.launch):
+        return launch_command("train", arguments.launch, arguments.own, arguments.training.use_cpu)
+    evaluate = arguments.training.eval_strategy != "no"
+    trainer = build_trainer(arguments, evaluate)
+    _train(trainer, arguments, resume)
+    return 0
+
+
+def check_paths(arguments: Arguments) -> str | None:
+    """Refuse what can be refused before data and model are loaded; the checkpoint to go on from, if any."""
+    output = Path(str(arguments.training.output_dir))
+    resume = arguments.training.resume_from_checkpoint
+    if resume and resume.lower() in ("true", "latest"):
+        found = get_last_checkpoint(str(output)) if output.is_dir() else None
+        if found is None:
+            raise InputError(f"resume_from_checkpoint={resume}: output_dir={str(output)!r} holds no checkpoint")
+        return found
+    if resume and not Path(resume).is_dir():
+        raise InputError(f"resume_from_checkpoint={resume!r} is not a folder: give a checkpoint folder, or 'true'")
+    if not resume:
+        check_new(output, "output_dir", "choose another folder, or go on with --resume_from_checkpoint true")
+    return resume
+
+
+def check_new(folder: Path, field: str, remedy: str) -> None:
+    """Raise when something is in the way of a folder to be written. Of several processes only the launching one looks,
+    since the first of the others may have begun to write."""
+    if launched():
+        return
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise InputError(f"{field}={str(folder)!r} exists and is not empty, nothing was overwritten: {remedy}")
+
+
+def check_model_and_data(arguments: Arguments) -> None:
+    if not arguments.model.model_name_or_path:
+        raise InputError("model_name_or_path is missing: give --model_name_or_path NAME or FOLDER")
+    check_source(arguments)
+
+
+def build_trainer(arguments: Arguments, evaluate: bool) -> SelectiveSFTTrainer:
+    """Data, model and trainer; with a reference, this scores the data."""
+    training, model = arguments.training, arguments.model
+    train, test = load_splits(arguments, evaluate)
+    init_kwargs: dict[str, Any] = {
+        "revision": model.model_revision,
+        "trust_remote_code": training.trust_remote_code,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    }
+    if isinstance(training.model_init_kwargs, dict):
+        init_kwargs |= training.model_init_kwargs
+    training.model_init_kwargs = init_kwargs
+    assert model.model_name_or_path is not None
+    with input_errors():
+        try:
+            return SelectiveSFTTrainer(
+                model=model.model_name_or_path,
+                args=training,
+                train_dataset=train,
+                eval_dataset=test,
+                quantization_config=get_quantization_config(model),
+                peft_config=get_peft_config(model),
+            )
+        except OSError as error:
+            _name_missing_model("model_name_or_path", model.model_name_or_path, error)
+            _name_missing_model("reference_model", training.reference_model, error)
+            raise
+
+
+def _name_missing_model(field: str, name: str | None, error: OSError) -> None:
+    """The libraries' message about a model that is not there says nothing of the flag, nor always which model."""
+    if name is None or name == BASE or find_adapter_config_file(name) is not None:
+        return
+    try:
+        cached_file(name, CONFIG_NAME)
+    except OSError:
+        raise InputError(
+            f"{field}={name!r} is neither a folder with a model nor the id of one that can be loaded: check the "
+            f"spelling ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _train(trainer: SelectiveSFTTrainer, arguments: Arguments, resume: str | None) -> None:
+    training, main_process = arguments.training, trainer.accelerator.is_main_process
+    output = str(training.output_dir)
+    manifest = run_manifest("train", arguments, trainer)
+    if main_process:
+        write_manifest(output, manifest)
+    start = time.perf_counter()
+    result = trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(output)
+    if main_process:
+        manifest["finished"] = {
+            "seconds": round(time.perf_counter() - start, 1),
+            "steps": trainer.state.global_step,
+            "metrics": result.metrics,
+        }
+        write_manifest(output, manifest)
+    trainer.accelerator.print(f"Model saved to {output}.")
+    if training.push_to_hub:
+        trainer.push_to_hub(dataset_name=arguments.script.dataset_name)
+        trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
+    trainer.end()
