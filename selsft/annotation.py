@@ -8,12 +8,14 @@ forward pass and the same selection. Rejected: doing this in the trainer, whose 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +29,8 @@ from .reference import Model, Reference, model_fingerprint, starts_at_base, use_
 from .scoring import cached_logps, forward_logps, trained_tokens
 from .selection import select_token_weights
 
+logger = logging.getLogger(__name__)
+
 
 class TokenAnnotator:
     """Adds `base_logps`, `ref_logps` and `token_weights`.
@@ -38,6 +42,9 @@ class TokenAnnotator:
         tokenizer: of the policy.
         place: puts a frozen model where the accelerator wants it (sharded, on the device) and returns it.
         online: whether batches are scored one by one; then the reference stays in memory.
+
+    Raises:
+        `ValueError` for a reference or an accelerate setting that scoring cannot work with.
     """
 
     def __init__(
@@ -54,15 +61,26 @@ class TokenAnnotator:
         self.model, self.args, self.accelerator, self.collator = model, args, accelerator, collator
         self.special_ids = special_ids(tokenizer) if args.protect_special_tokens else np.zeros(0, np.int64)
         self.at_base = starts_at_base(model)
+        self.sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         self.reference: Reference | None = None
+        self._reference_digest: str | None = None
         if source is not None:
+            self._check_fsdp()
             options = {"trust_remote_code": args.trust_remote_code, **_as_dict(args.reference_model_init_kwargs)}
             self.reference = Reference(model, source, tokenizer, options)
             if self.reference.model is not None:
                 add_selective_head(base_model(self.reference.model))
+                if not online:
+                    self._reference_digest = self.reference.fingerprint(self.reference.model)  # before it is sharded
                 self.reference.model = place(self.reference.model)
+        if self.sharded and self.reference is not None and self.reference.injected:
+            raise ValueError(
+                "a LoRA reference of a model that is trained in full cannot be sharded: merge the adapter into a "
+                "model of its own, or train with peft_config"
+            )
+        self.place = place
         if online:
-            self._prepare_online(place)
+            self._prepare_online()
 
     def annotate(self, dataset: Dataset, given: list[str]) -> Dataset:
         """`dataset` with the columns that a run needs.
@@ -71,21 +89,41 @@ class TokenAnnotator:
             dataset: final rows, with `input_ids`, `labels` and, when packed, `seq_lengths`.
             given: token columns that the rows have already.
         """
+        # The policy is sharded when training starts, so until then a sharded copy stands in for it
+        policy = self.model
+        if self.sharded:
+            policy = self.place(copy.deepcopy(self.model))
         if BASE_LOGPS not in given and (self.reference is not None or self.args.forget_objective == "npo"):
-            dataset = with_column(dataset, BASE_LOGPS, self._base_logps(dataset))
-        if self.reference is not None:
-            with self.reference.use(self.model) as model:
-                digest = self.reference.fingerprint(model)
-                rows = self._logps(dataset, model, digest, self.reference.name, "reference")
+            digest = model_fingerprint(self.model, adapter=None if self.at_base else "*")
+            with use_start(policy, self.at_base) as model:
+                name = get_config_model_id(self.model.config)
+                dataset = with_column(dataset, BASE_LOGPS, self._logps(dataset, model, digest, name, "base"))
+        if (reference := self.reference) is not None:
+            with reference.use(policy) as model:
+                digest = self._reference_digest or reference.fingerprint(
+                    self.model if policy is not self.model else model
+                )
+                rows = self._logps(dataset, model, digest, reference.name, "reference")
             dataset = with_column(dataset, REF_LOGPS, rows)
-            self.reference.release(self.model)
+            reference.release(self.model)
         if WEIGHTS in given:
             return self.shield(dataset)
         columns = dataset.select_columns([BASE_LOGPS, REF_LOGPS]).with_format("numpy")
         trained = trained_tokens(dataset, self.collator.padding_free)
         special = [np.isin(row["input_ids"], self.special_ids) for row in dataset.select_columns(["input_ids"])]
+        self._warn_if_constant(columns, trained)
         weights = select_token_weights(columns[BASE_LOGPS][:], columns[REF_LOGPS][:], trained, special, self.args)
         return with_column(dataset, WEIGHTS, weights)
+
+    def _warn_if_constant(self, columns: Dataset, trained: list[np.ndarray]) -> None:
+        rows = zip(columns[REF_LOGPS][:], columns[BASE_LOGPS][:], trained, strict=True)
+        scores = [(reference - base)[mask] for reference, base, mask in rows]
+        spread = np.ptp(np.concatenate(scores)) if any(part.size for part in scores) else 1.0
+        if spread < 1e-6:
+            logger.warning(
+                "all tokens have the same score: the reference says what the model says, so nothing can be selected. "
+                "Is the reference another checkpoint than the model?"
+            )
 
     def annotate_batch(self, batch: dict[str, Any]) -> None:
         """Add `token_weights`, `active_rows` and `base_logps` to a collated batch, in place."""
@@ -125,11 +163,6 @@ class TokenAnnotator:
         with self.accelerator.autocast():
             return forward_logps(model, inputs)
 
-    def _base_logps(self, dataset: Dataset) -> list[np.ndarray]:
-        digest = model_fingerprint(self.model, adapter=None if self.at_base else "*")
-        with use_start(self.model, self.at_base) as model:
-            return self._logps(dataset, model, digest, get_config_model_id(self.model.config), "base")
-
     def _logps(self, dataset: Dataset, model: Model, digest: str, name: str, role: str) -> list[np.ndarray]:
         return cached_logps(
             dataset,
@@ -143,7 +176,19 @@ class TokenAnnotator:
             description=f"Scoring train dataset ({role})",
         )
 
-    def _prepare_online(self, place: Callable[[Model], Model]) -> None:
+    def _check_fsdp(self) -> None:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if self.accelerator.distributed_type != DistributedType.FSDP or plugin is None:
+            return
+        if plugin.fsdp_version == 1:
+            raise ValueError("fsdp_version=1 cannot switch adapters or hold a reference: set fsdp_version: 2")
+        if plugin.cpu_ram_efficient_loading:
+            raise ValueError(
+                "fsdp_cpu_ram_efficient_loading=True leaves the weights of all processes but one empty until training "
+                "starts, and scores are computed before: set it to false"
+            )
+
+    def _prepare_online(self) -> None:
         args = self.args
         if args.positive_fraction is not None and (args.selection_scope == "global" or self.collator.padding_free):
             raise ValueError(
@@ -165,7 +210,7 @@ class TokenAnnotator:
                 "precompute_scores=True, or merge the adapter first"
             )
         else:
-            self._start = place(cast(Model, copy.deepcopy(self.model).requires_grad_(False)))
+            self._start = self.place(cast(Model, copy.deepcopy(self.model).requires_grad_(False)))
 
 
 def base_model(model: Model) -> PreTrainedModel:

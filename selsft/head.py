@@ -78,9 +78,11 @@ class SelectiveCausalLMOutput(FusedCausalLMOutput):
     Args:
         loss (`torch.Tensor`): sum over the tokens of |weight| times the objective, not normalised, float32.
         stats (`torch.Tensor` of shape `(6,)`): sums over this batch, float32, in the order of `STATS`.
+        broken_rows (`torch.Tensor` of shape `(batch,)`): whether a token's log-probability in the row is not finite.
     """
 
     stats: torch.Tensor | None = None
+    broken_rows: torch.Tensor | None = None
 
 
 def shift(column: torch.Tensor, width: int) -> torch.Tensor:
@@ -166,10 +168,9 @@ def read_lm_head(module: nn.Module) -> LMHead:
     if not active or module.merged:
         return LMHead(weight, bias, None, None, 1.0)
     name, *more = active
-    plain = (
-        type(module) is LoraLinear and not module.lora_variant and isinstance(module.lora_dropout[name], nn.Identity)
-    )
-    if more or not plain:
+    # `isinstance`: FSDP2 gives a sharded module a class of its own
+    linear = isinstance(module, LoraLinear) and not module.lora_variant
+    if more or not linear or not isinstance(module.lora_dropout[name], nn.Identity):
         raise ValueError(
             f"lm_head has an adapter that the fused loss cannot follow ({type(module).__name__}, adapters {active}): "
             "only one plain LoRA adapter with lora_dropout=0 is supported there. Remove 'lm_head' from "
@@ -295,4 +296,5 @@ def _selective_loss(
         is_top1=out.is_top1 & positive,
         label_mask=positive,
         stats=stats,
+        broken_rows=(~out.logprob.isfinite()).any(1),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import textwrap
 from collections.abc import Callable
 from typing import cast
@@ -33,9 +34,11 @@ from .annotation import TokenAnnotator, base_model
 from .collator import ACTIVE_ROWS, BASE_LOGPS, REF_LOGPS, TOKEN_COLUMNS, WEIGHTS, DataCollatorForSelectiveSFT
 from .columns import add_message_weights, brings_weights, has_message_weights, token_columns, truncate_and_pack
 from .config import SelectiveSFTConfig
-from .head import STATS, SelectiveHead, add_selective_head, read_lm_head
+from .head import STATS, SelectiveCausalLMOutput, SelectiveHead, add_selective_head, read_lm_head
 from .reference import Model
 from .schedules import forget_weight_at
+
+logger = logging.getLogger(__name__)
 
 
 class SelectiveSFTTrainer(SFTTrainer):
@@ -135,7 +138,7 @@ class SelectiveSFTTrainer(SFTTrainer):
             not args.precompute_scores or isinstance(self.train_dataset, IterableDataset)
         )
         self._step_counts: torch.Tensor | None = None
-        self._stats: list[torch.Tensor] = []
+        self._outputs: list[SelectiveCausalLMOutput] = []  # of the micro-batches since the last log, detached
         if self._selective:
             self._select_tokens(source, given)
 
@@ -309,15 +312,17 @@ class SelectiveSFTTrainer(SFTTrainer):
         self._metrics["train"]["forget_weight"].append(forget_weight)
         loss_type, args.loss_type = args.loss_type, "nll"  # the head has applied DFT's factor already
         try:
-            return super().compute_loss(_with_head(model, head, self._stats), inputs, return_outputs, num_items)
+            return super().compute_loss(_with_head(model, head, self._outputs), inputs, return_outputs, num_items)
         finally:
             args.loss_type = loss_type
 
     def log(self, logs, start_time=None):
         """Adds the metrics of the positive and negative tokens since the last log, over all processes."""
-        if self.model.training and self._stats:
-            totals = self.accelerator.reduce(torch.stack(self._stats).sum(0), reduction="sum")
-            self._stats.clear()
+        if self.model.training and self._outputs:
+            stats = torch.stack([cast(torch.Tensor, output.stats) for output in self._outputs])
+            self._report_broken_rows()
+            self._outputs.clear()
+            totals = self.accelerator.reduce(stats.sum(0), reduction="sum")
             total = dict(zip(STATS, totals.tolist(), strict=True))
             metrics = self._metrics["train"]
             if positives := total["positives"]:
@@ -329,16 +334,30 @@ class SelectiveSFTTrainer(SFTTrainer):
             metrics["negative_fraction"].append(negatives / max(positives + negatives, 1))
         super().log(logs, start_time)
 
+    def _report_broken_rows(self) -> None:
+        """Name the rows whose loss was not finite; here, and not in the step, since looking waits for the device."""
+        for index, output in enumerate(self._outputs):
+            if rows := cast(torch.Tensor, output.broken_rows).nonzero().flatten().tolist():
+                logger.warning(
+                    f"the loss is not finite: batch {index + 1} of the {len(self._outputs)} up to step "
+                    f"{self.state.global_step} has log-probabilities that are not finite in its rows {rows} "
+                    f"(process {self.accelerator.process_index}). The model overflows or its weights are broken"
+                )
 
-def _with_head(model: torch.nn.Module, head: SelectiveHead, stats: list[torch.Tensor] | None = None) -> Callable:
-    """What `SFTTrainer.compute_loss` calls in place of the model: its fused head becomes the selective one."""
+
+def _with_head(model: torch.nn.Module, head: SelectiveHead, kept: list | None = None) -> Callable:
+    """What `SFTTrainer.compute_loss` calls in place of the model: its fused head becomes the selective one.
+
+    Args:
+        kept: receives what the metrics need of each output, when the head returns a loss.
+    """
 
     def forward(fused_lm_head: bool = False, **inputs):
         if not fused_lm_head:  # the deprecated forward that rebuilds the logits for `return_outputs`
             return model(**inputs)
         outputs = model(**inputs, selective_head=head)
-        if stats is not None:
-            stats.append(outputs.stats.detach())
+        if kept is not None:
+            kept.append(SelectiveCausalLMOutput(stats=outputs.stats.detach(), broken_rows=outputs.broken_rows))
             outputs.log_probs = -outputs.loss.reshape(1, 1)  # TRL sums `-log_probs` and divides by the number of items
         return outputs
 

@@ -282,7 +282,7 @@ LM_HEAD_LORA = {"r": 4, "target_modules": ["q_proj", "lm_head"]}
 
 
 def test_lora_on_the_head_is_trained_and_evaluated(options):
-    """TRL refuses it, since its loss would drop the adapter. The reference is the model's own forward, which does not."""
+    """TRL refuses it, since its loss would drop the adapter. What it must be is the model's own forward."""
     run = make(options, peft_config=LoraConfig(**LM_HEAD_LORA), forget_weight=1.0, learning_rate=0.1, max_steps=5)
     factors = {n: p.clone() for n, p in run.model.named_parameters() if "lm_head" in n and p.requires_grad}
     run.train()
