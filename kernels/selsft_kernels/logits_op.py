@@ -16,9 +16,6 @@ from .rows import Targets, Transform
 if backend.HAS_TRITON:
     from . import rows_triton
 
-# The torch twin works on fp32 copies of this many elements of the logits at a time.
-_TWIN_ELEMENTS = 2**24
-
 
 # The names and defaults are those of `selective_cross_entropy`; tensors are flattened to N rows.
 @torch.library.custom_op("selsft::logits_loss", mutates_args=())
@@ -56,7 +53,7 @@ def logits_loss_op(
         with backend.computing_on(device):
             rows_triton.loss_rows(logits, targets, transform, objective, stats, want_grad=False)
     else:
-        for start, end in parts(logits):
+        for start, end in rows.row_blocks(logits):
             part = Targets(*(None if t is None else t[start:end] for t in targets))  # type: ignore[arg-type]
             copy = logits[start:end].to(torch.float32, copy=True)
             rows.loss_rows(copy, part, transform, objective, stats.part(start, end), want_grad=False)
@@ -85,11 +82,6 @@ def usable(target: Tensor, token_weight: Tensor, ignore_index: int) -> tuple[Ten
     return target.masked_fill(ignored, 0), token_weight.masked_fill(ignored, 0.0)
 
 
-def parts(logits: Tensor) -> list[tuple[int, int]]:
-    step = max(1, _TWIN_ELEMENTS // logits.shape[1])
-    return [(start, min(start + step, logits.shape[0])) for start in range(0, logits.shape[0], step)]
-
-
 def write_grad(
     out: Tensor,  # [N, V], may be `logits`
     logits: Tensor,  # [N, V]
@@ -112,7 +104,7 @@ def write_grad(
         with backend.computing_on(logits.device):
             rows_triton.grad_rows(out, logits, targets, transform, lse, grad)
         return
-    for start, end in parts(logits):
+    for start, end in rows.row_blocks(logits):
         part = Targets(*(None if t is None else t[start:end] for t in targets))  # type: ignore[arg-type]
         z = rows.transform(logits[start:end].to(torch.float32, copy=True), transform, with_bias=False)
         slope = None if softcap is None else z.div(softcap).square_().neg_().add_(1.0)

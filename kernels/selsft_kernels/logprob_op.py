@@ -119,6 +119,11 @@ def fold_tile(raw: Tensor, column: Tensor, t: Transform, state: FoldState, paddi
 
     The twin of `fold_triton.fold`; overwrites `raw` if it is fp32. `padding` is as in `rows.loss_rows`.
     """
+    for start, end in rows.row_blocks(raw):
+        _fold_tile(raw[start:end], column[start:end], t, state.part(start, end))
+
+
+def _fold_tile(raw: Tensor, column: Tensor, t: Transform, state: FoldState) -> None:
     width = raw.shape[1]
     z = rows.transform(raw if raw.dtype == torch.float32 else raw.float(), t, with_bias=True)
     inside = (column >= 0) & (column < width)

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from .objectives import Objective, token_loss
 
+# 1 MiB of fp32: the level-2 cache of a core.
+_CACHED_ELEMENTS = 2**18
+
 
 class Transform(NamedTuple):
     """From raw logits to logits."""
@@ -86,16 +89,32 @@ def loss_rows(
 
     `padding`: columns to the right of `raw`, in the same memory, that may be read and written; for the Triton kernels.
     """
+    for start, end in row_blocks(raw):
+        part = Targets(*(t[start:end] if isinstance(t, Tensor) else None for t in targets))  # type: ignore[arg-type]
+        _loss_rows(raw[start:end], part, t, objective, stats.part(start, end), want_grad)
+
+
+def row_blocks(raw: Tensor) -> list[tuple[int, int]]:
+    """Rows to work on at a time. On a CPU, few enough to stay in its cache through the half dozen passes over them."""
+    rows, columns = raw.shape
+    step = max(1, _CACHED_ELEMENTS // columns) if raw.device.type == "cpu" else max(1, rows)
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _loss_rows(
+    raw: Tensor, targets: Targets, t: Transform, objective: Objective, stats: RowStats, want_grad: bool
+) -> None:
     z = raw if raw.dtype == torch.float32 else raw.float()
     column = targets.column.unsqueeze(1)
-    if stats.is_top1 is not None:
-        stats.is_top1.copy_(top1(z, targets, t))
     transform(z, t, with_bias=True)
     z_y = transform(targets.logit.clone(), t, with_bias=False)
     slope = z.div(t.softcap).square_().neg_().add_(1.0) if want_grad and t.softcap is not None else None
 
+    own = z.gather(1, column).squeeze(1)
     z.scatter_(1, column, -torch.inf)
     largest = z.amax(1, keepdim=True)
+    if stats.is_top1 is not None:
+        stats.is_top1.copy_(top1(z, own, largest.squeeze(1), targets.column))
     z.sub_(largest)
     e, log_sum, rest = _exponentials(z, want_rest=stats.entropy is not None)
     lse = largest.squeeze(1) + log_sum
@@ -137,15 +156,17 @@ def _store(
         stats.grad.copy_(grad)
 
 
-def top1(raw: Tensor, targets: Targets, t: Transform) -> Tensor:
-    """Whether the target is the arg-max of its row, the first one on a tie; [n] bool.
+def top1(others: Tensor, own: Tensor, largest: Tensor, column: Tensor) -> Tensor:
+    """Whether the target has the largest logit of its row, the first one on a tie; [n] bool.
 
-    Compares the rounded logits with each other. The fp32 target logit against rounded others would decide ties by the
-    rounding of the others.
+    `others` [n, V] are the logits with -inf at the target, `largest` their maxima, and `own` the target's logit,
+    rounded as they are: the fp32 one against rounded others would decide ties by the rounding of the others.
     """
-    z = raw if t.bias is None else raw + t.bias
-    best = z.argmin(1) if t.logit_scale < 0 else z.argmax(1)
-    return best == targets.column
+    result = own > largest
+    tie = own == largest
+    if tie.any():
+        result[tie] = others[tie].argmax(1) > column[tie]
+    return result
 
 
 def grad_in_place(

@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
     if device.type == "cpu":
+        torch.set_num_threads(1)
         print("No GPU is used: this runs the CPU path at a small size. Its figures say nothing about a GPU.")
     rows, shapes, ignored = sizes(arguments, device)
     found, notes = run(rows, shapes, ignored, arguments.implementations, device, arguments.seconds)

@@ -1,7 +1,8 @@
 """Time and memory of one step, on a GPU or a CPU.
 
-On a GPU, CUDA events around each step and the allocator's peak; on a CPU, the clock and the allocations that the
-profiler sees. `torch.utils.benchmark` was the alternative; it gives no memory and no quantiles of single steps.
+On a GPU, CUDA events around each step and the allocator's peak. On a CPU, the processor time of one thread, which
+other programs on the machine hardly change, and the allocations that the profiler sees. `torch.utils.benchmark` was
+the alternative; it gives no memory and no quantiles of single steps.
 """
 
 import gc
@@ -14,7 +15,7 @@ import torch
 
 Step = Callable[[], object]
 
-WARMUP = 3
+_WARMUP = 2
 _LEAST, _MOST = 7, 50
 
 
@@ -27,7 +28,7 @@ class Measurement(NamedTuple):
 
 def measure(step: Step, device: torch.device, seconds: float = 1.0) -> Measurement:
     """Runs `step` a few times to warm up, then for about `seconds`, at least 7 and at most 50 times."""
-    for _ in range(WARMUP):
+    for _ in range(_WARMUP):
         step()
     clock = _gpu_ms if device.type == "cuda" else _cpu_ms
     times = [clock(step)]
@@ -48,9 +49,9 @@ def _gpu_ms(step: Step) -> float:
 
 
 def _cpu_ms(step: Step) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     step()
-    return 1000 * (time.perf_counter() - start)
+    return 1000 * (time.process_time() - start)
 
 
 def _gpu_peak(step: Step) -> int:

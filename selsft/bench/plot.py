@@ -27,7 +27,6 @@ def save(found: list[Record], bandwidth: float, path: Path) -> None:
     for axes, title in ((time, "ms, forward + backward"), (memory, "peak extra memory, MiB")):
         axes.set_title(title)
         axes.set_xlim(left=0)
-        axes.legend(loc="lower right", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     roofline(roof, found, bandwidth)
     first = found[0]
@@ -46,7 +45,7 @@ def _bars(axes: Axes, chosen: list[Record], values: list[float], head: str, hatc
     order = sorted(range(len(chosen)), key=lambda i: -values[i])
     names = [f"{_label(chosen[i])}, {head}" for i in order]
     colours = [_colour(chosen[i].implementation) for i in order]
-    bars = axes.barh(names, [values[i] for i in order], color=colours, hatch=hatch, label=f"{head} head")
+    bars = axes.barh(names, [values[i] for i in order], color=colours, hatch=hatch)
     axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=7)
     axes.tick_params(axis="y", labelsize=8)
 
@@ -64,9 +63,11 @@ def roofline(axes: Axes, found: list[Record], bandwidth: float) -> None:
     axes.plot([left, knee, right], [left * bandwidth / 1e12, peak, peak], color="black", linewidth=1)
     for name in dict.fromkeys(r.implementation for r in found):
         points = [(x, r.tflops) for x, r in zip(reach, found, strict=True) if r.implementation == name]
+        x, y = zip(*points, strict=True)
         ours = name == "selsft"
-        axes.scatter(*zip(*points, strict=True), label=name, s=28 if ours else 10, zorder=3 if ours else 2)
+        axes.scatter(x, y, label=name, s=28 if ours else 10, zorder=3 if ours else 2, color=OURS if ours else None)
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte of the task", ylabel="TFLOP/s (useful)")
+    axes.xaxis.set_minor_formatter("")
     axes.set_title("roofline")
     axes.legend(fontsize=7)
 

@@ -86,7 +86,7 @@ def _record(row: dict[str, str]) -> Record:
 def environment(device: torch.device) -> Environment:
     cuda = device.type == "cuda"
     return Environment(
-        gpu=torch.cuda.get_device_name(device) if cuda else f"CPU {_cpu_name()}, {torch.get_num_threads()} threads",
+        gpu=torch.cuda.get_device_name(device) if cuda else f"CPU {_cpu_name()}, {torch.get_num_threads()} thread(s)",
         driver=_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else "",
         torch=torch.__version__,
         triton=importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else "",

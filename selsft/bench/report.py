@@ -22,7 +22,10 @@ def markdown(found: list[Record], notes: list[str]) -> str:
         "gradients. `*`: times plain mean NLL, because it cannot express the forgetting loss on its fast path.",
     ]
     if first.gpu.startswith("CPU"):
-        parts.append("**Measured on a CPU, in fp32, at a small size: these figures say nothing about a GPU.**")
+        parts.append(
+            "**Measured on a CPU, in fp32, at a small size, in processor time of one thread. These figures say "
+            "nothing about a GPU.**"
+        )
     for case, group in groupby(sorted(found, key=lambda r: r.case), key=lambda r: r.case):
         pass_, head, n, h, v, ignored = case
         title = "scoring" if pass_ == "forward" else f"{pass_}, {head} head"

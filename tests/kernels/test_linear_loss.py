@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from selsft_kernels import linear_selective_cross_entropy
+from selsft_kernels import linear_selective_cross_entropy, rows
 from tests.kernels import call, oracle
 from tests.kernels.oracle import Problem, problem, relative
 
@@ -47,9 +47,9 @@ def test_every_objective(options: dict, floor: float | None) -> None:
 
 
 @pytest.mark.parametrize("vocab", [2, 7, 257, 500])
-@pytest.mark.parametrize("rows", [1, 3, 63])
-def test_shapes(rows: int, vocab: int) -> None:
-    p = problem(rows=rows, vocab=vocab, seed=rows + vocab)
+@pytest.mark.parametrize("n", [1, 3, 63])
+def test_shapes(n: int, vocab: int) -> None:
+    p = problem(rows=n, vocab=vocab, seed=n + vocab)
     assert_matches(p, call.linear(p, chunk_size=20))
 
 
@@ -79,10 +79,20 @@ def test_softcap_comes_after_the_scale() -> None:
     assert_matches(p, call.linear(p))
 
 
+def test_top1_is_the_first_of_equal_logits() -> None:
+    weight = torch.tensor([[1.0], [2.0], [2.0], [0.0]])
+    out = linear_selective_cross_entropy(
+        torch.ones(4, 1), weight, torch.arange(4), torch.ones(4), outputs=("is_top1",)
+    )
+    assert out.is_top1 is not None and out.is_top1.tolist() == [False, True, False, False]
+
+
 @pytest.mark.parametrize("chunk_size", [1, 5, 13, 64])
-def test_chunks_do_not_change_the_result(chunk_size: int) -> None:
+def test_chunks_do_not_change_the_result(chunk_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem(bias=True, lora=True)
-    whole, parts = call.linear(p), call.linear(p, chunk_size=chunk_size)
+    whole = call.linear(p)
+    monkeypatch.setattr(rows, "_CACHED_ELEMENTS", 80)
+    parts = call.linear(p, chunk_size=chunk_size)
     for name, value in whole.items():
         assert relative(parts[name], value) < 1e-6, name
 
@@ -146,8 +156,8 @@ def test_nothing_to_compute_gives_connected_zeros(case: str) -> None:
         p.target.fill_(-100)
     if case == "all weights zero":
         p.token_weight.zero_()
-    rows = torch.empty(0, dtype=torch.int64) if case == "no active rows" else None
-    result = call.linear(p, active_rows=rows)
+    listed = torch.empty(0, dtype=torch.int64) if case == "no active rows" else None
+    result = call.linear(p, active_rows=listed)
     assert result["loss"].item() == 0.0
     for name, parameter in p.parameters().items():
         grad = result[f"d_{name}"]
@@ -210,10 +220,10 @@ def test_active_rows_select_rows() -> None:
     """The listed rows count, in any order; a listed row of weight 0 or with an ignored target does not."""
     p = problem(rows=12)
     p.token_weight[3], p.target[5] = 0.0, -100
-    rows = torch.tensor([9, 3, 1, 5, 8])
-    listed = call.linear(p, active_rows=rows, chunk_size=2)
+    index = torch.tensor([9, 3, 1, 5, 8])
+    listed = call.linear(p, active_rows=index, chunk_size=2)
     kept = torch.zeros(12, dtype=torch.bool)
-    kept[rows] = True
+    kept[index] = True
     p.token_weight[~kept] = 0.0
     assert_matches(p, listed)
 
@@ -255,18 +265,18 @@ def test_skipped_rows_may_hold_anything() -> None:
 
 
 def test_rows_of_weight_zero_are_left_out_before_the_first_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: list[int] = []
+    seen: list[int] = []
     real = torch.mm
 
     def spy(a: torch.Tensor, b: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        rows.append(a.shape[0])
+        seen.append(a.shape[0])
         return real(a, b, **kwargs)
 
     p = problem(rows=50)
     monkeypatch.setattr(torch, "mm", spy)
     call.linear(p)
     kept = int(oracle.used(p).sum())
-    assert kept < 50 and rows and set(rows) == {kept}
+    assert kept < 50 and seen and set(seen) == {kept}
 
 
 def test_a_frozen_head_costs_one_product_less(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from selsft_kernels import selective_cross_entropy
+from selsft_kernels import rows, selective_cross_entropy
 from tests.kernels import call, oracle
 from tests.kernels.oracle import Problem, problem, relative
 
@@ -30,9 +30,9 @@ def logits_of(p: Problem) -> torch.Tensor:
 
 @pytest.mark.parametrize("inplace_backward", [False, True])
 @pytest.mark.parametrize("vocab", [2, 7, 257, 500])
-@pytest.mark.parametrize("rows", [1, 3, 63])
-def test_shapes(rows: int, vocab: int, inplace_backward: bool) -> None:
-    p = problem(rows=rows, vocab=vocab)
+@pytest.mark.parametrize("n", [1, 3, 63])
+def test_shapes(n: int, vocab: int, inplace_backward: bool) -> None:
+    p = problem(rows=n, vocab=vocab)
     check(p, logits_of(p), inplace_backward=inplace_backward)
 
 
@@ -42,10 +42,8 @@ def test_objectives(forget: str) -> None:
     check(p, logits_of(p))
 
 
-def test_several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    import selsft_kernels.logits_op as module
-
-    monkeypatch.setattr(module, "_TWIN_ELEMENTS", 100)
+def test_several_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "_CACHED_ELEMENTS", 100)
     p = problem(rows=11)
     check(p, logits_of(p))
 
