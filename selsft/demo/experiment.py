@@ -35,7 +35,7 @@ class DemoConfig:
     layers: int = 3
     pretraining: Recipe = field(default_factory=lambda: Recipe(epochs=8, learning_rate=3e-3, weight_decay=0.01))
     reference: Recipe = field(default_factory=lambda: Recipe(epochs=5, learning_rate=1e-3))
-    training: Recipe = field(default_factory=lambda: Recipe(epochs=5, learning_rate=1e-3))
+    training: Recipe = field(default_factory=lambda: Recipe(epochs=3, learning_rate=5e-4))
     forget_weight: float = 1.0
     samples_per_group: int = 3
 
@@ -84,6 +84,11 @@ class SeedResult:
     samples: list[Sample]
 
 
+def _negatives(row: dict) -> list[bool]:
+    """The trained tokens that are not positive: their weight is 0 where negatives are ignored, else below."""
+    return [w <= 0 and label != -100 for w, label in zip(row["token_weights"], row["labels"], strict=True)]
+
+
 def token_stats(world: World, rows: Dataset, eos: int) -> TokenStats:
     """`rows` are the training rows in the order of `world.training`, with the columns that the trainer has added."""
     score, wrong, negative, answer, groups = [], [], [], [], []
@@ -91,12 +96,13 @@ def token_stats(world: World, rows: Dataset, eos: int) -> TokenStats:
         kind = world.kinds.get(statement.fact, "known")
         spans = np.cumsum([0, *row["part_lengths"]])
         first = row["labels"].count(-100)
+        negatives = _negatives(row)
         for t, label in enumerate(row["labels"]):
             if label in (-100, eos):
                 continue
             score.append(row["ref_logps"][t] - row["base_logps"][t])
             wrong.append(row["noise_mask"][t] == 1)
-            negative.append(row["token_weights"][t] < 0)
+            negative.append(negatives[t])
             answer.append(spans[1] <= t - first < spans[2])
             groups.append(kind)
     values, is_wrong, is_negative = np.array(score), np.array(wrong), np.array(negative)
@@ -134,7 +140,7 @@ def pick_samples(
         if statement.wrong:
             groups[f"wrong, {world.kinds[statement.fact]}"].append(i)
         else:
-            groups["right, false alarm" if min(row["token_weights"]) < 0 else "right"].append(i)
+            groups["right, false alarm" if any(_negatives(row)) else "right"].append(i)
     rng = random.Random(seed)
     samples = []
     for group, indices in groups.items():
@@ -146,12 +152,12 @@ def pick_samples(
 def _pieces(row: dict, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, bool, bool]]:
     """Tokens of one style are decoded together: a letter beyond ASCII can be cut into several tokens."""
     runs: list[tuple[list[int], bool, bool]] = []
-    for token, label, weight, wrong in zip(
-        row["input_ids"], row["labels"], row["token_weights"], row["noise_mask"], strict=True
+    for token, label, negative, wrong in zip(
+        row["input_ids"], row["labels"], _negatives(row), row["noise_mask"], strict=True
     ):
         if label == -100 or token == tokenizer.eos_token_id:
             continue
-        style = (weight < 0, bool(wrong))
+        style = (negative, bool(wrong))
         if runs and runs[-1][1:] == style:
             runs[-1][0].append(token)
         else:
