@@ -9,17 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
-from selsft.bench import records
-from selsft.bench.accuracy import measure_errors
-from selsft.bench.bars import bars, table
-from selsft.bench.cases import MAIN_SHAPE
-from selsft.bench.kernels import main as benchmark
-from selsft.bench.kernels import parser
-
 
 def main(argv: list[str]) -> int:
+    import torch
+
+    from selsft.bench import kernels, records
+    from selsft.bench.accuracy import measure_errors
+    from selsft.bench.bars import bars, table
+    from selsft.bench.cases import MAIN_SHAPE
+
     if not torch.cuda.is_available():
         print("gpu_check: there is no CUDA device here, so nothing was tested or measured", file=sys.stderr)
         return 2
@@ -27,10 +25,10 @@ def main(argv: list[str]) -> int:
     if subprocess.run(tests, check=False).returncode != 0:
         print("gpu_check: the tests failed, so nothing was measured", file=sys.stderr)
         return 1
-    if benchmark(argv) != 0:
+    if kernels.main(argv) != 0:
         return 1
     device = torch.device("cuda")
-    output: Path = parser().parse_args(argv).output_dir
+    output: Path = kernels.parser().parse_args(argv).output_dir
     path = (output / records.file_stem(device)).with_suffix(".csv")
     result = bars(records.read(path), measure_errors(device, *MAIN_SHAPE, torch.bfloat16))
     text = f"# Bars, {torch.cuda.get_device_name()}\n\n{table(result)}\n"
@@ -40,4 +38,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # Python puts this folder on the path, where transformers would take `kernels.py` for the package of that name.
+    sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
     raise SystemExit(main(sys.argv[1:]))
