@@ -1,6 +1,6 @@
 """What the row kernels and the fold share: a block of logits, and one step of the running log-sum-exp.
 
-The sum is kept per lane and reduced once at the end of a row; only the maximum is reduced in every step. That is one
+Sums are kept per lane and reduced once at the end of a row; only the maximum is reduced in every step. That is one
 exponential an element, where a maximum per lane as well would need two. Exponentials are base 2, which is what the
 hardware computes; logits are turned into log2 units first.
 """
@@ -47,6 +47,16 @@ def load_logits(
     if HAS_BIAS:
         raw += tl.load(bias_ptr + offsets, mask=offsets < vocab, other=0.0).to(tl.float32)
     return transform(raw, scale, softcap, HAS_SOFTCAP)
+
+
+@triton.jit
+def load_logit(row_ptr, bias_ptr, column, size, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """One logit in fp32; LOWEST if the column is outside of the `size` columns here."""
+    inside = (column >= 0) & (column < size)
+    raw = tl.load(row_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        raw += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(inside, transform(raw, scale, softcap, HAS_SOFTCAP), LOWEST)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks_triton import LN2, LOG2E, LOWEST, fold_block, load_logits
+from .blocks_triton import LN2, LOG2E, LOWEST, fold_block, load_logit, load_logits
 from .rows import Transform
 from .rows_triton import last_stride_one, launch_shape
 
@@ -45,8 +45,7 @@ def fold_kernel(
     weighted = tl.zeros((BLOCK,), tl.float32)
     if ENTROPY:
         weighted = tl.where(lane == 0, tl.load(weighted_ptr + row) * LOG2E, 0.0)
-    before = LOWEST
-    own = LOWEST
+    before = tl.full((BLOCK,), LOWEST, tl.float32)
     for start in range(0, width, BLOCK):
         offsets = start + lane
         mask = offsets < width
@@ -54,16 +53,16 @@ def fold_kernel(
             row_ptr, bias_ptr, offsets, width, readable, scale, softcap, HAS_BIAS, HAS_SOFTCAP, "evict_first"
         )
         if IS_TOP1:
-            before = tl.maximum(before, tl.max(tl.where(mask & (offsets < column), z, LOWEST), axis=0))
-            own = tl.maximum(own, tl.max(tl.where(mask & (offsets == column), z, LOWEST), axis=0))
+            before = tl.maximum(before, tl.where(mask & (offsets < column), z, LOWEST))
         largest, total, weighted = fold_block(z, mask & (offsets != column), largest, total, weighted, ENTROPY)
     tl.store(largest_ptr + row, largest * LN2)
     tl.store(total_ptr + row, tl.sum(total, axis=0))
     if ENTROPY:
         tl.store(weighted_ptr + row, tl.sum(weighted, axis=0) * LN2)
     if IS_TOP1:
-        tl.store(before_ptr + row, tl.maximum(tl.load(before_ptr + row), before))
+        tl.store(before_ptr + row, tl.maximum(tl.load(before_ptr + row), tl.max(before, axis=0)))
         if (column >= 0) & (column < width):
+            own = load_logit(row_ptr, bias_ptr, column, width, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
             tl.store(own_ptr + row, own)
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks_triton import LN2, LOG2E, LOWEST, fold_block, load_logits, transform
+from .blocks_triton import LN2, LOG2E, LOWEST, fold_block, load_logit, load_logits, transform
 from .objectives import Objective
 from .objectives_triton import sigmoid, softplus, token_loss
 from .rows import RowStats, Targets, Transform
@@ -85,10 +85,9 @@ def loss_rows_kernel(
     grad = 0.0
     if weight != 0.0:
         largest = LOWEST
-        before = LOWEST
-        own = LOWEST
         total = tl.zeros((BLOCK,), tl.float32)
         weighted = tl.zeros((BLOCK,), tl.float32)
+        before = tl.full((BLOCK,), LOWEST, tl.float32)
         for start in range(0, vocab, BLOCK):
             offsets = start + tl.arange(0, BLOCK)
             mask = offsets < vocab
@@ -96,8 +95,7 @@ def loss_rows_kernel(
                 row_ptr, bias_ptr, offsets, vocab, readable, scale, softcap, HAS_BIAS, HAS_SOFTCAP, "evict_last"
             )
             if IS_TOP1:
-                before = tl.maximum(before, tl.max(tl.where(mask & (offsets < target), z, LOWEST), axis=0))
-                own = tl.maximum(own, tl.max(tl.where(mask & (offsets == target), z, LOWEST), axis=0))
+                before = tl.maximum(before, tl.where(mask & (offsets < target), z, LOWEST))
             largest, total, weighted = fold_block(z, mask & (offsets != target), largest, total, weighted, ENTROPY)
         total_sum = tl.sum(total, axis=0)
         lse = (largest + tl.log2(total_sum)) * LN2
@@ -116,7 +114,8 @@ def loss_rows_kernel(
             p_not = sigmoid(-m)
             entropy = sigmoid(m) * softplus(-m) + p_not * softplus(m) + p_not * rest
         if IS_TOP1:
-            top1 = (own * LOG2E >= largest) & (own > before)
+            own = load_logit(row_ptr, bias_ptr, target, vocab, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+            top1 = (own * LOG2E >= largest) & (own > tl.max(before, axis=0))
 
     tl.store(loss_ptr + row, loss)
     tl.store(logprob_ptr + row, logprob)

@@ -108,6 +108,21 @@ def test_small_values_keep_their_relative_precision(m: float, device: torch.devi
         assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_top1_is_the_first_of_equal_logits(bias: bool, device: torch.device) -> None:
+    weight = torch.tensor([[1.0], [2.0], [2.0], [0.0]], device=device)
+    extra = {}
+    if bias:
+        weight, extra = torch.zeros_like(weight), {"linear_bias": weight.flatten()}
+    hidden, target, ones = (
+        torch.ones(4, 1, device=device),
+        torch.arange(4, device=device),
+        torch.ones(4, device=device),
+    )
+    out = linear_selective_cross_entropy(hidden, weight, target, ones, outputs=("is_top1",), **extra)
+    assert out.is_top1 is not None and out.is_top1.tolist() == [False, True, False, False]
+
+
 @pytest.mark.parametrize("case", ["no rows", "all ignored", "all weights zero"])
 def test_nothing_to_compute_gives_connected_zeros(case: str, device: torch.device) -> None:
     p = problem(rows=0 if case == "no rows" else 3, bias=True, lora=True, device=device)
