@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test lint gpu-check bench clean
+.PHONY: demo test test-compat lint gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/selsft demo
@@ -15,6 +15,17 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/triton
+
+# The core tests with the oldest supported versions; `make test` has the newest tested ones.
+OLDEST := .venv-oldest
+test-compat: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/test_equals_sft.py tests/test_trainer.py tests/test_scoring.py \
+		tests/test_reference.py tests/test_columns.py tests/test_compatibility.py
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[test]"
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check
@@ -31,4 +42,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(OLDEST) build dist

@@ -19,7 +19,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
 from selsft_kernels import linear_logprob, linear_selective_cross_entropy
@@ -181,8 +181,15 @@ def read_lm_head(module: nn.Module) -> LMHead:
 
 
 def _whole(parameter):
-    """FSDP2 shards parameters as DTensors, while the hidden states are ordinary tensors."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    """FSDP2 shards parameters as DTensors, while the hidden states are ordinary tensors.
+
+    A parameter that arrives here sharded has a shard group of its own (adapters have), whose hooks a direct read does
+    not run. So its gradient is averaged over the processes here, as FSDP does: without `grad_placements` each process
+    would keep the gradient of its own rows alone.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
 def _selective_forward(

@@ -40,7 +40,7 @@ CASES = {
     "reference_online": {"reference": True, "precompute_scores": False},
     "reference_online_lora": {"reference": True, "precompute_scores": False, "lora": True},
     "reference_adapter": {"reference": "adapter", "lora": True},
-    "packed": {"reference": True, "packing": True, "max_length": 16},
+    "packed": {"reference": True, "packing": True, "max_length": 14},
 }
 
 
