@@ -33,7 +33,14 @@ from selsft.scoring import forward_logps, score_rows
 
 RECIPE = Path(__file__).parent.parent / "selsft" / "recipes" / "truthfulqa-smollm2.yaml"
 SYSTEM = "Answer briefly and truthfully."
-ARMS: dict[str, dict[str, Any]] = {"sft": {"reference": False}, "ignore": {"forget_weight": 0.0}, "forget": {}}
+# "human" takes the label in the place of the score: all tokens of a false answer are negative. It tells a score that
+# finds nothing from a trainer that does nothing, and is no method: who has labels leaves the false answers out.
+ARMS: dict[str, dict[str, Any]] = {
+    "sft": {"reference": False},
+    "ignore": {"forget_weight": 0.0},
+    "forget": {},
+    "human": {"reference": False, "labels": True},
+}
 
 
 # ---------------------------------------------------------------- data
@@ -61,10 +68,11 @@ def draw(questions: dict[str, list[dict]], names: list[str], labels: dict[bool, 
     return rows
 
 
-def conversation(row: dict) -> dict:
+def conversation(row: dict, labels: bool = False) -> dict:
+    answer = {"role": "assistant", "content": row["answer"]}
     return {
         "prompt": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row["question"]}],
-        "completion": [{"role": "assistant", "content": row["answer"]}],
+        "completion": [answer | ({"weight": 1.0 if row["true"] else -1.0} if labels else {})],
     }
 
 
@@ -89,7 +97,9 @@ def make_data(options: argparse.Namespace) -> dict[str, list[dict]]:
 # ---------------------------------------------------------------- training and scoring
 
 
-def make_trainer(options: argparse.Namespace, name: str, data, train: str, **changes) -> SelectiveSFTTrainer:
+def make_trainer(
+    options: argparse.Namespace, name: str, data, train: str, labels: bool = False, **changes
+) -> SelectiveSFTTrainer:
     parser = TrlParser((ScriptArguments, SelectiveSFTConfig, ModelConfig, DatasetMixtureConfig))
     flags = ["--config", str(RECIPE), "--output_dir", str(options.work / name)]
     flags += ["--model_name_or_path", str(options.model), "--scoring_cache_dir", str(options.work / "cache")]
@@ -99,7 +109,7 @@ def make_trainer(options: argparse.Namespace, name: str, data, train: str, **cha
     return SelectiveSFTTrainer(
         model=model_args.model_name_or_path,
         args=args,
-        train_dataset=Dataset.from_list([conversation(row) for row in data[train]]),
+        train_dataset=Dataset.from_list([conversation(row, labels) for row in data[train]]),
         eval_dataset=Dataset.from_list([conversation(row) for row in data["eval"]]),
         peft_config=get_peft_config(model_args),
     )
@@ -185,7 +195,7 @@ def score(options, data, reference: str) -> dict:
 
 
 def train_arm(options, data, arm: str, seed: int, reference: str, **changes) -> dict:
-    changes = {**ARMS[arm.split("+")[0]], **changes}
+    changes = {**ARMS[arm], **changes}
     if changes.pop("reference", True):
         changes["reference_model"] = options.work / reference
     trainer = make_trainer(options, f"{arm}-{seed}", data, "train", seed=seed, **changes)
@@ -218,16 +228,27 @@ def bootstrap(statistic, questions: list[str], rounds: int = 2000) -> tuple[floa
     return float(low), float(high)
 
 
+def within_questions(values: np.ndarray, label: np.ndarray, questions: list[str]) -> float:
+    """AUC within each question that has both labels, averaged: how easy a question is falls out."""
+    wins = []
+    for question in sorted(set(questions)):
+        own = np.array([other == question for other in questions])
+        if (own & label).any() and (own & ~label).any():
+            wins.append(auc(values[own], label[own]))
+    return float(np.mean(wins))
+
+
+def margin(values: np.ndarray, label: np.ndarray) -> float:
+    """Mean log-probability per token of true answers minus that of false ones, nats."""
+    return float(values[label].mean() - values[~label].mean())
+
+
 def held_out(result: dict, rows: list[dict]) -> dict[str, float]:
     """NLL of true and false answers (mean over answers of the mean over tokens) and how often the true one wins."""
     logp, label = np.array(result["mean_logp"]), np.array([row["true"] for row in rows])
-    wins = []
-    for question in sorted({row["question"] for row in rows}):
-        own = np.array([row["question"] == question for row in rows])
-        if (own & label).any() and (own & ~label).any():
-            wins.append(auc(logp[own], label[own]))
+    wins = within_questions(logp, label, [row["question"] for row in rows])
     true, false = -logp[label].mean(), -logp[~label].mean()
-    return {"nll_true": true, "nll_false": false, "margin": false - true, "true_wins": float(np.mean(wins))}
+    return {"nll_true": true, "nll_false": false, "margin": margin(logp, label), "true_wins": wins}
 
 
 def report(options: argparse.Namespace, data: dict[str, list[dict]]) -> None:
@@ -240,7 +261,8 @@ def report(options: argparse.Namespace, data: dict[str, list[dict]]) -> None:
         for name in ("mean_score", "min_score", "mean_base", "mean_ref"):
             values = np.array(result[name])
             low, high = bootstrap(lambda i, v=values: auc(v[i], label[i]), questions)
-            print(f"  AUC {name:11s} {auc(values, label):.3f} [{low:.3f}, {high:.3f}]")
+            within = within_questions(values, label, questions)
+            print(f"  AUC {name:11s} {auc(values, label):.3f} [{low:.3f}, {high:.3f}], within questions {within:.3f}")
         negatives = np.array(result["negatives"])
         print(f"  negative tokens: true answers {negatives[label].sum()}, false answers {negatives[~label].sum()}")
     print(f"\n{'run':22s} {'NLL true':>9s} {'NLL false':>9s} {'margin':>8s} {'true wins':>9s} {'train s':>8s}")
@@ -250,6 +272,16 @@ def report(options: argparse.Namespace, data: dict[str, list[dict]]) -> None:
         found = held_out(result, data["eval"])
         print(f"{path.stem:22s} {found['nll_true']:9.4f} {found['nll_false']:9.4f} {found['margin']:8.4f} "
               f"{found['true_wins']:9.4f} {result.get('train_seconds', 0):8.1f}")  # fmt: skip
+    rows, label = data["eval"], np.array([row["true"] for row in data["eval"]])
+    questions = [row["question"] for row in rows]
+    for path in sorted(options.work.glob("arm-*.json")):
+        plain = options.work / f"arm-sft-{path.stem.split('-')[-1]}.json"
+        if plain == path or not plain.is_file():
+            continue
+        ours, theirs = (np.array(json.loads(file.read_text())["mean_logp"]) for file in (path, plain))
+        difference = margin(ours, label) - margin(theirs, label)
+        low, high = bootstrap(lambda i, a=ours, b=theirs: margin(a[i], label[i]) - margin(b[i], label[i]), questions)
+        print(f"margin of {path.stem} over {plain.stem}: {difference:+.4f} [{low:+.4f}, {high:+.4f}]")
 
 
 def main() -> None:
@@ -260,7 +292,8 @@ def main() -> None:
     parser.add_argument("--questions_a", type=int, default=150, help="questions of the reference")
     parser.add_argument("--questions_b", type=int, default=100, help="questions that are scored and trained on")
     parser.add_argument("--questions_eval", type=int, default=60, help="held-out questions")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--reference_lr", type=float, nargs="+", default=[5e-4], help="the arms use the first one")
     parser.add_argument("--report", action="store_true", help="only print what is there")
     options = parser.parse_args()
@@ -273,8 +306,8 @@ def main() -> None:
             staged(options, name, lambda n=name, r=rate: train_reference(options, data, n, r, 2))
             staged(options, f"scores-{rate:g}", lambda n=name: score(options, data, n))
         main_reference = f"reference-{options.reference_lr[0]:g}"
-        for seed in range(options.seeds):
-            for arm in ARMS:
+        for seed in options.seeds:
+            for arm in options.arms:
                 run = lambda a=arm, s=seed: train_arm(options, data, a, s, main_reference)  # noqa: E731
                 staged(options, f"arm-{arm}-{seed}", run)
     report(options, data)

@@ -138,8 +138,12 @@ def test_lora_and_resume(run, models):
     }
     assert run("train", **common, output_dir="whole", max_steps=4) == 0
     assert run("train", **common, output_dir="whole", max_steps=4) == 2  # holds something
+    whole = json.load(open("whole/selsft_run.json"))["finished"]
     assert run("train", **common, output_dir="whole", max_steps=4, resume_from_checkpoint="whole/checkpoint-2") == 0
-    assert json.load(open("whole/selsft_run.json"))["finished"]["steps"] == 4
+    resumed = json.load(open("whole/selsft_run.json"))["finished"]
+    assert resumed["steps"] == whole["steps"] == 4
+    # The loss of two steps over the number of all four
+    assert resumed["metrics"]["train_loss"] < 0.75 * whole["metrics"]["train_loss"]
     config = json.load(open("whole/adapter_config.json"))
     assert config["r"] == 4 and set(config["target_modules"]) == {"q_proj", "o_proj"}
 
