@@ -17,6 +17,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+THREADS = 2
 PACKAGES = ("selsft", "torch", "transformers", "trl", "datasets", "tokenizers")
 
 
@@ -67,10 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from dataclasses import replace
 
+    import torch
     from rich.console import Console
 
     from selsft.demo.experiment import DemoConfig
 
+    # More threads than this only wait for each other on a model of this size, and would change the last digits.
+    torch.set_num_threads(min(torch.get_num_threads(), THREADS))
     config = DemoConfig()
     if args.forget_weight is not None:
         config = replace(config, forget_weight=args.forget_weight)
