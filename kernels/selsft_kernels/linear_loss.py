@@ -83,10 +83,17 @@ class _LinearLoss(torch.autograd.Function):
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """`grad * factor` in `dtype`, one pass, without looking at the factor (which is on the device).
 
-    Not in place: a graph that is kept must be able to run backward again. A factor of shape [1] takes part in type
-    promotion where a scalar does not, so that `1 / N` is not rounded to bf16 before the product.
+    In place where nobody needs `grad` again, which for an fp32 head saves a buffer of its size. A factor of shape [1]
+    takes part in type promotion where a scalar does not, so that `1 / N` is not rounded to bf16 before the product.
     """
-    return torch.mul(grad, factor.reshape(1), out=torch.empty_like(grad, dtype=dtype))
+    out = grad if grad.dtype == dtype and not graph_is_kept() else torch.empty_like(grad, dtype=dtype)
+    return torch.mul(grad, factor.reshape(1), out=out)
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward pass that is running may run again (`retain_graph=True`); True where torch cannot tell."""
+    query = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return torch.compiler.is_compiling() or query is None or query()
 
 
 def _apply(

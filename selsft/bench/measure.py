@@ -6,6 +6,7 @@ the alternative; it gives no memory and no quantiles of single steps.
 """
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +15,9 @@ from typing import NamedTuple
 import torch
 
 Step = Callable[[], object]
+
+# The profiler announces itself on stderr at every start and stop.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 _WARMUP = 2
 _LEAST, _MOST = 7, 50
