@@ -248,11 +248,13 @@ def test_hidden_states_that_are_not_finite_make_the_loss_nan(poison: float, sign
 
 def test_skipped_rows_may_hold_anything() -> None:
     """A NaN in a row of weight 0 must not reach the loss or a gradient, whether the row is listed or not."""
-    p = problem(rows=6)
+    p = problem(rows=6, bias=True)
     p.target.fill_(2)
     p.token_weight.copy_(torch.tensor([1.0, 0.0, -1.0, 0.5, 1.0, -2.0]))
     with torch.no_grad():
         p.input[1] = 0.0
+        assert p.bias is not None
+        p.bias.fill_(200.0)
     clean = call.linear(p)
     with torch.no_grad():
         p.input[1] = torch.nan

@@ -97,3 +97,15 @@ def test_a_masked_vocabulary_entry_is_allowed() -> None:
     loss.backward()
     assert loss.item() == pytest.approx(torch.log(torch.tensor(4.0)).item())
     assert z.grad is not None and z.grad[0, 3] == 0.0 and z.grad.isfinite().all()
+
+
+def test_skipped_rows_may_hold_anything() -> None:
+    p = problem(rows=4, vocab=9)
+    p.target.copy_(torch.tensor([2, 2, -100, 5]))
+    p.token_weight.copy_(torch.tensor([1.0, 0.0, -1.0, 0.5]))
+    z = torch.randn(4, 9)
+    z[1:3] = torch.nan
+    result = call.logits(p, z)
+    assert result["loss"].isfinite() and result["d_logits"][[0, 3]].isfinite().all()
+    for name in ("d_logits", "logprob", "entropy", "is_top1"):
+        assert not result[name][1:3].any(), name

@@ -148,18 +148,20 @@ def test_hidden_states_that_are_not_finite_make_the_loss_nan(poison: float, sign
 
 
 def test_skipped_rows_may_hold_anything(device: torch.device) -> None:
-    """Rows 1 (weight 0) and 2 (ignored) are listed, hold NaN, and touch nothing."""
-    p = problem(rows=4, device=device)
+    """Rows 1 (weight 0) and 2 (ignored) are listed, hold NaN, and touch nothing; a bias of 200 overflows exp."""
+    p = problem(rows=4, bias=True, device=device)
     p.target.copy_(torch.tensor([2, 2, -100, 5]))
     p.token_weight.copy_(torch.tensor([1.0, 0.0, -1.0, 0.5]))
     with torch.no_grad():
         p.input[1:3] = torch.nan
+        assert p.bias is not None
+        p.bias.fill_(200.0)
     listed = call.linear(p, active_rows=torch.arange(4, device=device))
     assert not listed["d_input"][1:3].any() and not listed["logprob"][1:3].any()
     with torch.no_grad():
         p.input[1:3] = 0.0
     expected = oracle.selective(p)
-    for name in ("loss", "d_input", "d_weight", "entropy"):
+    for name in ("loss", "d_input", "d_weight", "d_bias", "entropy"):
         assert relative(listed[name], expected[name]) < TOLERANCE, name
 
 
@@ -212,6 +214,32 @@ def test_logits(vocab: int, inplace_backward: bool, device: torch.device, short_
     assert torch.equal(actual["is_top1"], expected.pop("is_top1"))
     for name, value in expected.items():
         assert relative(actual[name], value) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("weight", [1.0, -1.0])
+def test_a_logit_of_the_target_that_is_not_finite_makes_the_loss_nan(
+    value: float, weight: float, device: torch.device
+) -> None:
+    """Plain arithmetic would give log p = 0 for +inf, and so a loss of 0."""
+    p = problem(rows=2, vocab=9, device=device)
+    p.target.fill_(3)
+    p.token_weight.fill_(weight)
+    z = torch.zeros(2, 9, device=device)
+    z[1, 3] = value
+    assert torch.isnan(call.logits(p, z)["loss"])
+
+
+def test_skipped_rows_of_logits_may_hold_anything(device: torch.device) -> None:
+    p = problem(rows=4, vocab=9, device=device)
+    p.target.copy_(torch.tensor([2, 2, -100, 5]))
+    p.token_weight.copy_(torch.tensor([1.0, 0.0, -1.0, 0.5]))
+    z = torch.randn(4, 9, device=device)
+    z[1:3] = torch.nan
+    result = call.logits(p, z)
+    assert result["loss"].isfinite() and result["d_logits"][[0, 3]].isfinite().all()
+    for name in ("d_logits", "logprob", "entropy", "is_top1"):
+        assert not result[name][1:3].any(), name
 
 
 def test_logits_are_left_alone_in_the_forward_pass(device: torch.device) -> None:
