@@ -77,7 +77,7 @@ class Reference:
             self.adapter = REFERENCE_ADAPTER
             self.injected = not isinstance(policy, PeftModel)
             if isinstance(policy, PeftModel):
-                with _adapter_errors(source):
+                with _adapter_errors(source), same_trainable(policy):
                     policy.load_adapter(source, REFERENCE_ADAPTER, is_trainable=False)
         else:
             compared = _same_tokenizer(source, tokenizer, init_kwargs)  # before the weights are loaded
@@ -97,7 +97,7 @@ class Reference:
             with _with_adapter(policy, self.name) as model, frozen(model):
                 yield model
         else:
-            with frozen(policy), use_adapter(cast(PeftModel, policy), self.adapter):
+            with same_trainable(policy), frozen(policy), use_adapter(cast(PeftModel, policy), self.adapter):
                 yield policy
 
     def fingerprint(self, model: Model) -> str:
@@ -107,22 +107,33 @@ class Reference:
     def release(self, policy: Model) -> None:
         """Take the reference out of memory and leave the policy as it was."""
         if self.adapter is not None and not self.injected:
-            policy.delete_adapter(self.adapter)
+            with same_trainable(policy):
+                policy.delete_adapter(self.adapter)
         self.model = None
 
 
 @contextlib.contextmanager
 def _with_adapter(policy: Model, source: str) -> Iterator[PeftModel]:
     """The adapter's layers are put into the policy in place, and taken out again."""
-    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    with _adapter_errors(source):
-        model = PeftModel.from_pretrained(policy, source, adapter_name=REFERENCE_ADAPTER)
+    with same_trainable(policy):
+        with _adapter_errors(source):
+            model = PeftModel.from_pretrained(policy, source, adapter_name=REFERENCE_ADAPTER)
+        try:
+            yield model
+        finally:
+            model.unload()
+
+
+@contextlib.contextmanager
+def same_trainable(policy: Model) -> Iterator[None]:
+    """Leave `requires_grad` of every parameter as it was. Loading, switching and removing adapters set it, and PEFT
+    0.18 freezes the trained adapter when a frozen one is loaded: training would then change nothing."""
+    trainable = {id(parameter) for parameter in policy.parameters() if parameter.requires_grad}
     try:
-        yield model
+        yield
     finally:
-        model.unload()
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for parameter in policy.parameters():
+            parameter.requires_grad_(id(parameter) in trainable)
 
 
 @contextlib.contextmanager
