@@ -50,7 +50,14 @@ def parser() -> argparse.ArgumentParser:
         "--shapes", type=_shape, nargs="+", metavar="HxV", help="hidden size and vocabulary, as 4096x128256"
     )
     p.add_argument("--ignored", type=_percent, nargs="+", metavar="PERCENT", help=f"default {cases.IGNORED}")
-    p.add_argument("--implementations", nargs="+", choices=list(IMPLEMENTATIONS), default=list(IMPLEMENTATIONS))
+    p.add_argument(
+        "--implementations",
+        nargs="+",
+        choices=list(IMPLEMENTATIONS),
+        default=list(IMPLEMENTATIONS),
+        metavar="NAME",
+        help=f"default: all of {', '.join(IMPLEMENTATIONS)}",
+    )
     p.add_argument("--seconds", type=float, default=1.0, help="time to spend on each measurement (default: 1)")
     p.add_argument("--main", action="store_true", help="only the shape and the rows that the bars are about")
     p.add_argument("--cpu", action="store_true", help="use the CPU although there is a GPU")
