@@ -34,6 +34,7 @@ lint: $(STAMP)
 
 # On a machine with a GPU: correctness first, then the benchmarks, then the bars of docs/kernel-log.md.
 gpu-check: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/gpu_check.py
 
 $(STAMP): pyproject.toml constraints.txt
