@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     if not torch.cuda.is_available():
         print("gpu_check: there is no CUDA device here, so nothing was tested or measured", file=sys.stderr)
         return 2
-    tests = [sys.executable, "-m", "pytest", "-q", "tests/triton", "tests/kernels"]
+    tests = [sys.executable, "-m", "pytest", "-q", "tests/triton", "tests/kernels", "tests/test_device_step.py"]
     if subprocess.run(tests, check=False).returncode != 0:
         print("gpu_check: the tests failed, so nothing was measured", file=sys.stderr)
         return 1
