@@ -146,9 +146,11 @@ def sentence(sample: Sample, brackets: bool = False) -> Text:
 def sentences(result: SeedResult, brackets: bool = False) -> RenderableType:
     legend = Text("Training sentences, drawn at random in each group: ")
     legend.append("[negative]" if brackets else "negative", style=NEGATIVE)
-    legend.append(" for the trainer, ")
-    legend.append("wrong", style=WRONG)
-    legend.append(" on purpose")
+    legend.append(" for the trainer")
+    if not brackets:
+        legend.append(", ")
+        legend.append("wrong", style=WRONG)
+        legend.append(" on purpose")
     lines: list[Text] = [legend]
     for group in dict.fromkeys(s.group for s in result.samples):
         lines.append(Text(group, style="italic cyan"))
