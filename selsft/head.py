@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import types
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -147,6 +147,12 @@ class LMHead(NamedTuple):
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         return self.weight, self.bias, self.lora_a, self.lora_b
 
+    def keywords(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Keyword arguments of the functions of `selsft_kernels`."""
+        scale, softcap = logit_transform(model)
+        lora = {"lora_a": self.lora_a, "lora_b": self.lora_b, "lora_scale": self.lora_scale}
+        return {"linear_bias": self.bias, "softcap": softcap, "logit_scale": scale, **lora}
+
 
 def read_lm_head(module: nn.Module) -> LMHead:
     """Weight, bias and LoRA factors of an output embedding.
@@ -209,9 +215,9 @@ def _selective_forward(
         hidden = hidden.to(lm_head.weight.dtype)
     with maybe_gather_lm_head_ctx(*lm_head.tensors):  # type: ignore[arg-type]
         if head.token_weights is None:
-            output = _label_logps(head, hidden, lm_head, targets, *logit_transform(model))
+            output = _label_logps(head, hidden, lm_head, targets, lm_head.keywords(model))
         else:
-            output = _selective_loss(head, hidden, lm_head, targets, *logit_transform(model))
+            output = _selective_loss(head, hidden, lm_head, targets, lm_head.keywords(model))
     if kwargs.get("output_router_logits"):
         output.aux_loss = load_balancing_loss()(
             backbone.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
@@ -220,24 +226,14 @@ def _selective_forward(
 
 
 def _label_logps(
-    head: SelectiveHead,
-    hidden: torch.Tensor,
-    lm_head: LMHead,
-    targets: torch.Tensor,
-    scale: float,
-    softcap: float | None,
+    head: SelectiveHead, hidden: torch.Tensor, lm_head: LMHead, targets: torch.Tensor, keywords: dict[str, Any]
 ) -> SelectiveCausalLMOutput:
     scored = linear_logprob(
         hidden,
         lm_head.weight,
         targets,
-        linear_bias=lm_head.bias,
-        softcap=softcap,
-        logit_scale=scale,
-        lora_a=lm_head.lora_a,
-        lora_b=lm_head.lora_b,
-        lora_scale=lm_head.lora_scale,
         outputs=("logprob", "entropy", "is_top1") if head.metrics else ("logprob",),
+        **keywords,
     )
     return SelectiveCausalLMOutput(
         log_probs=scored.logprob, entropy=scored.entropy, is_top1=scored.is_top1, label_mask=targets != -100
@@ -245,12 +241,7 @@ def _label_logps(
 
 
 def _selective_loss(
-    head: SelectiveHead,
-    hidden: torch.Tensor,
-    lm_head: LMHead,
-    targets: torch.Tensor,
-    scale: float,
-    softcap: float | None,
+    head: SelectiveHead, hidden: torch.Tensor, lm_head: LMHead, targets: torch.Tensor, keywords: dict[str, Any]
 ) -> SelectiveCausalLMOutput:
     width = targets.size(1)
     assert head.token_weights is not None
@@ -265,26 +256,21 @@ def _selective_loss(
         lm_head.weight,
         targets,
         weights,
-        linear_bias=lm_head.bias,
         reference_logprob=reference,
         positive=head.positive,
         forget=head.forget,
         beta=head.beta,
         floor=head.floor,
-        softcap=softcap,
-        logit_scale=scale,
-        lora_a=lm_head.lora_a,
-        lora_b=lm_head.lora_b,
-        lora_scale=lm_head.lora_scale,
         active_rows=None if rows is None else rows.to(targets.device),
         outputs=("logprob", "entropy", "is_top1"),
+        **keywords,
     )
     assert out.logprob is not None and out.entropy is not None and out.is_top1 is not None
     # Labels and weights agree by construction (the collator zeroes the weight of a masked label)
     positive, negative = weights > 0, weights < 0
     # The mean objective per token, without weights, for the logs. log p near 0 is exact to fp32's relative precision,
-    # so the log-odds come back from it without loss
-    log_odds = out.logprob - torch.log(-torch.expm1(out.logprob))
+    # so the log-odds come back from it without loss, up to the 103 where log p itself becomes 0
+    log_odds = (out.logprob - torch.log(-torch.expm1(out.logprob))).clamp(max=103.0)
     objective = Objective(head.positive, head.forget, head.beta, head.floor)
     value, _ = token_loss(log_odds, weights.sign(), reference, objective)
     stats = torch.stack(

@@ -38,7 +38,7 @@ def test_the_head_of_a_step_does_not_wait():
             positives, negatives = _count(batch["token_weights"])
             weights = torch.where(batch["token_weights"] < 0, batch["token_weights"] * 0.3, batch["token_weights"])
             head = SelectiveHead(weights, batch["active_rows"])
-            output = _selective_loss(head, hidden, weight, batch["labels"][:, 1:], 1.0, None)
+            output = _selective_loss(head, hidden, weight, batch["labels"][:, 1:], weight.keywords(model))
             (output.loss / (positives + negatives)).backward(retain_graph=True)
     assert output.stats is not None and output.stats.tolist()[1] == positives.item()
     assert model.lm_head.weight.grad.abs().sum() > 0
