@@ -108,6 +108,11 @@ def add_message_weights(
 def truncate_and_pack(dataset: Dataset | IterableDataset, args: SFTConfig, packing: bool) -> Dataset | IterableDataset:
     """Truncate, drop fully masked rows, pack and shuffle as `SFTTrainer` does, over all token columns alike."""
     columns = ["input_ids", "labels", *token_columns(dataset)]
+    if packing and "seq_lengths" in get_dataset_column_names(dataset):
+        raise ValueError(
+            "the train dataset is packed already (it has the column 'seq_lengths'), and packing it again would lose "
+            "its document boundaries: bring one document a row, or set packing=False and padding_free=True"
+        )
     _check_context(args, packing, columns)
     _check_lengths(dataset, columns)
     if args.max_length is not None and not packing:

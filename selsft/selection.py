@@ -6,7 +6,7 @@ needs no model, so changing a threshold never rescores. Everything here is numpy
 data set of 1e8 tokens has 4 bytes of score and 1 byte of label each, and a Python loop over tokens would take minutes.
 
 Rejected: a forced share of negatives as the default. The published rule calls the worst 30 % negative whether they are
-noise or not, which ruins a small model (docs/experiments.md); it is one setting away (`positive_fraction=0.7`).
+noise or not, which ruins a small model (docs/demo.md); it is one setting away (`positive_fraction=0.7`).
 """
 
 from __future__ import annotations

@@ -165,3 +165,10 @@ def test_collator_refuses_a_short_column():
     rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7], "token_weights": [1.0, 1.0]}]
     with pytest.raises(ValueError, match="column 'token_weights' has 2 values in a row of 3 tokens"):
         DataCollatorForSelectiveSFT(pad_token_id=0)(rows)
+
+
+def test_packed_rows_are_not_packed_again(options):
+    data = tiny.tokenised_data(4, token_weights=lambda i, row: [1.0] * len(row))
+    data = data.add_column("seq_lengths", [[len(row)] for row in data["input_ids"]])
+    with pytest.raises(ValueError, match="is packed already"):
+        make(options, data, packing=True)
