@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -257,10 +256,9 @@ def test_versions_outside_the_range_are_refused():
         check_versions({package: found for package, found in good.items() if package != "peft"})
 
 
-def test_time_is_not_wasted_before_a_refusal(options, tmp_path):
+def test_refusals_come_before_scoring(options, tmp_path):
     """A config that cannot work is refused before a model is scored."""
-    start = time.perf_counter()
     with pytest.raises(ValueError, match="label_smoothing_factor"):
         make(options, tiny.prompt_data(), reference=tiny.llama(seed=1), label_smoothing_factor=0.1,
              scoring_cache_dir=str(tmp_path / "c"))  # fmt: skip
-    assert not (tmp_path / "c").exists() and time.perf_counter() - start < 30
+    assert not (tmp_path / "c").exists()
