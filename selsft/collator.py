@@ -41,8 +41,13 @@ class DataCollatorForSelectiveSFT(DataCollatorForLanguageModeling):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
         for name in TOKEN_COLUMNS:
-            if name not in examples[0]:
+            missing = [index for index, example in enumerate(examples) if example.get(name) is None]
+            if len(missing) == len(examples):
                 continue
+            if missing:
+                raise ValueError(
+                    f"rows {missing} of a batch have no {name!r} and the others do: give every row one value per token"
+                )
             column = [torch.as_tensor(example[name], dtype=torch.float32) for example in examples]
             for example, values in zip(examples, column, strict=True):
                 if len(values) != len(example["input_ids"]):

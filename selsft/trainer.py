@@ -40,6 +40,9 @@ from .schedules import forget_weight_at
 
 logger = logging.getLogger(__name__)
 
+# Micro-batches whose sums stay on the device one by one; a run that never logs must not fill it
+_KEPT = 1000
+
 
 class SelectiveSFTTrainer(SFTTrainer):
     """
@@ -139,6 +142,7 @@ class SelectiveSFTTrainer(SFTTrainer):
         )
         self._step_counts: torch.Tensor | None = None
         self._outputs: list[SelectiveCausalLMOutput] = []  # of the micro-batches since the last log, detached
+        self._totals: torch.Tensor | None = None  # of those before, when many steps go by without a log
         if self._selective:
             self._select_tokens(source, given)
 
@@ -269,6 +273,10 @@ class SelectiveSFTTrainer(SFTTrainer):
         if self._online:
             for batch in batches:
                 self._annotator.annotate_batch(batch)
+        if any(WEIGHTS not in batch for batch in batches):
+            raise ValueError(
+                f"a batch has no {WEIGHTS!r}, which other rows of the train dataset have: give it to every row"
+            )
         counts = torch.stack([_count(batch[WEIGHTS].to(device)) for batch in batches]).sum(0)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
@@ -309,6 +317,8 @@ class SelectiveSFTTrainer(SFTTrainer):
             floor=args.forget_floor,
         )
 
+        if len(self._outputs) >= _KEPT:
+            self._totals = self._take_stats()
         self._metrics["train"]["forget_weight"].append(forget_weight)
         loss_type, args.loss_type = args.loss_type, "nll"  # the head has applied DFT's factor already
         try:
@@ -319,10 +329,8 @@ class SelectiveSFTTrainer(SFTTrainer):
     def log(self, logs, start_time=None):
         """Adds the metrics of the positive and negative tokens since the last log, over all processes."""
         if self.model.training and self._outputs:
-            stats = torch.stack([cast(torch.Tensor, output.stats) for output in self._outputs])
-            self._report_broken_rows()
-            self._outputs.clear()
-            totals = self.accelerator.reduce(stats.sum(0), reduction="sum")
+            totals = self.accelerator.reduce(self._take_stats(), reduction="sum")
+            self._totals = None
             total = dict(zip(STATS, totals.tolist(), strict=True))
             metrics = self._metrics["train"]
             if positives := total["positives"]:
@@ -334,8 +342,11 @@ class SelectiveSFTTrainer(SFTTrainer):
             metrics["negative_fraction"].append(negatives / max(positives + negatives, 1))
         super().log(logs, start_time)
 
-    def _report_broken_rows(self) -> None:
-        """Name the rows whose loss was not finite; here, and not in the step, since looking waits for the device."""
+    def _take_stats(self) -> torch.Tensor:
+        """The sums since the last log, `(6,)`. Names the rows whose loss was not finite: here, and not in every step,
+        since looking waits for the device."""
+        stats = torch.stack([cast(torch.Tensor, output.stats) for output in self._outputs]).sum(0)
+        stats = stats if self._totals is None else self._totals + stats
         for index, output in enumerate(self._outputs):
             if rows := cast(torch.Tensor, output.broken_rows).nonzero().flatten().tolist():
                 logger.warning(
@@ -343,6 +354,8 @@ class SelectiveSFTTrainer(SFTTrainer):
                     f"{self.state.global_step} has log-probabilities that are not finite in its rows {rows} "
                     f"(process {self.accelerator.process_index}). The model overflows or its weights are broken"
                 )
+        self._outputs.clear()
+        return stats
 
 
 def _with_head(model: torch.nn.Module, head: SelectiveHead, kept: list | None = None) -> Callable:

@@ -167,6 +167,13 @@ def test_collator_refuses_a_short_column():
         DataCollatorForSelectiveSFT(pad_token_id=0)(rows)
 
 
+def test_collator_refuses_rows_without_the_column():
+    rows = [{"input_ids": [5, 6], "labels": [5, 6], "token_weights": [1.0, 1.0]}, {"input_ids": [7], "labels": [7]}]
+    for order in (rows, rows[::-1]):
+        with pytest.raises(ValueError, match=r"rows \[[01]\] of a batch have no 'token_weights'"):
+            DataCollatorForSelectiveSFT(pad_token_id=0)(order)
+
+
 def test_packed_rows_are_not_packed_again(options):
     data = tiny.tokenised_data(4, token_weights=lambda i, row: [1.0] * len(row))
     data = data.add_column("seq_lengths", [[len(row)] for row in data["input_ids"]])

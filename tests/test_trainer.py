@@ -131,6 +131,20 @@ def test_metrics_describe_the_tokens(options):
     assert [r["forget_weight"] for r in steps(run)] == pytest.approx([0.0, 0.25])
 
 
+def test_metrics_are_sums_over_all_steps_between_logs(options, monkeypatch):
+    """Also when more steps go by than are kept one by one."""
+    settings = {"max_steps": 5, "forget_schedule": "constant", "learning_rate": 0.0}
+    each = make(options, **settings)
+    each.train()
+    monkeypatch.setattr("selsft.trainer._KEPT", 2)
+    once = make({**options, "logging_steps": 5}, **settings)
+    once.train()
+    counts = [(batch["token_weights"][:, 1:] > 0).sum().item() for batch in make(options).get_train_dataloader()][:5]
+    wanted = sum(n * row["positive_loss"] for n, row in zip(counts, steps(each), strict=True)) / sum(counts)
+    assert len(set(counts)) > 1 and steps(once)[0]["positive_loss"] == pytest.approx(wanted, rel=1e-5)
+    assert len(steps(once)) == 1 and not once._outputs
+
+
 def test_eval_loss_is_the_plain_nll(options):
     run = make(options, max_steps=2)
     plain = SFTTrainer(
