@@ -89,11 +89,12 @@ class TokenAnnotator:
             dataset: final rows, with `input_ids`, `labels` and, when packed, `seq_lengths`.
             given: token columns that the rows have already.
         """
-        # The policy is sharded when training starts, so until then a sharded copy stands in for it
+        needs_base = BASE_LOGPS not in given and (self.reference is not None or self.args.forget_objective == "npo")
         policy = self.model
-        if self.sharded:
+        if self.sharded and needs_base:
+            # The policy is sharded when training starts, so until then a sharded copy stands in for it
             policy = self.place(copy.deepcopy(self.model))
-        if BASE_LOGPS not in given and (self.reference is not None or self.args.forget_objective == "npo"):
+        if needs_base:
             digest = model_fingerprint(self.model, adapter=None if self.at_base else "*")
             with use_start(policy, self.at_base) as model:
                 name = get_config_model_id(self.model.config)
@@ -111,19 +112,14 @@ class TokenAnnotator:
         columns = dataset.select_columns([BASE_LOGPS, REF_LOGPS]).with_format("numpy")
         trained = trained_tokens(dataset, self.collator.padding_free)
         special = [np.isin(row["input_ids"], self.special_ids) for row in dataset.select_columns(["input_ids"])]
-        self._warn_if_constant(columns, trained)
-        weights = select_token_weights(columns[BASE_LOGPS][:], columns[REF_LOGPS][:], trained, special, self.args)
-        return with_column(dataset, WEIGHTS, weights)
-
-    def _warn_if_constant(self, columns: Dataset, trained: list[np.ndarray]) -> None:
-        rows = zip(columns[REF_LOGPS][:], columns[BASE_LOGPS][:], trained, strict=True)
-        scores = [(reference - base)[mask] for reference, base, mask in rows]
-        spread = np.ptp(np.concatenate(scores)) if any(part.size for part in scores) else 1.0
-        if spread < 1e-6:
+        base, ref = columns[BASE_LOGPS][:], columns[REF_LOGPS][:]
+        scores = [(high - low)[mask] for high, low, mask in zip(ref, base, trained, strict=True)]
+        if any(part.size for part in scores) and np.ptp(np.concatenate(scores)) < 1e-6:
             logger.warning(
                 "all tokens have the same score: the reference says what the model says, so nothing can be selected. "
                 "Is the reference another checkpoint than the model?"
             )
+        return with_column(dataset, WEIGHTS, select_token_weights(base, ref, trained, special, self.args))
 
     def annotate_batch(self, batch: dict[str, Any]) -> None:
         """Add `token_weights`, `active_rows` and `base_logps` to a collated batch, in place."""

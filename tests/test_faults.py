@@ -109,6 +109,24 @@ def test_rows_with_and_without_weights_are_refused(options):
         make(options, data)
 
 
+@pytest.mark.parametrize(("row", "position"), [(0, 0), (3, 1), (23, 2)])
+def test_a_value_that_is_not_finite_names_its_row(row, position, options):
+    def weights(index, ids):
+        return [None if (index, t) == (row, position) else 1.0 for t in range(len(ids))]
+
+    with pytest.raises(ValueError, match=f"row {row}: column 'token_weights' holds a value that is missing"):
+        make(options, tiny.tokenised_data(24, token_weights=weights))
+
+
+def test_given_weights_score_nothing(options, monkeypatch):
+    """Also on a sharded policy: no copy of it is made when there is nothing to score."""
+    run = make(options, tiny.tokenised_data(4, token_weights=alternating))
+    run._annotator.sharded = True
+    refuse = SimpleNamespace(deepcopy=lambda model: pytest.fail("the policy was copied"))
+    monkeypatch.setattr("selsft.annotation.copy", refuse)
+    run._annotator.annotate(run.train_dataset, ["token_weights"])
+
+
 def test_constant_scores_are_reported(options, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         run = make(options, tiny.prompt_data(), reference=tiny.llama(), scoring_cache_dir=str(tmp_path))

@@ -44,8 +44,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def llama(seed: int = 0, **overrides) -> LlamaForCausalLM:
-    settings = {
+def small() -> dict:
+    """Settings of a model that trains in milliseconds."""
+    return {
         "vocab_size": len(tokenizer()),
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -56,10 +57,12 @@ def llama(seed: int = 0, **overrides) -> LlamaForCausalLM:
         "pad_token_id": 0,
         "eos_token_id": 1,
         "bos_token_id": None,
-        **overrides,
     }
+
+
+def llama(seed: int = 0, **overrides) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**settings))
+    return LlamaForCausalLM(LlamaConfig(**{**small(), **overrides}))
 
 
 def sentence(index: int, words: int = 5) -> str:
@@ -108,18 +111,7 @@ def architectures() -> dict:
     """A config class and its settings for each family whose head or loss is special in some way."""
     import transformers as hf
 
-    size = {
-        "vocab_size": len(tokenizer()),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": None,
-    }
+    size = small()
     no_groups = {key: value for key, value in size.items() if key != "num_key_value_heads"}
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "output_router_logits": True}
     return {
