@@ -1,0 +1,1 @@
+"""Skill forgetting: fine-tune, randomise the labels, and measure how far the forgetting reaches."""
