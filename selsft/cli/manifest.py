@@ -36,7 +36,7 @@ def run_manifest(command: str, arguments: Arguments, trainer: SelectiveSFTTraine
         "arguments": arguments.own,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": versions(),
         "processes": trainer.accelerator.num_processes,
         "device": str(trainer.accelerator.device),
         "model": _model(arguments, trainer),
@@ -58,7 +58,8 @@ def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> None:
     os.replace(handle.name, path)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that results depend on."""
     found = {}
     for name in PACKAGES:
         try:

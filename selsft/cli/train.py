@@ -83,15 +83,7 @@ def build_trainer(arguments: Arguments, evaluate: bool) -> SelectiveSFTTrainer:
     """Data, model and trainer; with a reference, this scores the data."""
     training, model = arguments.training, arguments.model
     train, test = load_splits(arguments, evaluate)
-    init_kwargs: dict[str, Any] = {
-        "revision": model.model_revision,
-        "trust_remote_code": training.trust_remote_code,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-    }
-    if isinstance(training.model_init_kwargs, dict):
-        init_kwargs |= training.model_init_kwargs
-    training.model_init_kwargs = init_kwargs
+    training.model_init_kwargs = init_kwargs(arguments)
     assert model.model_name_or_path is not None
     with input_errors():
         try:
@@ -107,6 +99,19 @@ def build_trainer(arguments: Arguments, evaluate: bool) -> SelectiveSFTTrainer:
             _name_missing_model("model_name_or_path", model.model_name_or_path, error)
             _name_missing_model("reference_model", training.reference_model, error)
             raise
+
+
+def init_kwargs(arguments: Arguments) -> dict[str, Any]:
+    """Keyword arguments for `from_pretrained` of the model."""
+    training, model = arguments.training, arguments.model
+    given = training.model_init_kwargs if isinstance(training.model_init_kwargs, dict) else {}
+    return {
+        "revision": model.model_revision,
+        "trust_remote_code": training.trust_remote_code,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **given,
+    }
 
 
 def _name_missing_model(field: str, name: str | None, error: OSError) -> None:

@@ -1,0 +1,73 @@
+"""Greedy answers to held-out prompts: exact match, whether the model stops by itself, and how long it talks.
+
+Comparing log-likelihoods of options is cheaper, but they can rise while the generated text degrades, and a forgetting
+loss is just the thing to do that. Sampling was rejected: the published evaluation samples at temperature 1 without a
+seed, and its noise is larger than most differences between methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from ..reference import Model, frozen
+from .likelihood import budgeted, progress
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`ended`: whether the model closed the answer with an end token before `max_new_tokens`; `tokens` without it."""
+
+    text: str
+    ended: bool
+    tokens: int
+
+
+def greedy_answers(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 128,
+    batch_tokens: int = 8192,
+) -> list[Answer]:
+    """The greedy continuation of each prompt of token ids, up to an end token or `max_new_tokens`.
+
+    Batches hold prompts of like length, padded on the left, longest first. The model's own sampling settings are not
+    used; its end tokens are, beside the tokenizer's.
+    """
+    own = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=pad
+    )
+    device = next(model.parameters()).device
+    found: list[Answer | None] = [None] * len(prompts)
+    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+    with frozen(model):
+        for indices in progress(budgeted(lengths, batch_tokens), "Generating answers"):
+            width = max(len(prompts[i]) for i in indices)
+            ids = torch.full((len(indices), width), pad or 0)
+            mask = torch.zeros(len(indices), width, dtype=torch.long)
+            for row, i in enumerate(indices):
+                ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+                mask[row, width - len(prompts[i]) :] = 1
+            out: Any = model.generate(  # type: ignore[operator]
+                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+            )
+            for i, tokens in zip(indices, out[:, width:].tolist(), strict=True):
+                stop = next((n for n, token in enumerate(tokens) if token in ends), None)
+                kept = tokens[:stop]
+                text = str(tokenizer.decode(kept, skip_special_tokens=True)).strip()
+                found[i] = Answer(text, stop is not None, len(kept))
+    return [answer for answer in found if answer is not None]
+
+
+def exact_match(answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> list[bool]:
+    """Whether each answer, without outer blanks, is one of its references."""
+    return [answer.text in accepted for answer, accepted in zip(answers, references, strict=True)]

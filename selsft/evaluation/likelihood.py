@@ -1,0 +1,143 @@
+"""Likelihood of held-out answers, perplexity of neutral text, and how far the next-token distribution has moved.
+
+Three questions that exact match cannot answer: does the model find the right answers more likely (NLL), has it lost
+something that nobody asked it to lose (perplexity), and how far is it from where it started (KL to the base).
+Rejected: `Trainer.evaluate`, which keeps one mean per batch; without a value per row there is no interval.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..annotation import base_model
+from ..head import add_selective_head
+from ..reference import Model, frozen
+from ..scoring import forward_logps
+from .rows import HeldOut
+
+# Elements of the two logit tensors that the KL divergence holds at once
+_KL_ELEMENTS = 2**26
+
+
+def answer_nll(held: HeldOut, batch_tokens: int = 8192) -> list[tuple[float, int]]:
+    """Negative log-likelihood of the labels of each row: `(sum in nats, number of tokens)`."""
+    trainer, model = held.trainer, held.trainer.model
+    add_selective_head(base_model(model))
+    lengths = [len(row) for row in held.prepared["input_ids"]]
+    found: list[tuple[float, int]] = [(0.0, 0)] * len(lengths)
+    with frozen(model):
+        for indices in progress(budgeted(lengths, batch_tokens), "Held-out likelihood"):
+            inputs = trainer.data_collator([held.prepared[i] for i in indices])
+            inputs = {
+                key: value.to(trainer.accelerator.device) if isinstance(value, torch.Tensor) else value
+                for key, value in inputs.items()
+            }
+            with trainer.compute_loss_context_manager():
+                logps = forward_logps(model, inputs)
+            trained = inputs["labels"] != -100
+            if logps.size(0) == len(indices):
+                trained[:, 0] = False
+                sums, counts = (logps * trained).double().sum(1).tolist(), trained.sum(1).tolist()
+            else:  # padding-free: one row that holds all, whose documents' first labels are -100 already
+                size = [lengths[i] for i in indices]
+                sums = [float(part.double().sum()) for part in (logps * trained)[0][: sum(size)].split(size)]
+                counts = [int(part.sum()) for part in trained[0][: sum(size)].split(size)]
+            for index, total, count in zip(indices, sums, counts, strict=True):
+                found[index] = (-total, int(count))
+    return found
+
+
+def text_perplexity(
+    model: Model, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], block: int, batch_size: int = 8
+) -> dict[str, float]:
+    """Perplexity of running text, cut into blocks.
+
+    The texts are joined by blank lines, tokenised without special tokens and cut into blocks of `block` tokens; all
+    tokens but the first of each block are predicted, so the figure depends on `block` and compares only with itself.
+
+    Returns:
+        `perplexity`, `nats_per_token`, `bits_per_byte` (comparable across tokenizers), `tokens`.
+    """
+    text = "\n\n".join(texts)
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if ids.numel() < 2:
+        raise ValueError(f"the neutral text has {ids.numel()} tokens: it needs at least 2")
+    device = next(model.parameters()).device
+    total, count, covered = 0.0, 0, 0
+    blocks = [part for part in ids.split(block) if part.numel() > 1]
+    batches = [blocks[i : i + batch_size] for i in range(0, len(blocks), batch_size)]
+    with frozen(model):
+        for batch in progress(batches, "Perplexity of neutral text"):
+            # Only the last block is shorter, and it is alone in its width
+            for width in sorted({len(part) for part in batch}):
+                rows = torch.stack([part for part in batch if len(part) == width]).to(device)
+                logits = model(input_ids=rows).logits[:, :-1].float()
+                logps = logits.log_softmax(-1).gather(-1, rows[:, 1:, None])
+                total -= float(logps.double().sum())
+                count += rows[:, 1:].numel()
+                covered += sum(len(tokenizer.decode(row).encode()) for row in rows[:, 1:])
+    mean = total / count
+    return {
+        "perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "nats_per_token": mean,
+        "bits_per_byte": total / math.log(2) / max(covered, 1),
+        "tokens": count,
+    }
+
+
+def kl_to_base(model: Model, base: Model, rows: Sequence[Sequence[int]], batch_tokens: int = 8192) -> list[float]:
+    """KL(base || model) of the next-token distributions, for each row the mean over its positions, nats.
+
+    Args:
+        model, base: two models with the same vocabulary; `base` may be a context-free view of the same weights.
+        rows: token ids of the held-out prompts.
+
+    The direction counts what the base would say and the model no longer does. Zero exactly when nothing has changed.
+    """
+    device = next(model.parameters()).device
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
+    budget = max(1, min(batch_tokens, _KL_ELEMENTS // (2 * vocabulary)))
+    found = [0.0] * len(rows)
+    with frozen(model), frozen(base):
+        for indices in progress(budgeted([len(row) for row in rows], budget), "KL to the base"):
+            ids, mask = left_aligned([rows[i] for i in indices], device)
+            ours = model(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)
+            theirs = base(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)
+            divergence = (theirs.exp() * (theirs - ours)).sum(-1) * mask
+            means = (divergence.double().sum(1) / mask.sum(1)).tolist()
+            for index, value in zip(indices, means, strict=True):
+                found[index] = value
+    return found
+
+
+def left_aligned(rows: Sequence[Sequence[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, `(rows, longest)` int64, padded on the right with 0."""
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+    return ids.to(device), mask.to(device)
+
+
+def budgeted(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices in batches of rows of like length, longest first, each of at most `batch_tokens` tokens with padding
+    (or of one row)."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def progress(batches: Sequence[Any], description: str) -> Iterator[Any]:
+    return iter(tqdm(batches, desc=description, disable=bool(os.environ.get("TQDM_DISABLE"))))
