@@ -8,7 +8,6 @@ forward pass and the same selection. Rejected: doing this in the trainer, whose 
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -16,20 +15,19 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ._compat import get_config_model_id
+from .blocks import with_column
 from .cache import LogpCache
 from .collator import ACTIVE_ROWS, BASE_LOGPS, REF_LOGPS, WEIGHTS, DataCollatorForSelectiveSFT, active_rows
 from .config import SelectiveSFTConfig
 from .head import add_selective_head
 from .reference import Model, Reference, model_fingerprint, starts_at_base, use_start
-from .scoring import cached_logps, forward_logps, trained_tokens
-from .selection import select_token_weights
-
-logger = logging.getLogger(__name__)
+from .scoring import cached_logps, forward_logps
+from .selection import add_token_weights, select_token_weights
 
 
 class TokenAnnotator:
@@ -109,17 +107,7 @@ class TokenAnnotator:
             reference.release(self.model)
         if WEIGHTS in given:
             return self.shield(dataset)
-        columns = dataset.select_columns([BASE_LOGPS, REF_LOGPS]).with_format("numpy")
-        trained = trained_tokens(dataset, self.collator.padding_free)
-        special = [np.isin(row["input_ids"], self.special_ids) for row in dataset.select_columns(["input_ids"])]
-        base, ref = columns[BASE_LOGPS][:], columns[REF_LOGPS][:]
-        scores = [(high - low)[mask] for high, low, mask in zip(ref, base, trained, strict=True)]
-        if any(part.size for part in scores) and np.ptp(np.concatenate(scores)) < 1e-6:
-            logger.warning(
-                "all tokens have the same score: the reference says what the model says, so nothing can be selected. "
-                "Is the reference another checkpoint than the model?"
-            )
-        return with_column(dataset, WEIGHTS, select_token_weights(base, ref, trained, special, self.args))
+        return add_token_weights(dataset, self.args, self.special_ids, self.collator.padding_free)
 
     def annotate_batch(self, batch: dict[str, Any]) -> None:
         """Add `token_weights`, `active_rows` and `base_logps` to a collated batch, in place."""
@@ -159,7 +147,7 @@ class TokenAnnotator:
         with self.accelerator.autocast():
             return forward_logps(model, inputs)
 
-    def _logps(self, dataset: Dataset, model: Model, digest: str, name: str, role: str) -> list[np.ndarray]:
+    def _logps(self, dataset: Dataset, model: Model, digest: str, name: str, role: str) -> Dataset | list[np.ndarray]:
         return cached_logps(
             dataset,
             lambda inputs: self._forward(model, inputs),
@@ -218,14 +206,6 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """Ids of EOS, chat markers and all other special tokens, `(n,)` int64."""
     added = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
     return np.unique(np.array([*tokenizer.all_special_ids, *added], dtype=np.int64))
-
-
-def with_column(dataset: Dataset, name: str, rows: list[np.ndarray]) -> Dataset:
-    """`dataset` with one more column of float32 lists; a column of that name is replaced."""
-    if name in dataset.column_names:
-        dataset = dataset.remove_columns(name)
-    column = Dataset.from_dict({name: rows}, features=Features({name: List(Value("float32"))}))
-    return concatenate_datasets([dataset, column], axis=1)
 
 
 def _as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
