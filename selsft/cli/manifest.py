@@ -49,10 +49,14 @@ def run_manifest(command: str, arguments: Arguments, trainer: SelectiveSFTTraine
 
 def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> None:
     """Write (or replace, at the end of a run) the file as a whole."""
-    path = Path(folder) / NAME
+    write_json(Path(folder) / NAME, manifest)
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write a JSON file that is never seen half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{NAME}.", delete=False) as handle:
-        json.dump(manifest, handle, indent=2, default=str)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
+        json.dump(record, handle, indent=2, default=str)
         handle.write("\n")
     os.chmod(handle.name, 0o644)  # a temporary file is readable for its owner only
     os.replace(handle.name, path)
