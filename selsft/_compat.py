@@ -18,6 +18,7 @@ What is used, where it is, and which versions have it:
   `._tokenizer`, `.padding_free`, `.chat_template`: 1.15 to 1.16
 - `BaseTunerLayer` as a global of trl.trainer.sft_trainer, for the refusal of adapters on `lm_head`: 1.15 to 1.16
 - `Trainer.get_batch_samples`, `.model_accepts_loss_kwargs`: transformers 5.17 to 5.23
+- `config._attn_implementation`, whether rows can be concatenated at no cost: transformers 4.36 to 5.23
 - `find_adapter_config_file`: transformers.utils.peft_utils, 5.0 to 5.23
 - `load_balancing_loss_func`, auxiliary loss of Mixture-of-Experts models: transformers.models.mixtral, 4.36 to 5.23
 """
@@ -108,6 +109,11 @@ def adapter_on_lm_head() -> Iterator[None]:
         yield
 
 
+def uses_flash_attention(model) -> bool:
+    """Whether the model's attention keeps concatenated rows apart at no cost."""
+    return "flash" in (getattr(model.config, "_attn_implementation", None) or "")
+
+
 @functools.cache
 def load_balancing_loss():  # the function that every Mixture-of-Experts family of transformers pulls in
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -129,4 +135,5 @@ __all__ = [
     "prepare_deepspeed",
     "prepare_fsdp",
     "use_adapter",
+    "uses_flash_attention",
 ]

@@ -57,8 +57,11 @@ class SelectiveSFTConfig(SFTConfig):
         precompute_scores (`bool`, *optional*, defaults to `True`):
             Whether to score the whole train dataset before training, with a cache on disk. If `False`, and always for
             streamed data, every batch is scored in the step that trains on it.
+        scoring_batch_tokens (`int`, *optional*):
+            Tokens per device and forward pass while scoring, padding included; rows of like length go together.
+            Defaults to `per_device_eval_batch_size * max_length`.
         scoring_batch_size (`int`, *optional*):
-            Rows per device and forward pass while scoring. Defaults to `per_device_eval_batch_size`.
+            Rows per device and forward pass while scoring, whatever their length, instead of a number of tokens.
         scoring_cache_dir (`str`, *optional*):
             Folder of the cached log-probabilities. Defaults to the folder `selsft` beside the cache of `datasets`.
 
@@ -134,9 +137,16 @@ class SelectiveSFTConfig(SFTConfig):
             "always for streamed data, every batch is scored in the step that trains on it."
         },
     )
+    scoring_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens per device and forward pass while scoring, padding included. Default: "
+            "per_device_eval_batch_size times max_length."
+        },
+    )
     scoring_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Rows per device and forward pass while scoring. Default: per_device_eval_batch_size."},
+        metadata={"help": "Rows per device and forward pass while scoring, instead of a number of tokens."},
     )
     scoring_cache_dir: str | None = field(
         default=None,
@@ -246,8 +256,9 @@ class SelectiveSFTConfig(SFTConfig):
         _check_number("forget_weight", self.forget_weight, low=0.0)
         _check_number("forget_beta", self.forget_beta, low=0.0, open_low=True)
         _check_number("forget_floor", self.forget_floor, low=-math.inf, high=0.0, open_high=True)
-        if self.scoring_batch_size is not None and self.scoring_batch_size < 1:
-            raise ValueError(f"scoring_batch_size={self.scoring_batch_size} must be at least 1")
+        for name in ("scoring_batch_size", "scoring_batch_tokens"):
+            if (given := getattr(self, name)) is not None and given < 1:
+                raise ValueError(f"{name}={given} must be at least 1")
         if self.forget_objective == "gradient_ascent" and self.forget_floor is None and self.forget_weight > 0:
             warnings.warn(
                 "forget_objective='gradient_ascent' has no bound: the loss of a forgotten token runs to minus "
