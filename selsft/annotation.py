@@ -20,6 +20,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ._compat import get_config_model_id
+from .batching import BatchBudget
 from .blocks import with_column
 from .cache import LogpCache
 from .collator import ACTIVE_ROWS, BASE_LOGPS, REF_LOGPS, WEIGHTS, DataCollatorForSelectiveSFT, active_rows
@@ -147,13 +148,13 @@ class TokenAnnotator:
         with self.accelerator.autocast():
             return forward_logps(model, inputs)
 
-    def _logps(self, dataset: Dataset, model: Model, digest: str, name: str, role: str) -> Dataset | list[np.ndarray]:
+    def _logps(self, dataset: Dataset, model: Model, digest: str, name: str, role: str) -> Dataset:
         return cached_logps(
             dataset,
             lambda inputs: self._forward(model, inputs),
             self.collator,
             self.accelerator,
-            batch_size=self.args.scoring_batch_size or self.args.per_device_eval_batch_size,
+            budget=BatchBudget.of(self.args, model),
             cache=LogpCache(self.args.scoring_cache_dir),
             model_hash=digest,
             model_name=name,

@@ -13,14 +13,21 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import datasets.config
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
+import pyarrow.compute as pc
+from datasets import Dataset, Features, List, Value
+from datasets.table import InMemoryTable
 
 logger = logging.getLogger(__name__)
+
+COLUMN = "logps"
+_FEATURES = Features({COLUMN: List(Value("float32"))})
 
 
 def data_fingerprint(dataset: Dataset) -> str:
@@ -35,10 +42,28 @@ def data_fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which gets its name only when it is complete and on the disk; until then nothing has it."""
+    handle = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False)
+    try:
+        with handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(handle.name, 0o644)  # a temporary file is readable for its owner only
+        os.replace(handle.name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(handle.name)
+        raise
+
+
 class LogpCache:
     """Folder of cached log-probabilities: `<key>.arrow` (one float32 list per row) and `<key>.json` (what made it).
 
-    Files appear by a rename, so a file that exists is whole, and two runs may share the folder.
+    Files appear by a rename, so a file that exists is whole, and two runs may share the folder. What is read is mapped
+    into memory, not loaded.
 
     Args:
         folder: created on first use; `None` for the folder `selsft` beside the cache of `datasets`.
@@ -50,25 +75,28 @@ class LogpCache:
     @staticmethod
     def key(fingerprint: str, model_hash: str, precision: str) -> str:
         """Name of the file for these rows under this model; `precision` is the mixed precision of the forward pass."""
-        return hashlib.sha256(f"selsft-1 {fingerprint} {model_hash} {precision}".encode()).hexdigest()[:32]
+        return hashlib.sha256(f"selsft-2 {fingerprint} {model_hash} {precision}".encode()).hexdigest()[:32]
 
-    def read(self, key: str, lengths: np.ndarray) -> list[np.ndarray] | None:
-        """The cached rows, or `None`. A file that does not fit the rows is reported and not used."""
+    def read(self, key: str, lengths: np.ndarray) -> Dataset | None:
+        """The cached rows as a data set of the column `logps`, or `None`. A file that does not fit the rows is
+        reported and not used.
+
+        Args:
+            lengths: `(rows,)` int64, number of tokens of each row.
+        """
         path = self.folder / f"{key}.arrow"
         if not path.is_file():
             return None
         try:
-            with pa.memory_map(str(path)) as source:
-                column = pa.ipc.open_stream(source).read_all()["logps"].combine_chunks()
-                flat = np.array(column.flatten(), dtype=np.float32)  # a copy: the file may be replaced
-                found = np.asarray(column.value_lengths(), dtype=np.int64)
+            rows = Dataset.from_file(str(path))
+            found = [pc.list_value_length(chunk).to_numpy() for chunk in rows.data.column(COLUMN).chunks]
         except (pa.ArrowException, OSError, KeyError) as error:
             logger.warning(f"Cached scores {path} cannot be read ({error}): they are computed again.")
             return None
-        if not np.array_equal(found, lengths):
+        if not np.array_equal(np.concatenate(found) if found else [], lengths) or rows.features != _FEATURES:
             logger.warning(f"Cached scores {path} do not fit the rows of the dataset: they are computed again.")
             return None
-        return np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []
+        return rows
 
     def check_writable(self) -> None:
         """Raise before hours of scoring, not after them, when the folder cannot be written to."""
@@ -82,31 +110,55 @@ class LogpCache:
                 "folder"
             ) from error
 
-    def write(self, key: str, rows: list[np.ndarray], manifest: dict) -> None:
-        """Write rows and manifest. A full disk costs the cache, not the scores: training goes on with a warning."""
-        flat = np.concatenate(rows) if rows else np.zeros(0, np.float32)
-        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-        column = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat, type=pa.float32()))
-        table = pa.table({"logps": column})
-        try:
-            with self._replace(f"{key}.json") as handle:
-                handle.write(json.dumps(manifest, indent=2).encode())
-            with self._replace(f"{key}.arrow") as handle, pa.ipc.new_stream(handle, table.schema) as writer:
-                writer.write_table(table)
-        except OSError as error:
-            logger.warning(f"The scores could not be cached in {self.folder} ({error}); training goes on with them.")
+    def write(
+        self, key: str, blocks: Iterable[tuple[np.ndarray, np.ndarray]], manifest: Callable[[], dict[str, Any]]
+    ) -> Dataset:
+        """Write rows as they are made, then the manifest; returns the rows.
 
-    @contextlib.contextmanager
-    def _replace(self, name: str):
-        """A file that gets its name only when it is complete."""
-        handle = tempfile.NamedTemporaryFile(dir=self.folder, prefix=f".{name}.", delete=False)
+        Args:
+            blocks: flat `(tokens,)` float32 values and `(rows,)` lengths, a block of rows at a time.
+            manifest: called when all blocks are written.
+
+        A full disk costs the cache, not the scores: training goes on with a warning, and with 4 bytes a token in
+        memory.
+        """
+        source, schema, path = iter(blocks), _FEATURES.arrow_schema, self.folder / f"{key}.arrow"
+        temporary, done, waiting = "", 0, []
         try:
-            with handle:
-                yield handle
+            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=f".{path.name}.", delete=False) as handle:
+                temporary = handle.name
+                with pa.ipc.new_stream(handle, schema) as writer:
+                    for flat, lengths in source:
+                        waiting = [_record_batch(flat, lengths, schema)]
+                        writer.write_batch(waiting[0])
+                        handle.flush()
+                        done, waiting = done + 1, []
                 handle.flush()
                 os.fsync(handle.fileno())
-            os.replace(handle.name, self.folder / name)
-        except BaseException:
+            with replaced(self.folder / f"{key}.json") as text:
+                text.write(json.dumps(manifest(), indent=2).encode())
+            os.replace(temporary, path)
+            return Dataset.from_file(str(path))
+        except OSError as error:
+            logger.warning(f"The scores could not be cached in {self.folder} ({error}); training goes on with them.")
+            kept = [*_readable(temporary)[:done], *waiting]
+            kept += [_record_batch(flat, lengths, schema) for flat, lengths in source]
+            return Dataset(InMemoryTable(pa.Table.from_batches(kept, schema=schema)))
+        finally:
             with contextlib.suppress(OSError):
-                os.unlink(handle.name)
-            raise
+                os.unlink(temporary)
+
+
+def _record_batch(flat: np.ndarray, lengths: np.ndarray, schema: pa.Schema) -> pa.RecordBatch:
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    column = pa.ListArray.from_arrays(offsets, pa.array(flat, type=pa.float32()))
+    return pa.record_batch([column], schema=schema)
+
+
+def _readable(path: str) -> list[pa.RecordBatch]:
+    """The whole record batches of a file that ends somewhere."""
+    found = []
+    with contextlib.suppress(pa.ArrowException, OSError), pa.OSFile(path) as source:
+        for batch in pa.ipc.open_stream(source):
+            found.append(batch)
+    return found

@@ -1,18 +1,19 @@
 """Per-token log-probabilities of a data set under a frozen model, computed once and cached on disk.
 
 Scores are computed on the *final* rows, after TRL has tokenised, truncated and packed them, and through the collator
-that training uses, so that column index t belongs to token t in every packing mode. Scoring the raw examples and
-carrying the columns through preparation was rejected: truncation and packing would have to treat them alike, and the
-model would see another context than in training.
+that training uses, so that column index t belongs to token t in every packing mode. The documents of a packed row see
+nothing of each other, so they are scored as rows of their own, in batches under a token budget (`batching`). Scoring
+the raw examples and carrying the columns through preparation was rejected: truncation and packing would have to treat
+them alike, and the model would see another context than in training.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
-import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -21,11 +22,14 @@ from accelerate.utils import tqdm
 from datasets import Dataset
 from transformers import DataCollator
 
+from .batching import BatchBudget, shards
+from .blocks import TokenBlock
 from .cache import LogpCache, data_fingerprint
 from .head import SelectiveHead
 
-# Forward pass of one batch: `(batch, seq_len - 1)` log-probabilities, 0 where the label is -100
-Forward = Callable[[dict], torch.Tensor]
+# Forward pass of one batch: log-probabilities of `(batch, seq_len)`, 0 where the label is -100, one tensor per model
+Forward = Callable[[dict], Sequence[torch.Tensor]]
+ROW_COLUMNS = ["input_ids", "labels"]
 
 
 def forward_logps(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
@@ -46,61 +50,73 @@ def forward_logps(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
     return torch.nn.functional.pad(logps[:, logps.size(1) - (width - 1) :], (1, 0)).float()
 
 
-def score_rows(
-    dataset: Dataset,
+def score_block(
+    block: TokenBlock,
     forward: Forward,
     collator: DataCollator,
     accelerator: Accelerator,
-    batch_size: int,
-    description: str,
+    budget: BatchBudget,
+    *,
+    models: int = 1,
+    joint: bool = False,
+    progress: Callable[[int], object] | None = None,
 ) -> list[np.ndarray]:
-    """Log-probabilities of all rows: one `(row length,)` float32 array per row, in the order of the data set.
+    """Log-probabilities of consecutive rows: one flat `(tokens,)` float32 array per model, 0 where nothing is trained.
 
-    Rows are visited longest first, so that a batch holds rows of like length (less padding) and running out of memory
-    shows in the first batch. Every process takes each `num_processes`-th batch and gets all results.
+    Rows without a label never meet the model.
+
+    Args:
+        block: with the columns `input_ids` and `labels`; packed rows with `documents` are scored document by document.
+        models: how many tensors `forward` returns.
+        joint: whether all processes score this block together: each takes every `num_processes`-th batch, runs as many
+            forward passes as the others (sharded weights need all of them) and gets all results.
+        progress: told the number of tokens of each batch.
     """
-    columns = [name for name in ("input_ids", "labels", "seq_lengths") if name in dataset.column_names]
-    dataset = dataset.select_columns(columns).with_format(None)
-    lengths = row_lengths(dataset)
-    order = np.argsort(-lengths, kind="stable")
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    world, rank = accelerator.num_processes, accelerator.process_index
-    results: list[np.ndarray] = [np.zeros(0, np.float32)] * len(lengths)
-    rounds = -(-len(batches) // world)
-    for step in tqdm(range(rounds), desc=description, disable=bool(os.environ.get("TQDM_DISABLE"))):
-        # Sharded models need all processes in every forward pass, so the last round repeats a batch where one is short
-        indices = batches[min(step * world + rank, len(batches) - 1)]
-        rows = [dataset[int(index)] for index in indices]
+    ids, labels = (np.asarray(block.columns[name], np.int64) for name in ROW_COLUMNS)
+    lengths = block.lengths if block.documents is None else block.documents
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    counted = np.concatenate([[0], np.cumsum(labels != -100)])
+    after_first = np.minimum(starts + 1, ends)
+    wanted = np.flatnonzero(counted[ends] > counted[after_first])
+    batches = [wanted[batch] for batch in budget.batches(lengths[wanted])]
+    collator = _like(collator, budget.padding_free)
+    world, rank = (accelerator.num_processes, accelerator.process_index) if joint else (1, 0)
+    flat = [np.zeros(len(ids), np.float32) for _ in range(models)]
+    for step in range(-(-len(batches) // world)):
+        mine = step * world + rank
+        chosen = batches[min(mine, len(batches) - 1)]  # the last round repeats a batch where one is short
+        rows = [{name: part[starts[i] : ends[i]] for name, part in zip(ROW_COLUMNS, (ids, labels))} for i in chosen]  # noqa: B905
         inputs = {
             key: value.to(accelerator.device) if isinstance(value, torch.Tensor) else value
             for key, value in collator(rows).items()
         }
-        logps = forward(inputs).cpu().numpy()
-        for index, values in zip(indices, _rows_of(logps, lengths[indices]), strict=True):
-            results[index] = values
-    return _share(results, lengths, batches, accelerator)
-
-
-def _rows_of(logps: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    """Undo the collator: `(batch, seq_len)` padded, or `(1, total)` concatenated, into one array per row."""
-    if logps.shape[0] == len(lengths):
-        return [row[:length].copy() for row, length in zip(logps, lengths, strict=True)]
-    ends = np.cumsum(lengths)
-    return [part.copy() for part in np.split(logps[0, : ends[-1]], ends[:-1])]
-
-
-def _share(results, lengths, batches, accelerator: Accelerator) -> list[np.ndarray]:
-    """Give every process the rows that the others have scored."""
-    world = accelerator.num_processes
+        found = forward(inputs)
+        if mine < len(batches):
+            for values, logps in zip(flat, found, strict=True):
+                _spread(values, logps.cpu().numpy(), starts[chosen], lengths[chosen])
+        if progress is not None:
+            progress(int(lengths[chosen].sum()))
     if world == 1:
-        return results
-    flat = torch.zeros(int(lengths.sum()), device=accelerator.device)
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    for batch in batches[accelerator.process_index :: world]:
-        for index in batch:
-            flat[starts[index] : starts[index + 1]] = torch.from_numpy(results[index]).to(flat.device)
-    flat = accelerator.reduce(flat, reduction="sum").cpu()
-    return [flat[start:end].numpy() for start, end in itertools.pairwise(starts)]
+        return flat
+    return [accelerator.reduce(torch.from_numpy(f).to(accelerator.device), "sum").cpu().numpy() for f in flat]
+
+
+def _like(collator: DataCollator, padding_free: bool) -> DataCollator:
+    """The collator of training, with or without padding."""
+    made = copy.copy(collator)
+    made.padding_free = padding_free  # type: ignore[attr-defined]
+    return made
+
+
+def _spread(flat: np.ndarray, logps: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> None:
+    """Undo the collator, in place: `(batch, seq_len)` padded, or `(1, total)` concatenated, into the rows of `flat`."""
+    if len(lengths) > 1 and logps.shape[0] == 1:
+        parts = np.split(logps[0, : lengths.sum()], np.cumsum(lengths)[:-1])
+    else:
+        parts = [row[:length] for row, length in zip(logps, lengths, strict=True)]
+    for start, part in zip(starts, parts, strict=True):
+        flat[start : start + len(part)] = part
 
 
 def row_lengths(dataset: Dataset) -> np.ndarray:
@@ -127,34 +143,48 @@ def trained_tokens(dataset: Dataset, padding_free: bool) -> list[np.ndarray]:
 
 def cached_logps(
     dataset: Dataset,
-    forward: Forward,
+    forward: Callable[[dict], torch.Tensor],
     collator: DataCollator,
     accelerator: Accelerator,
     *,
-    batch_size: int,
+    budget: BatchBudget,
     cache: LogpCache,
     model_hash: str,
     model_name: str,
     description: str,
-) -> list[np.ndarray]:
-    """Log-probabilities of all rows, from the cache when these rows were scored with these weights before."""
+) -> Dataset:
+    """Log-probabilities of all rows, from the cache when these rows were scored with these weights before.
+
+    Returns:
+        a data set of the one column `logps`, float32 lists of the rows' lengths, mapped into memory.
+    """
     fingerprint, precision = data_fingerprint(dataset), str(accelerator.mixed_precision)
     key, lengths = cache.key(fingerprint, model_hash, precision), row_lengths(dataset)
     # One process decides, so that all of them score or none does
     rows = cache.read(key, lengths)
-    found = torch.tensor([rows is not None], device=accelerator.device, dtype=torch.float32)
-    if float(accelerator.reduce(found, reduction="sum")) == accelerator.num_processes and rows is not None:
+    if _everywhere(rows is not None, accelerator) and rows is not None:
         return rows
-    if accelerator.is_main_process:
+    writes = accelerator.is_local_main_process  # machines may or may not share the folder
+    if writes:
         cache.check_writable()
     start = time.perf_counter()
-    rows = score_rows(dataset, forward, collator, accelerator, batch_size, description)
-    if accelerator.is_main_process:
-        manifest = {
+    split = getattr(collator, "padding_free", False)
+    bar = tqdm(total=int(lengths.sum()), desc=description, unit="token", unit_scale=True, disable=_quiet())
+
+    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for block in shards(dataset.with_format(None), ROW_COLUMNS):
+            if not split:
+                block.documents = None  # the collator of training does not keep them apart either
+            options = {"joint": True, "progress": bar.update}
+            (flat,) = score_block(block, lambda x: [forward(x)], collator, accelerator, budget, **options)  # type: ignore[arg-type]
+            yield flat, block.lengths
+
+    def manifest() -> dict:
+        return {
             "model": model_name,
             "model_sha256": model_hash,
             "data_sha256": fingerprint,
-            "rows": len(rows),
+            "rows": len(lengths),
             "tokens": int(lengths.sum()),
             "mixed_precision": precision,
             "seconds": round(time.perf_counter() - start, 3),
@@ -163,6 +193,29 @@ def cached_logps(
                 name: importlib.metadata.version(name) for name in ("selsft", "torch", "transformers", "trl", "peft")
             },
         }
-        cache.write(key, rows, manifest)
+
+    with bar:
+        if writes:
+            rows = cache.write(key, blocks(), manifest)
+        else:
+            for _ in blocks():  # takes part in every forward pass
+                pass
     accelerator.wait_for_everyone()
+    if rows is None or not writes:
+        rows = cache.read(key, lengths)
+    if not _everywhere(rows is not None, accelerator) or rows is None:
+        raise ValueError(
+            f"scoring_cache_dir={str(cache.folder)!r}: another process cannot read the scores that were written "
+            "there: choose a folder with free space that all processes of a machine see"
+        )
     return rows
+
+
+def _everywhere(holds: bool, accelerator: Accelerator) -> bool:
+    """Whether something holds in all processes."""
+    count = torch.tensor([holds], device=accelerator.device, dtype=torch.float32)
+    return float(accelerator.reduce(count, reduction="sum")) == accelerator.num_processes
+
+
+def _quiet() -> bool:
+    return bool(os.environ.get("TQDM_DISABLE"))

@@ -150,13 +150,13 @@ def test_runs_share_a_cache_folder(tmp_path):
 
     def work(index):
         if index % 2:
-            cache.write("key", rows, {"writer": index})
+            cache.write("key", [(np.concatenate(rows), lengths)], lambda: {"writer": index})
         return cache.read("key", lengths)
 
     with ThreadPoolExecutor(8) as pool:
         found = [result for result in pool.map(work, range(60)) if result is not None]
     assert len(found) >= 30
-    assert all(np.array_equal(np.concatenate(result), np.concatenate(rows)) for result in found)
+    assert all(np.array_equal(np.concatenate(result["logps"][:]), np.concatenate(rows)) for result in found)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["key.arrow", "key.json"]
 
 

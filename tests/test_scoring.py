@@ -131,31 +131,55 @@ def test_cache_files_say_what_made_them(options, tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "other_lengths"])
 def test_a_damaged_cache_is_computed_again(damage, options, tmp_path, monkeypatch, caplog):
-    expected = trainer(options, tmp_path).train_dataset["ref_logps"]
+    expected = trainer(options, tmp_path).train_dataset["ref_logps"][:]  # a copy: the file is mapped into memory
     calls = count_forwards(monkeypatch)
     for path in (tmp_path / "cache").glob("*.arrow"):
         content = path.read_bytes()
         if damage == "other_lengths":
-            table = pa.table({"logps": pa.array([[0.0]] * 24, type=pa.large_list(pa.float32()))})
+            table = pa.table({"logps": pa.array([[0.0]] * 24, type=pa.list_(pa.float32()))})
             with pa.ipc.new_stream(path, table.schema) as writer:
                 writer.write_table(table)
         else:
             path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"not arrow" * 9)
-    assert trainer(options, tmp_path).train_dataset["ref_logps"] == expected
+    assert trainer(options, tmp_path).train_dataset["ref_logps"][:] == expected
     assert calls and "computed again" in caplog.text
 
 
-def test_nothing_is_left_behind_when_writing_fails(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("failing", ["fsync", "replace", "write"])
+def test_a_full_disk_costs_the_cache_and_not_the_scores(failing, tmp_path, monkeypatch, caplog):
     cache = LogpCache(str(tmp_path / "c"))
     cache.check_writable()
+    blocks = [(np.full(5, value, np.float32), np.array([2, 3])) for value in range(4)]
 
     def no_space(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", no_space)
-    cache.write("key", [np.ones(3, np.float32)], {})
-    assert list((tmp_path / "c").iterdir()) == []
-    assert "could not be cached" in caplog.text and cache.read("key", np.array([3])) is None
+    if failing == "write":
+        original = pa.ipc.new_stream
+
+        class Full:
+            def __init__(self, *args):
+                self.stream, self.written = original(*args), 0
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                pass
+
+            def write_batch(self, batch):
+                self.written += 1
+                if self.written == 3:
+                    no_space()
+                self.stream.write_batch(batch)
+
+        monkeypatch.setattr("selsft.cache.pa.ipc.new_stream", Full)
+    else:
+        monkeypatch.setattr(f"os.{failing}", no_space)
+    rows = cache.write("key", iter(blocks), dict)
+    assert rows["logps"][:] == [[float(value)] * length for value in range(4) for length in (2, 3)]
+    assert [path.name for path in (tmp_path / "c").iterdir() if path.suffix != ".json"] == []
+    assert "could not be cached" in caplog.text and cache.read("key", np.array([2, 3] * 4)) is None
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_scoring(options, tmp_path, monkeypatch):
