@@ -23,12 +23,13 @@ from ._compat import get_config_model_id
 from .batching import BatchBudget
 from .blocks import with_column
 from .cache import LogpCache
-from .collator import ACTIVE_ROWS, BASE_LOGPS, REF_LOGPS, WEIGHTS, DataCollatorForSelectiveSFT, active_rows
+from .collator import BASE_LOGPS, REF_LOGPS, WEIGHTS, DataCollatorForSelectiveSFT
 from .config import SelectiveSFTConfig
+from .excess import weigh_batches
 from .head import add_selective_head
-from .reference import Model, Reference, model_fingerprint, starts_at_base, use_start
+from .reference import Model, Reference, frozen, model_fingerprint, starts_at_base, use_start
 from .scoring import cached_logps, forward_logps
-from .selection import add_token_weights, select_token_weights
+from .selection import add_token_weights, row_weights
 
 
 class TokenAnnotator:
@@ -88,9 +89,10 @@ class TokenAnnotator:
             dataset: final rows, with `input_ids`, `labels` and, when packed, `seq_lengths`.
             given: token columns that the rows have already.
         """
-        needs_base = BASE_LOGPS not in given and (self.reference is not None or self.args.forget_objective == "npo")
+        reference = self.reference
+        needs_base = BASE_LOGPS not in given and self._compares_with_start
         policy = self.model
-        if self.sharded and needs_base:
+        if self.sharded and (needs_base or (reference is not None and reference.model is None)):
             # The policy is sharded when training starts, so until then a sharded copy stands in for it
             policy = self.place(copy.deepcopy(self.model))
         if needs_base:
@@ -98,7 +100,7 @@ class TokenAnnotator:
             with use_start(policy, self.at_base) as model:
                 name = get_config_model_id(self.model.config)
                 dataset = with_column(dataset, BASE_LOGPS, self._logps(dataset, model, digest, name, "base"))
-        if (reference := self.reference) is not None:
+        if reference is not None:
             with reference.use(policy) as model:
                 digest = self._reference_digest or reference.fingerprint(
                     self.model if policy is not self.model else model
@@ -108,26 +110,47 @@ class TokenAnnotator:
             reference.release(self.model)
         if WEIGHTS in given:
             return self.shield(dataset)
+        if self.args.score == "excess":  # its weights are made in every step
+            return dataset
         return add_token_weights(dataset, self.args, self.special_ids, self.collator.padding_free)
+
+    @property
+    def _compares_with_start(self) -> bool:
+        """Whether the run needs the log-probabilities under the model as it is at the start of training."""
+        scored = self.reference is not None and self.args.score == "influence"
+        return scored or self.args.forget_objective == "npo"
 
     def annotate_batch(self, batch: dict[str, Any]) -> None:
         """Add `token_weights`, `active_rows` and `base_logps` to a collated batch, in place."""
+        self.score_batch(batch)
+        weigh_batches([batch], [batch[BASE_LOGPS]], self.args, self.special_ids)
+
+    def score_batch(self, batch: dict[str, Any]) -> None:
+        """Add what a streamed batch lacks, in place: `ref_logps`, and `base_logps` where the start of training
+        matters."""
         assert self.reference is not None
-        device = self.accelerator.device
-        inputs = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-        with use_start(self._start, self.at_base) as model:
-            base = self._forward(model, inputs)
+        inputs = self._on_device(batch)
+        if self._compares_with_start:
+            with use_start(self._start, self.at_base) as model:
+                batch[BASE_LOGPS] = self._forward(model, inputs)
         with self.reference.use(self.model) as model:
-            reference = self._forward(model, inputs)
-        trained = (inputs["labels"] != -100).cpu().numpy()
-        trained[:, 0] = False  # predicted by nothing
-        special = np.isin(inputs["input_ids"].cpu().numpy(), self.special_ids)
-        rows = select_token_weights(
-            list(base.cpu().numpy()), list(reference.cpu().numpy()), list(trained), list(special), self.args
+            batch[REF_LOGPS] = self._forward(model, inputs)
+
+    def current_logps(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Log-probabilities of a batch under the model as it is now, in evaluation mode (no dropout, so that a score
+        is a property of model and token and not of a draw); `(batch, seq_len)` as `forward_logps` gives them."""
+        with frozen(self.model):
+            return self._forward(self.model, self._on_device(batch))
+
+    def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        device = self.accelerator.device
+        return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+    def weigh_stream(self, dataset: IterableDataset) -> IterableDataset:
+        """Streamed rows with the weights that their own columns say, under a rule that needs no other rows."""
+        return dataset.map(
+            lambda row: {WEIGHTS: row_weights(row, self.args, self.special_ids, self.collator.padding_free)}
         )
-        batch[WEIGHTS] = torch.from_numpy(np.stack(rows))
-        batch[ACTIVE_ROWS] = active_rows(batch[WEIGHTS])
-        batch[BASE_LOGPS] = base
 
     def shield(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
         """Keep given weights, but neither forget nor learn a special token of a negative span; with `forget_weight=0`
@@ -175,7 +198,8 @@ class TokenAnnotator:
 
     def _prepare_online(self) -> None:
         args = self.args
-        if args.positive_fraction is not None and (args.selection_scope == "global" or self.collator.padding_free):
+        ranked = args.positive_fraction is not None and args.score == "influence"
+        if ranked and (args.selection_scope == "global" or self.collator.padding_free):
             raise ValueError(
                 f"positive_fraction={args.positive_fraction} ranks the tokens of the whole dataset, which one batch "
                 "cannot show: use negative_threshold, or selection_scope='sequence' without padding_free, or "
@@ -186,6 +210,8 @@ class TokenAnnotator:
                 "a LoRA reference cannot be kept on a model that is trained in full, since its base changes: use "
                 "precompute_scores=True, or train with peft_config"
             )
+        if not self._compares_with_start:
+            return
         # Scores compare with the model at the start of training: its base where an adapter is trained, else a copy
         if self.at_base:
             self._start = self.model

@@ -18,6 +18,9 @@ from ._compat import DataCollatorForLanguageModeling, pad
 
 WEIGHTS, BASE_LOGPS, REF_LOGPS = "token_weights", "base_logps", "ref_logps"
 TOKEN_COLUMNS = (WEIGHTS, BASE_LOGPS, REF_LOGPS)
+# Columns of a data set that a score is read from; they become weights before a batch is made
+NEGATIVE_MASK, TOKEN_SCORES = "negative_mask", "token_scores"
+SCORE_COLUMNS = {"oracle": NEGATIVE_MASK, "given": TOKEN_SCORES}
 ACTIVE_ROWS = "active_rows"
 
 

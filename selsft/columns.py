@@ -12,19 +12,21 @@ import json
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, pack_dataset
 from trl.data_utils import get_dataset_column_names
 
-from .collator import BASE_LOGPS, REF_LOGPS, TOKEN_COLUMNS, WEIGHTS
+from .collator import BASE_LOGPS, REF_LOGPS, SCORE_COLUMNS, TOKEN_COLUMNS, TOKEN_SCORES, WEIGHTS
+from .config import SelectiveSFTConfig
 
 
-def token_columns(dataset: Dataset | IterableDataset) -> list[str]:
-    """Names of the token columns that `dataset` has."""
+def token_columns(dataset: Dataset | IterableDataset, score: str = "influence") -> list[str]:
+    """Names of the token columns that `dataset` has and that mean something under `score`."""
     names = get_dataset_column_names(dataset)
-    return [name for name in TOKEN_COLUMNS if name in names]
+    return [name for name in (*TOKEN_COLUMNS, SCORE_COLUMNS.get(score)) if name in names]
 
 
 def has_message_weights(dataset: Dataset | IterableDataset) -> bool:
@@ -37,9 +39,9 @@ def has_message_weights(dataset: Dataset | IterableDataset) -> bool:
     return isinstance(messages, list) and any(isinstance(m, dict) and "weight" in m for m in messages)
 
 
-def brings_weights(dataset: Dataset | IterableDataset) -> bool:
+def brings_weights(dataset: Dataset | IterableDataset, score: str = "influence") -> bool:
     """Whether `dataset` says itself which tokens count how much."""
-    return bool(token_columns(dataset)) or has_message_weights(dataset)
+    return bool(token_columns(dataset, score)) or has_message_weights(dataset)
 
 
 def message_token_weights(
@@ -107,9 +109,11 @@ def add_message_weights(
     return dataset.map(weigh, **_map_options(dataset, args, "Weighing messages"))
 
 
-def truncate_and_pack(dataset: Dataset | IterableDataset, args: SFTConfig, packing: bool) -> Dataset | IterableDataset:
+def truncate_and_pack(
+    dataset: Dataset | IterableDataset, args: SelectiveSFTConfig, packing: bool
+) -> Dataset | IterableDataset:
     """Truncate, drop fully masked rows, pack and shuffle as `SFTTrainer` does, over all token columns alike."""
-    columns = ["input_ids", "labels", *token_columns(dataset)]
+    columns = ["input_ids", "labels", *token_columns(dataset, args.score)]
     if packing and "seq_lengths" in get_dataset_column_names(dataset):
         raise ValueError(
             "the train dataset is packed already (it has the column 'seq_lengths'), and packing it again would lose "
@@ -147,7 +151,7 @@ def _check_context(args: SFTConfig, packing: bool, columns: list[str]) -> None:
         if packing
         else (args.max_length is not None and args.truncation_mode == "keep_end")
     )
-    scores = sorted({BASE_LOGPS, REF_LOGPS} & set(columns))
+    scores = sorted({BASE_LOGPS, REF_LOGPS, TOKEN_SCORES} & set(columns))
     if cuts and scores:
         how = f"packing_strategy={args.packing_strategy!r}" if packing else "truncation_mode='keep_end'"
         raise ValueError(
@@ -173,9 +177,9 @@ def _check_lengths(dataset: Dataset | IterableDataset, columns: list[str]) -> No
                     f"row {start + row}: column {name!r} has {found} for {tokens[row]} tokens; it needs one value per "
                     "token"
                 )
-            if name not in TOKEN_COLUMNS:
+            if name in ("input_ids", "labels"):
                 continue
-            values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float64)  # a missing value becomes NaN
+            values = pc.cast(column.flatten(), pa.float64()).to_numpy(zero_copy_only=False)  # a missing one is NaN
             if (broken := np.flatnonzero(~np.isfinite(values))).size:
                 row = int(np.searchsorted(np.cumsum(tokens), broken[0], side="right"))
                 raise ValueError(f"row {start + row}: column {name!r} holds a value that is missing or not finite")

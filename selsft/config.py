@@ -16,6 +16,8 @@ from trl import SFTConfig
 
 from .schedules import FORGET_SCHEDULES
 
+SCORES = ("influence", "excess", "random", "oracle", "given")
+SCOPES = ("global", "sequence", "batch")
 FORGET_OBJECTIVES = ("unlikelihood", "probability", "npo", "wga", "gradient_ascent")
 
 # Taheri et al., arXiv 2508.04329, as its code runs: the worst 30 % of the response tokens are negative, whether they
@@ -29,6 +31,27 @@ PAPER_2508_04329: dict[str, Any] = {
     "forget_weight": 0.25,
     "forget_schedule": "linear",
     "forget_normalization": "separate",
+}
+
+# Lin et al., arXiv 2404.07965 (Rho-1, selective language modelling): of the tokens of each optimizer step those are
+# trained that the current model is furthest behind the reference on; the others are dropped. 0.6 is the share of the
+# 1.1B model, 0.7 that of the 7B one.
+RHO_1_2404_07965: dict[str, Any] = {
+    "score": "excess",
+    "selection_scope": "batch",
+    "positive_fraction": 0.6,
+    "protect_special_tokens": False,
+    "forget_weight": 0.0,
+}
+
+# Pang et al., arXiv 2502.01968 (Token Cleaning, fixed model): influence ranked over the whole pool, the rest dropped.
+# The self-evolving variant runs these settings part by part with a reference that moves (docs/schemes.md).
+TOKEN_CLEANING_2502_01968: dict[str, Any] = {
+    "score": "influence",
+    "selection_scope": "global",
+    "positive_fraction": 0.6,
+    "protect_special_tokens": False,
+    "forget_weight": 0.0,
 }
 
 
@@ -52,8 +75,11 @@ class SelectiveSFTConfig(SFTConfig):
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`] of the reference, for example
             `{"dtype": "bfloat16"}`. `trust_remote_code` is taken from the field of that name unless it is given here.
         score (`str`, *optional*, defaults to `"influence"`):
-            Score of a token. `"influence"` is its log-probability under the reference minus that under the model as
-            it is at the start of training, in nats (arXiv 2508.04329).
+            Score of a token, high = useful; docs/schemes.md has the formulas. `"influence"` is its log-probability
+            under the reference minus that under the model as it is at the start of training, in nats (arXiv
+            2508.04329). `"excess"` is the same against the current model, computed anew in every optimizer step
+            (arXiv 2404.07965). Controls without a reference: `"random"` is a seeded random ranking, `"oracle"` makes
+            the tokens of the column `negative_mask` negative, `"given"` ranks by the column `token_scores`.
         precompute_scores (`bool`, *optional*, defaults to `True`):
             Whether to score the whole train dataset before training, with a cache on disk. If `False`, and always for
             streamed data, every batch is scored in the step that trains on it.
@@ -74,12 +100,24 @@ class SelectiveSFTConfig(SFTConfig):
             Share of the tokens that is positive, best scores first; the rest is negative (the paper uses `0.7`).
             Mutually exclusive with `negative_threshold`.
         selection_scope (`str`, *optional*, defaults to `"global"`):
-            Tokens that are ranked together under `positive_fraction`: the whole dataset (`"global"`) or each row
-            (`"sequence"`; a packed row counts as one).
+            Tokens that are ranked together under `positive_fraction`: the whole dataset (`"global"`), each row
+            (`"sequence"`; a packed row counts as one), or all micro-batches and processes of the optimizer step
+            (`"batch"`, with `score="excess"` and only there).
         neutral_band (`float`, *optional*, defaults to `0.0`):
             Tokens whose score is within this distance of the boundary, in nats, are neither learnt nor forgotten.
         protect_special_tokens (`bool`, *optional*, defaults to `True`):
             Whether EOS and all other special tokens are never negative.
+        gate_reference_prob (`float`, *optional*):
+            A token stays positive, whatever its score, when its probability under the reference is at least this
+            value: what the reference itself finds likely is no noise.
+        max_negative_share (`float`, *optional*):
+            Largest share of the tokens of a sequence (of a document, in packed rows) that may be negative. The worst
+            ones stay negative, the others become neutral.
+        excess_passes (`int`, *optional*, defaults to `2`):
+            With `score="excess"`: `2` scores all micro-batches of the step before it trains on them, `1` selects
+            within the training forward, against a moving average of the batch quantile.
+        excess_decay (`float`, *optional*, defaults to `0.9`):
+            Weight of the old value in that moving average.
 
         > Parameters that control the loss
 
@@ -125,9 +163,10 @@ class SelectiveSFTConfig(SFTConfig):
     score: str = field(
         default="influence",
         metadata={
-            "help": "Score of a token. 'influence' is its log-probability under the reference minus that under the "
-            "model at the start of training, in nats.",
-            "choices": ["influence"],
+            "help": "Score of a token. 'influence': log-probability under the reference minus that under the model "
+            "at the start of training, in nats; 'excess': minus that under the current model; 'random'; 'oracle': "
+            "column negative_mask; 'given': column token_scores.",
+            "choices": list(SCORES),
         },
     )
     precompute_scores: bool = field(
@@ -174,8 +213,9 @@ class SelectiveSFTConfig(SFTConfig):
     selection_scope: str = field(
         default="global",
         metadata={
-            "help": "Tokens that are ranked together under positive_fraction: the whole dataset or each row.",
-            "choices": ["global", "sequence"],
+            "help": "Tokens that are ranked together under positive_fraction: the whole dataset, each row, or the "
+            "optimizer step (score='excess').",
+            "choices": list(SCOPES),
         },
     )
     neutral_band: float = field(
@@ -188,6 +228,26 @@ class SelectiveSFTConfig(SFTConfig):
     protect_special_tokens: bool = field(
         default=True,
         metadata={"help": "Whether EOS and all other special tokens are never negative."},
+    )
+    gate_reference_prob: float | None = field(
+        default=None,
+        metadata={"help": "A token stays positive when its probability under the reference is at least this value."},
+    )
+    max_negative_share: float | None = field(
+        default=None,
+        metadata={"help": "Largest share of a sequence's tokens that may be negative; the others become neutral."},
+    )
+    excess_passes: int = field(
+        default=2,
+        metadata={
+            "help": "With score='excess': 2 scores the step before it trains, 1 selects within the training forward "
+            "against a moving average of the batch quantile.",
+            "choices": [1, 2],
+        },
+    )
+    excess_decay: float = field(
+        default=0.9,
+        metadata={"help": "Weight of the old value in the moving average of excess_passes=1."},
     )
 
     # Parameters that control the loss
@@ -238,21 +298,26 @@ class SelectiveSFTConfig(SFTConfig):
                 f"negative_threshold={self.negative_threshold} and positive_fraction={self.positive_fraction} exclude "
                 "each other: set only one"
             )
-        if self.negative_threshold is None and self.positive_fraction is None:
-            self.negative_threshold = 1.0
         for name, choices in (
-            ("score", ("influence",)),
-            ("selection_scope", ("global", "sequence")),
+            ("score", SCORES),
+            ("selection_scope", SCOPES),
+            ("excess_passes", (1, 2)),
             ("forget_objective", FORGET_OBJECTIVES),
             ("forget_schedule", FORGET_SCHEDULES),
             ("forget_normalization", ("joint", "separate")),
         ):
             value = getattr(self, name)
             if value not in choices:
-                raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(choices)}")
+                raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(str, choices))}")
+        self._validate_scheme()
+        if self.negative_threshold is None and self.positive_fraction is None and self.score != "oracle":
+            self.negative_threshold = 1.0
         _check_number("negative_threshold", self.negative_threshold, low=-math.inf)
         _check_number("positive_fraction", self.positive_fraction, low=0.0, high=1.0)
         _check_number("neutral_band", self.neutral_band, low=0.0)
+        _check_number("gate_reference_prob", self.gate_reference_prob, low=0.0, high=1.0, open_low=True)
+        _check_number("max_negative_share", self.max_negative_share, low=0.0, high=1.0)
+        _check_number("excess_decay", self.excess_decay, low=0.0, high=1.0, open_high=True)
         _check_number("forget_weight", self.forget_weight, low=0.0)
         _check_number("forget_beta", self.forget_beta, low=0.0, open_low=True)
         _check_number("forget_floor", self.forget_floor, low=-math.inf, high=0.0, open_high=True)
@@ -267,6 +332,45 @@ class SelectiveSFTConfig(SFTConfig):
                 UserWarning,
                 stacklevel=4,
             )
+
+    def _validate_scheme(self) -> None:
+        """Raise for the first setting that the score contradicts."""
+        score, scope = self.score, self.selection_scope
+        excess, rule = score == "excess", self.negative_threshold is not None or self.positive_fraction is not None
+        own = score in ("random", "oracle", "given")
+        refused = [
+            (excess and scope != "batch", f"selection_scope={scope!r} with score='excess', which changes with every "
+             "step and cannot be ranked beyond it: set selection_scope='batch'"),
+            (not excess and scope == "batch", f"selection_scope='batch' with score={score!r}: only score='excess' is "
+             "ranked within a step, use 'global' or 'sequence'"),
+            (not excess and self.excess_passes == 1, f"excess_passes=1 with score={score!r}, which is known before "
+             "training: leave it out"),
+            (own and self.reference_model is not None, f"reference_model={self.reference_model!r} with "
+             f"score={score!r}, which needs no reference: remove one of them"),
+            (own and self.gate_reference_prob is not None, f"gate_reference_prob={self.gate_reference_prob} with "
+             f"score={score!r}, which has no reference: remove it"),
+            (score == "random" and self.positive_fraction is None, "positive_fraction is not set, which "
+             "score='random' needs: a random ranking has no unit for a negative_threshold"),
+            (score == "oracle" and (rule or self.neutral_band > 0), "score='oracle' takes the labels of negative_mask "
+             "as they are: remove negative_threshold, positive_fraction and neutral_band"),
+            (score == "oracle" and self.max_negative_share is not None, "max_negative_share="
+             f"{self.max_negative_share} with score='oracle', which knows no worst ones among the negatives: remove "
+             "it"),
+        ]  # fmt: skip
+        if excess and self.excess_passes == 1:
+            ignores = self.forget_weight == 0
+            late = "with excess_passes=1: how many tokens count is known only after the forward pass, and the loss is "
+            late += "divided by it before. Use excess_passes=2"
+            refused += [
+                (self.neutral_band > 0, f"neutral_band={self.neutral_band} {late}"),
+                (self.max_negative_share is not None, f"max_negative_share={self.max_negative_share} {late}"),
+                (self.forget_normalization == "separate" and not ignores, f"forget_normalization='separate' {late}"),
+                (ignores and self.positive_fraction is None, f"forget_weight=0 and negative_threshold {late}"),
+                (ignores and self.gate_reference_prob is not None, f"forget_weight=0 and gate_reference_prob {late}"),
+            ]  # fmt: skip
+        for holds, reason in refused:
+            if holds:
+                raise ValueError(reason)
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> SelectiveSFTConfig:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -46,6 +47,10 @@ class SelectiveHead:
             `(batch, seq_len - 1)` predicting positions, of the tokens with a weight; made on the host, so that no step
             waits for the device.
         reference_logps (`torch.Tensor` of shape `(batch, seq_len)`, float32, or `None`): for `forget="npo"`.
+        choose (`Callable[[torch.Tensor], torch.Tensor]`, *optional*): selects in this forward pass: takes the
+            log-probabilities of the labels, `(batch, width)` float32 without gradient, 0 where `active_rows` has no
+            position, and returns the signed weights, of that shape. `token_weights` then says which tokens it chooses
+            from (`active_rows` must list them all).
         positive, forget, beta, floor: see `selsft_kernels.linear_selective_cross_entropy`.
     """
 
@@ -59,6 +64,7 @@ class SelectiveHead:
         beta: float = 1.0,
         floor: float | None = None,
         metrics: bool = False,
+        choose: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         self.token_weights = token_weights
         self.active_rows = active_rows
@@ -68,6 +74,7 @@ class SelectiveHead:
         self.beta = beta
         self.floor = floor
         self.metrics = metrics
+        self.choose = choose
 
 
 @dataclass
@@ -251,6 +258,12 @@ def _selective_loss(
     if rows is not None and (virtual := width - head.token_weights.size(1) + 1):
         own = width - virtual  # predicting positions of a row without its virtual tokens
         rows = rows // own * width + rows % own + virtual
+    rows = None if rows is None else rows.to(targets.device)
+    if head.choose is not None:
+        with torch.no_grad():
+            logps = linear_logprob(hidden.detach(), lm_head.weight, targets, active_rows=rows, **keywords).logprob
+        assert logps is not None
+        weights = head.choose(logps)
     out = linear_selective_cross_entropy(
         hidden,
         lm_head.weight,
@@ -261,7 +274,7 @@ def _selective_loss(
         forget=head.forget,
         beta=head.beta,
         floor=head.floor,
-        active_rows=None if rows is None else rows.to(targets.device),
+        active_rows=rows,
         outputs=("logprob", "entropy", "is_top1"),
         **keywords,
     )

@@ -1,125 +1,91 @@
-"""Scores -> token weights: which tokens are learnt (+1), forgotten (-1) or left alone (0).
+"""Scored tokens -> the column `token_weights`, for a batch, a streamed row, or a whole data set on disk.
 
-A score is in nats, high = useful: `ref_logps - base_logps` for `"influence"` (arXiv 2508.04329, there with the losses'
-sign; the same as Token Cleaning, 2502.01968). Selection needs no model, so changing a threshold never rescores. A
-rule turns into one boundary per token, and labels follow from comparing with it: for a whole data set the boundary
-comes from `order_statistic` and the rows pass by in blocks, so 1e8 tokens need no more memory than 1e6.
+A score is high = useful: `ref_logps - base_logps` in nats for `"influence"` (arXiv 2508.04329, there with the losses'
+sign; the same as Token Cleaning, 2502.01968). Selection needs no model, so changing a threshold never rescores. For a
+data set the boundary comes from `order_statistic` and the rows pass by in blocks, so 1e8 tokens need no more memory
+than 1e6. In this order: the rule (threshold or share, with the neutral band), what can never be negative (special
+tokens, the gate on the reference's probability), the cap per document, and `forget_weight=0`, which makes negatives
+neutral. `"excess"`, whose scores change with every step, is in `excess.py`.
 
-Rejected: a forced share of negatives as the default. The published rule calls the worst 30 % negative whether they are
-noise or not, which ruins a small model (docs/demo.md); it is one setting away (`positive_fraction=0.7`).
+Rejected: a class per scheme. They differ in where a score comes from, which is one line each, and in nothing else.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset
 
 from .blocks import ColumnWriter, TokenBlock, token_blocks, trained_mask, with_column
-from .collator import BASE_LOGPS, REF_LOGPS, WEIGHTS
-from .order_statistic import boundary_of_fraction, kept
+from .collator import BASE_LOGPS, NEGATIVE_MASK, REF_LOGPS, TOKEN_SCORES, WEIGHTS
+from .labels import NEUTRAL, cap_negatives, check_finite, group_boundaries, labels_at
+from .order_statistic import Blocks, Reduce, boundary_of_fraction
 
 if TYPE_CHECKING:
     from .config import SelectiveSFTConfig
 
 logger = logging.getLogger(__name__)
 
-POSITIVE, NEUTRAL, NEGATIVE = np.int8(1), np.int8(0), np.int8(-1)
+# score -> columns that it is read from
+_COLUMNS = {
+    "influence": (BASE_LOGPS, REF_LOGPS),
+    "random": (),
+    "oracle": (NEGATIVE_MASK,),
+    "given": (TOKEN_SCORES,),
+}
 
 
-def label_tokens(
-    scores: np.ndarray,
-    *,
-    negative_threshold: float | None = None,
-    positive_fraction: float | None = None,
-    neutral_band: float = 0.0,
-    protected: np.ndarray | None = None,
-) -> np.ndarray:
-    """Label the scored tokens of one scope (a whole data set, or one sequence).
+@dataclass
+class ScoredTokens:
+    """The trained tokens of some rows, one after another; all arrays `(n,)`.
+
+    `rows` and `documents` number the row and the document of each token, ascending; `protected` are special tokens;
+    `ref_logps` (nats) is there where a gate asks for it.
+    """
+
+    scores: np.ndarray
+    rows: np.ndarray
+    documents: np.ndarray
+    protected: np.ndarray
+    ref_logps: np.ndarray | None = None
+
+
+def labels_of(tokens: ScoredTokens, boundary: float | None, args: SelectiveSFTConfig) -> np.ndarray:
+    """Labels under all selection settings of `args`, `(n,)` int8.
 
     Args:
-        scores: `(n,)` float, nats, high = useful.
-        negative_threshold: a token is negative when its score is below minus this value.
-        positive_fraction: share of the tokens that is positive, best scores first; the rest is negative. Tokens that
-            tie with the last positive one are positive too. Exactly one of the two rules must be given.
-        neutral_band: tokens whose score lies within this distance of the boundary get label 0, in nats.
-        protected: `(n,)` bool, tokens that are never negative (they stay positive).
-
-    Returns:
-        `(n,)` int8 of -1, 0, 1.
+        boundary: what the tokens share (`shared_boundary`), or `None` where each row is ranked on its own.
     """
-    if (negative_threshold is None) == (positive_fraction is None):
-        raise ValueError(
-            f"exactly one of negative_threshold ({negative_threshold}) and positive_fraction ({positive_fraction}) "
-            "must be set"
-        )
-    n = scores.size
-    if n == 0:
-        return np.zeros(0, dtype=np.int8)
-    check_finite(scores)
-    if negative_threshold is not None:
-        boundary = -float(negative_threshold)
-    else:
-        assert positive_fraction is not None
-        keep = int(kept(positive_fraction, n))
-        boundary = np.inf if keep == 0 else float(np.partition(scores, n - keep)[n - keep])
-    return labels_at(scores, boundary, neutral_band=neutral_band, protected=protected)
+    own = group_boundaries(tokens.scores, tokens.rows, args.positive_fraction or 0.0) if boundary is None else boundary
+    safe = tokens.protected
+    if args.gate_reference_prob is not None:
+        assert tokens.ref_logps is not None
+        safe = safe | (tokens.ref_logps >= np.float32(math.log(args.gate_reference_prob)))
+    labels = labels_at(tokens.scores, own, neutral_band=args.neutral_band, protected=safe)
+    if args.max_negative_share is not None:
+        cap_negatives(labels, tokens.scores, tokens.documents, args.max_negative_share)
+    return np.maximum(labels, NEUTRAL) if args.forget_weight == 0 else labels
 
 
-def labels_at(
-    scores: np.ndarray,
-    boundary: float | np.ndarray,
-    *,
-    neutral_band: float = 0.0,
-    protected: np.ndarray | None = None,
-) -> np.ndarray:
-    """Labels of tokens, given the boundary below which a score is negative.
+def shared_boundary(blocks: Blocks, args: SelectiveSFTConfig, reduce: Reduce | None = None) -> float | None:
+    """The score below which tokens are negative, whatever their row; `None` when each row has its own boundary.
 
     Args:
-        scores: `(n,)` float, finite.
-        boundary: one number, or `(n,)` of the dtype of `scores`: the boundary of each token's own scope.
-        neutral_band, protected: as in `label_tokens`.
-
-    Returns:
-        `(n,)` int8 of -1, 0, 1.
+        blocks, reduce: as for `boundary_of_fraction`; not looked at under a threshold.
     """
-    labels = np.where(scores < boundary, NEGATIVE, POSITIVE)
-    if neutral_band > 0:
-        labels[np.abs(scores - boundary) <= neutral_band] = NEUTRAL
-    if protected is not None:
-        labels[protected & (labels == NEGATIVE)] = POSITIVE
-    return labels
-
-
-def group_boundaries(scores: np.ndarray, groups: np.ndarray, fraction: float) -> np.ndarray:
-    """Boundary of each token when every group is ranked on its own.
-
-    Args:
-        scores: `(n,)` float.
-        groups: `(n,)` int64, ascending: the group of each token.
-
-    Returns:
-        `(n,)`, of the dtype of `scores`: lowest score among the best `fraction` of the token's group, or +inf.
-    """
-    _, starts, counts = np.unique(groups, return_index=True, return_counts=True)
-    ranked = scores[np.lexsort((scores, groups))]
-    keep = kept(fraction, counts)
-    lowest = np.where(keep > 0, ranked[np.minimum(starts + counts - keep, scores.size - 1)], np.inf)
-    return np.repeat(lowest.astype(scores.dtype), counts)
-
-
-def check_finite(scores: np.ndarray, where: str = "score number {}") -> None:
-    """Raise `ValueError` when a score is NaN or infinite; `where` names it by its index."""
-    if np.isfinite(scores).all():
-        return
-    bad = int(np.flatnonzero(~np.isfinite(scores))[0])
-    raise ValueError(
-        f"{where.format(bad)} is {scores[bad]}: a model returned a log-probability that is not finite. "
-        "Score in float32 (reference_model_init_kwargs={'dtype': 'float32'}) or repair the model"
-    )
+    if args.score == "oracle":
+        return 0.0  # scores of -1 and 1
+    if args.negative_threshold is not None:
+        return -float(args.negative_threshold)
+    assert args.positive_fraction is not None
+    if args.selection_scope == "sequence":
+        return None
+    return boundary_of_fraction(blocks, args.positive_fraction, reduce)
 
 
 def select_token_weights(
@@ -128,6 +94,8 @@ def select_token_weights(
     trained: Sequence[np.ndarray],
     protected: Sequence[np.ndarray],
     args: SelectiveSFTConfig,
+    documents: Sequence[np.ndarray] | None = None,
+    boundary: float | None = None,
 ) -> list[np.ndarray]:
     """Token weights of every row of a batch, under the selection settings of `args`.
 
@@ -135,6 +103,8 @@ def select_token_weights(
         base_logps, ref_logps: one `(row length,)` float array per row, nats.
         trained: one bool array per row: the token has a label and is predicted from its past.
         protected: one bool array per row: special tokens, never negative (positive instead).
+        documents: one int array per row: number of the token's document, ascending; the row itself by default.
+        boundary: of tokens beyond these rows; by default it follows from these rows alone.
 
     Returns:
         one float32 array per row of -1, 0, 1; 0 wherever `trained` is false. With `forget_weight=0` negatives are 0:
@@ -142,13 +112,21 @@ def select_token_weights(
     """
     lengths = np.array([len(row) for row in trained], np.int64)
     mask = _concatenate(trained, bool)
-    scores = (_concatenate(ref_logps, np.float32) - _concatenate(base_logps, np.float32))[mask]
+    reference = _concatenate(ref_logps, np.float32)
+    scores = (reference - _concatenate(base_logps, np.float32))[mask]
     check_finite(scores)
     rows = np.repeat(np.arange(len(lengths)), lengths)[mask]
-    boundary = _boundary(lambda: iter([scores]), args)
-    labels = _labels(scores, boundary, rows, _concatenate(protected, bool)[mask], args)
+    tokens = ScoredTokens(
+        scores,
+        rows,
+        rows if documents is None else _concatenate(documents, np.int64)[mask],
+        _concatenate(protected, bool)[mask],
+        reference[mask],
+    )
+    if boundary is None:
+        boundary = shared_boundary(lambda: [scores], args)
     weights = np.zeros(mask.size, dtype=np.float32)
-    weights[mask] = labels
+    weights[mask] = labels_of(tokens, boundary, args)
     return np.split(weights, np.cumsum(lengths)[:-1]) if len(lengths) else []
 
 
@@ -158,7 +136,8 @@ def add_token_weights(
     """`dataset` with the column `token_weights`, selected under the settings of `args`, in bounded memory.
 
     Args:
-        dataset: final rows with `input_ids`, `labels`, `base_logps`, `ref_logps` and, when packed, `seq_lengths`.
+        dataset: final rows with `input_ids`, `labels`, the columns of `args.score` (`base_logps` and `ref_logps`,
+            `negative_mask`, `token_scores`, or none) and, when packed, `seq_lengths`.
         special_ids: `(k,)` int64, ids of tokens that are never negative.
         padding_free: whether the documents of a packed row are kept apart.
 
@@ -167,25 +146,18 @@ def add_token_weights(
         and, with `forget_weight=0`, for negative ones.
 
     Raises:
-        `ValueError` for a score that is not finite, naming its row.
+        `ValueError` for a score that is not finite or a mask that is not 0 or 1, naming the row.
     """
-
-    def scored() -> Iterator[tuple[TokenBlock, np.ndarray, np.ndarray]]:
-        for block in token_blocks(dataset, ["input_ids", "labels", BASE_LOGPS, REF_LOGPS]):
-            mask = trained_mask(block, padding_free)
-            yield block, mask, _scores(block, mask)
-
-    boundary = _boundary(lambda: (scores for _, _, scores in scored()), args)
+    blocks = lambda: _scored(dataset, args, special_ids, padding_free)  # noqa: E731
+    boundary = shared_boundary(lambda: (tokens.scores for _, _, tokens in blocks()), args)
     writer = ColumnWriter(WEIGHTS, "int8")
     lowest, highest = np.inf, -np.inf
-    for block, mask, scores in scored():
-        rows = np.repeat(np.arange(len(block.lengths)), block.lengths)[mask]
-        protected = np.isin(block.columns["input_ids"], special_ids)[mask]
+    for block, mask, tokens in blocks():
         weights = np.zeros(mask.size, np.int8)
-        weights[mask] = _labels(scores, boundary, rows, protected, args)
+        weights[mask] = labels_of(tokens, boundary, args)
         writer.write(weights, block.lengths)
-        lowest, highest = scores.min(initial=lowest), scores.max(initial=highest)
-    if highest - lowest < 1e-6 and highest >= lowest:
+        lowest, highest = tokens.scores.min(initial=lowest), tokens.scores.max(initial=highest)
+    if args.score == "influence" and 0 <= highest - lowest < 1e-6:
         logger.warning(
             "all tokens have the same score: the reference says what the model says, so nothing can be selected. "
             "Is the reference another checkpoint than the model?"
@@ -193,29 +165,71 @@ def add_token_weights(
     return with_column(dataset, WEIGHTS, writer.dataset())
 
 
-def _scores(block: TokenBlock, mask: np.ndarray) -> np.ndarray:
-    """Scores of the trained tokens of a block, float32."""
-    scores = (block.columns[REF_LOGPS] - block.columns[BASE_LOGPS])[mask]
+def row_weights(
+    row: dict[str, Any], args: SelectiveSFTConfig, special_ids: np.ndarray, padding_free: bool
+) -> np.ndarray:
+    """Token weights of one streamed row, `(row length,)` int8, under a rule that needs no other rows."""
+    columns = {name: np.asarray(row[name]) for name in _read(args)}
+    documents = row.get("seq_lengths")
+    lengths = np.array([len(row["input_ids"])])
+    block = TokenBlock(0, lengths, columns, None if documents is None else np.asarray(documents))
+    mask = trained_mask(block, padding_free)
+    tokens = _tokens(block, mask, args, special_ids, None)
+    weights = np.zeros(mask.size, np.int8)
+    weights[mask] = labels_of(tokens, shared_boundary(lambda: [tokens.scores], args), args)
+    return weights
+
+
+def _read(args: SelectiveSFTConfig) -> list[str]:
+    return ["input_ids", "labels", *_COLUMNS[args.score]]
+
+
+def _scored(
+    dataset: Dataset, args: SelectiveSFTConfig, special_ids: np.ndarray, padding_free: bool
+) -> Iterator[tuple[TokenBlock, np.ndarray, ScoredTokens]]:
+    """The blocks of `dataset`, which of their tokens are trained, and those with their scores."""
+    rng = np.random.default_rng(args.seed)  # one number per token of the data set, in order: the same in every pass
+    for block in token_blocks(dataset, _read(args)):
+        mask = trained_mask(block, padding_free)
+        yield block, mask, _tokens(block, mask, args, special_ids, rng)
+
+
+def _tokens(
+    block: TokenBlock,
+    mask: np.ndarray,
+    args: SelectiveSFTConfig,
+    special_ids: np.ndarray,
+    rng: np.random.Generator | None,
+) -> ScoredTokens:
+    columns = block.columns
+    reference = None
+    if args.score == "random":
+        assert rng is not None
+        scores = rng.random(block.size, dtype=np.float32)[mask]
+    elif args.score == "oracle":
+        marked = columns[NEGATIVE_MASK]
+        if (wrong := np.flatnonzero((marked != 0) & (marked != 1))).size:
+            raise ValueError(
+                f"row {block.row_of(int(wrong[0]))}: column {NEGATIVE_MASK!r} holds {marked[wrong[0]]}; it must be 0 "
+                "or 1 (true: negative)"
+            )
+        scores = np.where(marked[mask] == 1, np.float32(-1), np.float32(1))
+    elif args.score == "given":
+        scores = columns[TOKEN_SCORES][mask].astype(np.float32)
+    else:
+        reference = columns[REF_LOGPS][mask]
+        scores = reference - columns[BASE_LOGPS][mask]
     if not np.isfinite(scores).all():
         token = int(np.flatnonzero(mask)[np.flatnonzero(~np.isfinite(scores))[0]])
         check_finite(scores, f"row {block.row_of(token)}: score number {{}} of its block")
-    return scores
+    rows = _numbered(block.lengths)[mask]
+    documents = rows if block.documents is None else _numbered(block.documents)[mask]
+    protected = np.isin(columns["input_ids"], special_ids)[mask]
+    return ScoredTokens(scores, rows, documents, protected, reference)
 
 
-def _boundary(blocks, args: SelectiveSFTConfig) -> float | None:
-    """The boundary that all tokens share; `None` when each row has its own."""
-    if args.negative_threshold is not None:
-        return -float(args.negative_threshold)
-    assert args.positive_fraction is not None
-    return boundary_of_fraction(blocks, args.positive_fraction) if args.selection_scope == "global" else None
-
-
-def _labels(
-    scores: np.ndarray, boundary: float | None, rows: np.ndarray, protected: np.ndarray, args: SelectiveSFTConfig
-) -> np.ndarray:
-    own = boundary if boundary is not None else group_boundaries(scores, rows, args.positive_fraction or 0.0)
-    labels = labels_at(scores, own, neutral_band=args.neutral_band, protected=protected)
-    return np.maximum(labels, NEUTRAL) if args.forget_weight == 0 else labels
+def _numbered(lengths: np.ndarray) -> np.ndarray:
+    return np.repeat(np.arange(len(lengths)), lengths)
 
 
 def _concatenate(rows: Sequence[np.ndarray], dtype) -> np.ndarray:

@@ -31,9 +31,18 @@ from ._compat import (
     prepare_fsdp,
 )
 from .annotation import TokenAnnotator, base_model
-from .collator import ACTIVE_ROWS, BASE_LOGPS, REF_LOGPS, TOKEN_COLUMNS, WEIGHTS, DataCollatorForSelectiveSFT
+from .collator import (
+    ACTIVE_ROWS,
+    BASE_LOGPS,
+    REF_LOGPS,
+    SCORE_COLUMNS,
+    TOKEN_COLUMNS,
+    WEIGHTS,
+    DataCollatorForSelectiveSFT,
+)
 from .columns import add_message_weights, brings_weights, has_message_weights, token_columns, truncate_and_pack
 from .config import SelectiveSFTConfig
+from .excess import ExcessSelector
 from .head import STATS, SelectiveCausalLMOutput, SelectiveHead, add_selective_head, read_lm_head
 from .reference import Model
 from .schedules import forget_weight_at
@@ -64,7 +73,9 @@ class SelectiveSFTTrainer(SFTTrainer):
     Train data may bring, besides everything that `SFTTrainer` accepts:
         - `token_weights` (`list[float]`), with `input_ids`: a signed weight for each token;
         - `weight` (`float`) in the messages of a conversation;
-        - `base_logps` and `ref_logps` (`list[float]`), with `input_ids`: scores computed before (`selsft score`).
+        - `base_logps` and `ref_logps` (`list[float]`), with `input_ids`: scores computed before (`selsft score`);
+        - `negative_mask` (`list[bool]`) or `token_scores` (`list[float]`), with `input_ids`, for `score="oracle"` and
+          `score="given"`.
 
     Raises:
         `ValueError` when two sources of weights are given, or with a feature that a selective loss has no meaning for.
@@ -128,18 +139,23 @@ class SelectiveSFTTrainer(SFTTrainer):
             args = SelectiveSFTConfig.from_training_arguments(args)
         source = reference_model if reference_model is not None else args.reference_model
         self._train_is_prepared = False
-        may_select = source is not None or (train_dataset is not None and brings_weights(train_dataset))
+        may_select = (
+            source is not None
+            or args.score != "influence"
+            or (train_dataset is not None and brings_weights(train_dataset, args.score))
+        )
         with adapter_on_lm_head() if may_select else contextlib.nullcontext():
             super().__init__(
                 model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_loss_func,
                 compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics,
                 quantization_config, peft_config, formatting_func,
             )  # fmt: skip
-        given = token_columns(self.train_dataset)
-        self._selective = source is not None or bool(given)
+        given = token_columns(self.train_dataset, args.score)
+        self._selective = source is not None or bool(given) or args.score != "influence"
         self._online = source is not None and (
             not args.precompute_scores or isinstance(self.train_dataset, IterableDataset)
         )
+        self._excess: ExcessSelector | None = None
         self._step_counts: torch.Tensor | None = None
         self._outputs: list[SelectiveCausalLMOutput] = []  # of the micro-batches since the last log, detached
         self._totals: torch.Tensor | None = None  # of those before, when many steps go by without a log
@@ -171,6 +187,13 @@ class SelectiveSFTTrainer(SFTTrainer):
             self.train_dataset = self._annotator.annotate(self.train_dataset, given)
         elif WEIGHTS in given:
             self.train_dataset = self._annotator.shield(self.train_dataset)
+        elif self.args.score in SCORE_COLUMNS:
+            self.train_dataset = self._annotator.weigh_stream(cast(IterableDataset, self.train_dataset))
+        if self.args.score == "excess":
+            self._excess = ExcessSelector(
+                self.args, self.accelerator, self._annotator.special_ids, self._annotator.current_logps
+            )
+            self.add_callback(self._excess)
 
     def _refuse_unsupported(self, source: str | Model | None, given: list[str]) -> None:
         args, names = self.args, get_dataset_column_names(self.train_dataset)
@@ -178,24 +201,56 @@ class SelectiveSFTTrainer(SFTTrainer):
         scores = {BASE_LOGPS, REF_LOGPS} & set(given)
         streamed = isinstance(self.train_dataset, IterableDataset)
         collator = type(self.data_collator)
+        score, column = args.score, SCORE_COLUMNS.get(args.score)
         reasons = [
+            (
+                score != "influence" and WEIGHTS in given,
+                f"the train dataset has the column {WEIGHTS!r} (or messages with a weight) and score={score!r}: both "
+                "say what is negative. Drop one of them",
+            ),
+            (
+                score in ("random", "oracle", "given") and source is not None,
+                f"score={score!r} needs no reference: leave reference_model out",
+            ),
+            (
+                column is not None and column not in given,
+                f"score={score!r} needs the column {column!r}, one value per token of 'input_ids', which the train "
+                "dataset does not have",
+            ),
+            (
+                score == "excess" and source is None and REF_LOGPS not in given,
+                f"score='excess' compares with a reference: set reference_model, or bring the column {REF_LOGPS!r} "
+                "(`selsft score`)",
+            ),
+            (
+                score == "random" and streamed,
+                "score='random' ranks the rows of a loaded dataset, and this one is streamed: load it",
+            ),
+            (
+                score == "given"
+                and streamed
+                and args.positive_fraction is not None
+                and args.selection_scope == "global",
+                f"positive_fraction={args.positive_fraction} ranks the tokens of the whole dataset, which streamed "
+                "rows do not show: use negative_threshold, or selection_scope='sequence'",
+            ),
             (
                 source is not None and given,
                 f"the train dataset has the columns {given} and a reference_model is set: both say what is negative. "
                 "Drop the columns or the reference",
             ),
             (
-                len(scores) == 1 and WEIGHTS not in given,
+                len(scores) == 1 and WEIGHTS not in given and score == "influence",
                 f"the train dataset has the column {sorted(scores)[0] if scores else ''!r} alone: a score needs both "
                 f"{BASE_LOGPS!r} and {REF_LOGPS!r}",
             ),
             (
-                streamed and scores and WEIGHTS not in given,
+                streamed and scores and WEIGHTS not in given and score == "influence",
                 f"streamed rows cannot be selected by the columns {sorted(scores)}: load the dataset, or bring "
                 f"{WEIGHTS!r}",
             ),
             (
-                streamed and WEIGHTS in given and BASE_LOGPS not in given and args.forget_objective == "npo",
+                streamed and source is None and BASE_LOGPS not in given and args.forget_objective == "npo",
                 "forget_objective='npo' needs the log-probabilities at the start of training, which streamed rows "
                 "with given weights do not have: use another objective",
             ),
@@ -248,7 +303,7 @@ class SelectiveSFTTrainer(SFTTrainer):
         rows go through TRL's preparation as they are."""
         is_train, self._train_is_prepared = not self._train_is_prepared, True
         weighted = is_train and has_message_weights(dataset)
-        if not (weighted or (is_train and token_columns(dataset))):
+        if not (weighted or (is_train and token_columns(dataset, args.score))):
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         plain = copy.copy(args)
         plain.max_length, plain.shuffle_dataset = None, False
@@ -262,7 +317,9 @@ class SelectiveSFTTrainer(SFTTrainer):
         super()._set_signature_columns_if_needed()
         names = cast(list[str], self._signature_columns)
         if self._selective and WEIGHTS not in names:
-            names += [WEIGHTS, BASE_LOGPS] if self.args.forget_objective == "npo" else [WEIGHTS]
+            names += [WEIGHTS]
+            names += [BASE_LOGPS] if self.args.forget_objective == "npo" else []
+            names += [REF_LOGPS] if self.args.score == "excess" else []
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Counts positive and negative tokens over the optimizer step and all processes, where TRL counts labels, and
@@ -271,8 +328,13 @@ class SelectiveSFTTrainer(SFTTrainer):
         if not self._selective or not batches:
             return batches, num_items
         if self._online:
+            score = self._annotator.annotate_batch if self._excess is None else self._annotator.score_batch
             for batch in batches:
-                self._annotator.annotate_batch(batch)
+                score(batch)
+        if self._excess is not None:
+            self._excess.begin_step(batches)
+            if self._excess.boundary is not None:
+                self._metrics["train"]["score_boundary"].append(self._excess.boundary)
         if any(WEIGHTS not in batch for batch in batches):
             raise ValueError(
                 f"a batch has no {WEIGHTS!r}, which other rows of the train dataset have: give it to every row"
@@ -307,6 +369,11 @@ class SelectiveSFTTrainer(SFTTrainer):
             num_items = positives.clamp(min=1)
             scale = scale * num_items / negatives.clamp(min=1)
         weights = columns[WEIGHTS].float()
+        choose = None
+        if self._excess is not None and self._excess.one_pass:
+            num_items = self._excess.num_items(positives)
+            scale = scale if args.forget_weight else 0.0
+            choose = self._excess.chooser(inputs["input_ids"], columns[REF_LOGPS], weights, scale)
         head = SelectiveHead(
             torch.where(weights < 0, weights * scale, weights),
             columns.get(ACTIVE_ROWS),
@@ -315,6 +382,7 @@ class SelectiveSFTTrainer(SFTTrainer):
             forget=args.forget_objective,
             beta=args.forget_beta,
             floor=args.forget_floor,
+            choose=choose,
         )
 
         if len(self._outputs) >= _KEPT:

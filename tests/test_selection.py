@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from selsft.labels import label_tokens
 from selsft.schedules import FORGET_SCHEDULES, forget_weight_at
-from selsft.selection import label_tokens, select_token_weights
+from selsft.selection import select_token_weights
 
 SCORES = np.array([-3.0, -1.0, -0.5, 0.0, 2.0])
 
@@ -59,6 +60,7 @@ def test_scores_must_be_finite(bad):
 
 def settings_of(**changes):
     rule = {"negative_threshold": 1.0, "positive_fraction": None, "neutral_band": 0.0, "selection_scope": "global"}
+    rule |= {"score": "influence", "gate_reference_prob": None, "max_negative_share": None, "seed": 0}
     return SimpleNamespace(**{**rule, "forget_weight": 0.25, **changes})
 
 
