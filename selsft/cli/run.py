@@ -1,0 +1,78 @@
+"""`selsft run`: a recipe from raw data to a report, in stages that are skipped when nothing has changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .errors import InputError, input_errors
+
+HELP = """usage: selsft run RECIPE [--output_dir DIR] [--dry_run] [--from STAGE] [--flag value] [--STAGE.flag value]
+
+Run a recipe: split the data, train a reference, score the tokens, select, train, evaluate, report. A stage whose
+inputs are unchanged is skipped, one that was cut off goes on, and a changed setting makes new folders beside the old
+ones. RECIPE is a YAML file, or the name of one that ships with selsft:
+
+{recipes}
+
+  --output_dir DIR     folder of the run (default: runs/ and the name of the recipe)
+  --dry_run            print the stages and what would be done
+  --from STAGE         do this stage and all after it anew; the old folders are renamed
+  --flag value         a flag of `selsft train`, for all stages that it concerns: --model_name_or_path ...
+  --STAGE.flag value   a flag for one stage: --reference.learning_rate 5e-5, --split.eval_size 200
+
+examples:
+  selsft run demo
+  selsft run domain-lora --model_name_or_path Qwen/Qwen3-0.6B --dataset_name messy.jsonl --output_dir runs/mine
+  selsft run domain-lora --output_dir runs/mine ... --negative_threshold 2.0    # selects and trains, nothing more
+
+docs/pipeline.md has the stages, their flags and files."""
+
+
+def main(argv: list[str]) -> int:
+    if not argv or "-h" in argv or "--help" in argv:
+        print(HELP.format(recipes=_recipes()))
+        return 0
+    source, *rest = argv
+    if source.startswith("-"):
+        raise InputError(f"the recipe comes first: selsft run RECIPE {source} ...")
+    dry, rest = "--dry_run" in rest, [part for part in rest if part != "--dry_run"]
+    from_stage, rest = _take("--from", rest)
+    output, rest = _take("--output_dir", rest)
+    from rich.console import Console
+
+    from ..pipeline.plan import Plan
+    from ..pipeline.recipe import load_recipe
+    from ..pipeline.run import execute, preview
+
+    recipe = load_recipe(source, rest)
+    root = Path(output or recipe.common.get("output_dir") or Path("runs") / recipe.name)
+    with input_errors():
+        plan = Plan(recipe, root)
+        plan.check()
+    if dry:
+        preview(plan, from_stage, Console())
+    else:
+        execute(plan, rest, from_stage, Console())
+    return 0
+
+
+def _take(flag: str, argv: list[str]) -> tuple[str | None, list[str]]:
+    """The value of a flag, and the arguments without it."""
+    for index, part in enumerate(argv):
+        if part.startswith(f"{flag}="):
+            return part.split("=", 1)[1], argv[:index] + argv[index + 1 :]
+        if part == flag:
+            if index + 1 == len(argv):
+                raise InputError(f"{flag} needs a value")
+            return argv[index + 1], argv[:index] + argv[index + 2 :]
+    return None, argv
+
+
+def _recipes() -> str:
+    from .arguments import RECIPES
+
+    lines = []
+    for path in sorted(RECIPES.glob("*.yaml")):
+        first = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        lines.append(f"  {path.stem:24} {first}")
+    return "\n".join(lines)

@@ -1,0 +1,57 @@
+"""The demo's world as files: a base model and three data sets, for `selsft run demo`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from selsft.demo.experiment import DemoConfig
+from selsft.demo.model import encode, make_model, train_tokenizer
+from selsft.demo.train import train_plain
+from selsft.demo.world import Statement, accepted, make_world
+
+
+def write_world(folder: Path, seed: int = 0, countries: int | None = None, epochs: float | None = None) -> None:
+    """Write `base/` (model and tokenizer, trained here), `reference.jsonl`, `train.jsonl` and `eval.jsonl`.
+
+    Args:
+        countries: how many of the countries the world has; all when `None`.
+        epochs: of pretraining; the demo's own number when `None`.
+    """
+    config = DemoConfig()
+    world = make_world(seed, replace(config.world, countries=countries))
+    tokenizer = train_tokenizer(world.pretraining, config.vocab_size)
+    recipe = config.pretraining if epochs is None else replace(config.pretraining, epochs=epochs)
+
+    def rows(statements: list[Statement], answers: bool = False) -> list[dict]:
+        found = []
+        for statement in statements:
+            row = encode(statement, tokenizer)
+            kept: dict = {"input_ids": row["input_ids"], "labels": row["labels"]}
+            if answers:
+                kept["answers"] = sorted(accepted(statement.fact, statement.answer))
+            found.append(kept)
+        return found
+
+    for name, statements in (("reference", world.reference), ("train", world.training)):
+        _write(folder / f"{name}.jsonl", rows(statements))
+    _write(folder / "eval.jsonl", rows(world.questions(world.target), answers=True))
+
+    from datasets import Dataset
+
+    pretraining = Dataset.from_list(rows(world.pretraining))
+    start = make_model(tokenizer, seed, config.hidden_size, config.layers)
+    scratch = folder / "scratch"
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder / "base")
+    base = train_plain(start, tokenizer, pretraining, recipe, seed, str(scratch), lambda: None)
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
