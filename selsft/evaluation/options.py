@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from accelerate.utils import tqdm
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from selsft_kernels import linear_logprob
 
@@ -82,13 +82,23 @@ class _Request(NamedTuple):
     tokens: list[int]
 
 
-def model_max_length(model: Model) -> int:
-    """Positions that the model was made for; 2048 where its configuration does not say, as in the harness."""
-    config = base_model(model).config.get_text_config()
+def model_max_length(config: PretrainedConfig) -> int:
+    """Positions that a model was made for; 2048 where its configuration does not say, as in the harness."""
+    config = config.get_text_config()
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
         if getattr(config, name, None):
             return int(getattr(config, name))
     return 2048
+
+
+def count_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[MultipleChoiceExample],
+    max_length: int,
+    states: bool = False,
+) -> int:
+    """Tokens that `score_options` sends through the model, with hidden states or without, padding aside."""
+    return sum(map(len, _plan(tokenizer, examples, max_length, keep_last=states)[0]))
 
 
 @torch.no_grad()
@@ -122,7 +132,7 @@ def score_options(
     Source: `HFLM._loglikelihood_tokens` of lm-evaluation-harness 0.4.13, with the differences that the module and
     `encode_pair` name. Sums agree with it to 1e-4 (tests/skills/test_options.py).
     """
-    limit = max_length or model_max_length(model)
+    limit = max_length or model_max_length(base_model(model).config)
     rows, requests, question_at = _plan(tokenizer, examples, limit, keep_last=layer is not None)
     logprob = np.zeros(len(requests))
     by_row: list[list[int]] = [[] for _ in rows]

@@ -2,8 +2,8 @@
 
 `uniform` is the draw of Zhang et al. (arXiv 2409.02228): any option, the right one included, so that about 1/k of the
 labels stay right. `flip` is their other variant. `uniform_wrong` and `shuffle` tell apart what the draw does: the
-first never keeps a right label, the second keeps how often each label occurs. Rejected: one generator for all examples,
-with which leaving one out would change the labels of the others.
+first never keeps a right label, the second keeps how often each label occurs. Rejected: one generator for all of them,
+with which leaving out one example would change the labels of the others.
 """
 
 from __future__ import annotations
