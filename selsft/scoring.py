@@ -86,7 +86,7 @@ def score_block(
     for step in range(-(-len(batches) // world)):
         mine = step * world + rank
         chosen = batches[min(mine, len(batches) - 1)]  # the last round repeats a batch where one is short
-        rows = [{name: part[starts[i] : ends[i]] for name, part in zip(ROW_COLUMNS, (ids, labels))} for i in chosen]  # noqa: B905
+        rows = [{"input_ids": ids[starts[i] : ends[i]], "labels": labels[starts[i] : ends[i]]} for i in chosen]
         inputs = {
             key: value.to(accelerator.device) if isinstance(value, torch.Tensor) else value
             for key, value in collator(rows).items()
@@ -110,7 +110,7 @@ def _like(collator: DataCollator, padding_free: bool) -> DataCollator:
 
 
 def _spread(flat: np.ndarray, logps: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> None:
-    """Undo the collator, in place: `(batch, seq_len)` padded, or `(1, total)` concatenated, into the rows of `flat`."""
+    """Undo the collator, into the rows of `flat`: `logps` is `(batch, seq_len)` padded, or `(1, total)`."""
     if len(lengths) > 1 and logps.shape[0] == 1:
         parts = np.split(logps[0, : lengths.sum()], np.cumsum(lengths)[:-1])
     else:
@@ -175,8 +175,9 @@ def cached_logps(
         for block in shards(dataset.with_format(None), ROW_COLUMNS):
             if not split:
                 block.documents = None  # the collator of training does not keep them apart either
-            options = {"joint": True, "progress": bar.update}
-            (flat,) = score_block(block, lambda x: [forward(x)], collator, accelerator, budget, **options)  # type: ignore[arg-type]
+            (flat,) = score_block(
+                block, lambda x: [forward(x)], collator, accelerator, budget, joint=True, progress=bar.update
+            )
             yield flat, block.lengths
 
     def manifest() -> dict:

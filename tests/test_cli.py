@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -21,6 +21,7 @@ from selsft.cli.arguments import RECIPES, CommandParser
 from selsft.cli.errors import InputError
 from selsft.cli.launch import resolve_accelerate_config
 from selsft.cli.summary import printable
+from selsft.scored_folder import load_scored
 from selsft.scoring import trained_tokens
 
 from . import tiny
@@ -160,7 +161,7 @@ def test_scored_data_trains_as_the_reference_does(run, models, capsys, reference
     flags = {"dataset_name": "data.jsonl", "reference_model": models / reference}
     assert run("score", **flags, scored_dir="scored", negative_threshold=0.2) == 0
     printed = capsys.readouterr().out
-    scored = load_from_disk("scored")
+    scored = load_scored("scored")
     assert set(scored.column_names) == {"input_ids", "labels", "base_logps", "ref_logps"}
     # The summary says what is in the folder
     record = json.load(open("scored/selsft_run.json"))["finished"]
@@ -189,7 +190,7 @@ def test_packed_rows_are_saved_as_documents(run, models, strategy):
     assert run("score", **flags, scored_dir="packed", packing=True, packing_strategy=strategy) == 0
     assert run("train", dataset_name="packed", output_dir="out", packing=True, max_length=24) == 0
     if strategy == "bfd":  # wrapping cuts documents, whose parts then have another past
-        rows = {name: {tuple(row["input_ids"]): row for row in load_from_disk(name)} for name in ("plain", "packed")}
+        rows = {name: {tuple(row["input_ids"]): row for row in load_scored(name)} for name in ("plain", "packed")}
         assert rows["plain"].keys() == rows["packed"].keys()
         for ids, row in rows["plain"].items():
             for column in ("base_logps", "ref_logps"):
@@ -208,16 +209,6 @@ def test_worst_token_is_shown_escaped(run, models, capsys):
 
 def test_printable():
     assert printable("a\nb\t\x1b[0m é 漢\u202e") == "a\\nb\\t\\x1b[0m é 漢\\u202e"
-
-
-def test_a_cut_off_score_leaves_nothing(run, models, monkeypatch):
-    def full_disk(self, *args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Dataset, "save_to_disk", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        run("score", dataset_name="data.jsonl", reference_model=models / "reference", scored_dir="scored")
-    assert not [name for name in os.listdir(".") if "scored" in name and os.listdir(name)]
 
 
 # ---------------------------------------------------------------- bad input

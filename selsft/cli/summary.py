@@ -1,7 +1,9 @@
 """What `selsft score` shows: how many tokens, how the scores are spread, and the most negative tokens in context.
 
 Text of a data set reaches the terminal escaped: a control character in it could move the cursor or recolour the
-screen, and rich's markup is not interpreted. Rejected: an average score per row, which hides the token to blame.
+screen, and rich's markup is not interpreted. One pass over memory-mapped rows, in bounded memory: quantiles come from
+a histogram whose bins are 1/2048 of the score wide (the ends are exact), the most negative tokens from a running list.
+Rejected: an average score per row, which hides the token to blame; a sample, which misses the tails.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from ..annotation import special_ids
+from ..blocks import TokenBlock, token_blocks, trained_mask
 from ..collator import BASE_LOGPS, REF_LOGPS, WEIGHTS
-from ..scoring import trained_tokens
-from ..trainer import SelectiveSFTTrainer
+from ..config import SelectiveSFTConfig
+from ..selection import add_token_weights
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 CONTEXT = 12  # tokens shown before a token, and a third of it after
@@ -47,57 +50,80 @@ class Summary:
     worst: list[TokenInContext]
 
 
-def summarize(dataset: Dataset, trainer: SelectiveSFTTrainer, show: int) -> Summary:
-    """Numbers and the `show` most negative tokens of the scored rows of `trainer`."""
-    tokenizer: PreTrainedTokenizerBase = trainer._tokenizer
-    columns = dataset.with_format("numpy")
-    base, reference, weights = (
-        np.concatenate([np.asarray(row, np.float32) for row in columns[name][:]])
-        for name in (BASE_LOGPS, REF_LOGPS, WEIGHTS)
-    )
-    rows = trained_tokens(dataset, trainer.padding_free)
-    trained = np.concatenate(rows)
-    scores = reference - base
-    counted, chosen = scores[trained], weights[trained]
-    share = {
-        "positive": float((chosen > 0).mean()) if chosen.size else 0.0,
-        "neutral": float((chosen == 0).mean()) if chosen.size else 0.0,
-        "negative": float((chosen < 0).mean()) if chosen.size else 0.0,
-    }
+class ScoreHistogram:
+    """Counts of float32 numbers by their upper 20 bits: sign, exponent and 11 bits of the fraction."""
+
+    def __init__(self):
+        self.counts = np.zeros(2**20, np.int64)
+        self.lowest, self.highest, self.total, self.sum = np.inf, -np.inf, 0, 0.0
+
+    def add(self, scores: np.ndarray) -> None:
+        """Count `(n,)` float32 scores, all finite."""
+        bits = np.ascontiguousarray(scores, np.float32).view(np.uint32)
+        # Order-preserving: negative numbers turned around, positive ones above them
+        keys = np.where(bits >> 31, ~bits, bits | 0x80000000) >> 12
+        self.counts += np.bincount(keys, minlength=len(self.counts))
+        self.lowest, self.highest = scores.min(initial=self.lowest), scores.max(initial=self.highest)
+        self.total, self.sum = self.total + len(scores), self.sum + float(scores.sum(dtype=np.float64))
+
+    def quantile(self, q: float) -> float:
+        """The score at rank `q * (total - 1)`, rounded down, to 1/4096 of its size; exact at 0 and 1."""
+        rank = int(q * (self.total - 1))
+        if rank in (0, self.total - 1):
+            return float(self.lowest if rank == 0 else self.highest)
+        key = int(np.searchsorted(np.cumsum(self.counts), rank, side="right"))
+        bits = np.uint32((key << 12) | 0x800)  # the middle of the bin
+        bits = bits & np.uint32(0x7FFFFFFF) if bits >> 31 else ~bits
+        return float(np.clip(np.uint32(bits).view(np.float32), self.lowest, self.highest))
+
+
+def summarize(scored: Dataset, tokenizer: PreTrainedTokenizerBase, args: SelectiveSFTConfig, show: int) -> Summary:
+    """Numbers and the `show` most negative tokens of scored rows, one document each.
+
+    Args:
+        scored: with `input_ids`, `labels`, `base_logps` and `ref_logps`.
+        args: the selection whose shares are counted, and whether special tokens are shown.
+    """
+    special = special_ids(tokenizer) if args.protect_special_tokens else np.zeros(0, np.int64)
+    names = ["input_ids", "labels", BASE_LOGPS, REF_LOGPS]
+    weighted = add_token_weights(scored, args, special, padding_free=False)
+    histogram, tokens, signs = ScoreHistogram(), 0, np.zeros(3, np.int64)
+    worst: list[tuple[float, TokenInContext]] = []
+    for block in token_blocks(weighted, [*names, WEIGHTS]):
+        mask = trained_mask(block, padding_free=False)
+        scores = block.columns[REF_LOGPS] - block.columns[BASE_LOGPS]
+        histogram.add(scores[mask])
+        tokens += block.size
+        signs += [(block.columns[WEIGHTS][mask] * sign > 0).sum() for sign in (1, 0, -1)]
+        candidates = np.flatnonzero(mask & ~np.isin(block.columns["input_ids"], special))
+        if len(worst) == show and show:
+            candidates = candidates[scores[candidates] < worst[-1][0]]
+        lowest = candidates[np.argsort(scores[candidates], kind="stable")[:show]]
+        worst += [(float(scores[token]), _in_context(block, int(token), tokenizer)) for token in lowest]
+        worst = sorted(worst, key=lambda pair: pair[0])[:show]
+    signs[1] = histogram.total - signs[0] - signs[2]
+    share = signs / max(histogram.total, 1)
     numbers = {
-        "rows": len(dataset),
-        "tokens": int(trained.size),
-        "scored_tokens": int(trained.sum()),
-        "mean_score": float(counted.mean()) if counted.size else None,
-        "quantiles": {str(q): float(np.quantile(counted, q)) for q in QUANTILES if counted.size},
-        "share": share,
+        "rows": len(scored),
+        "tokens": tokens,
+        "scored_tokens": histogram.total,
+        "mean_score": histogram.sum / histogram.total if histogram.total else None,
+        "quantiles": {str(q): histogram.quantile(q) for q in QUANTILES if histogram.total},
+        "share": dict(zip(("positive", "neutral", "negative"), map(float, share), strict=True)),
     }
-    ids = np.concatenate([np.asarray(row) for row in columns["input_ids"][:]])
-    eligible = trained
-    if trainer.args.protect_special_tokens:
-        eligible = trained & ~np.isin(ids, special_ids(tokenizer))
-    candidates = np.flatnonzero(eligible)
-    order = candidates[np.argsort(scores[candidates], kind="stable")[:show]]
-    starts = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
-    worst = []
-    for flat in order:
-        row = int(np.searchsorted(starts, flat, side="right")) - 1
-        position = int(flat - starts[row])
-        before, token, after = _context(dataset[row], position, tokenizer)
-        score, p, q = (float(values[flat]) for values in (scores, base, reference))
-        worst.append(TokenInContext(row, position, score, p, q, before, token, after))
-    return Summary(numbers, worst)
+    return Summary(numbers, [token for _, token in worst])
 
 
-def _context(row: dict[str, Any], position: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
-    """Text before, of and after a token, within its own document of a packed row."""
-    ends = np.cumsum(row.get("seq_lengths") or [len(row["input_ids"])])
-    end = int(ends[np.searchsorted(ends, position, side="right")])
-    start = max((int(e) for e in ends if e <= position), default=0)
-    ids = row["input_ids"]
-    parts = ids[max(start, position - CONTEXT) : position], ids[position : position + 1], ids[position + 1 : end]
-    before, token, after = (str(tokenizer.decode(part)) for part in (parts[0], parts[1], parts[2][: CONTEXT // 3]))
-    return before, token, after
+def _in_context(block: TokenBlock, token: int, tokenizer: PreTrainedTokenizerBase) -> TokenInContext:
+    """A token of a block with the text around it, within its row."""
+    row = block.row_of(token)
+    start = int(block.lengths[: row - block.first_row].sum())
+    end = start + int(block.lengths[row - block.first_row])
+    ids = block.columns["input_ids"]
+    parts = ids[max(start, token - CONTEXT) : token], ids[token : token + 1], ids[token + 1 : end][: CONTEXT // 3]
+    before, itself, after = (str(tokenizer.decode(part.tolist())) for part in parts)
+    base, reference = (float(block.columns[name][token]) for name in (BASE_LOGPS, REF_LOGPS))
+    return TokenInContext(row, token - start, reference - base, base, reference, before, itself, after)
 
 
 def printable(text: str) -> str:

@@ -18,7 +18,7 @@ from trl import get_peft_config, get_quantization_config
 from ..reference import BASE
 from ..trainer import SelectiveSFTTrainer
 from .arguments import Arguments, CommandParser
-from .data import check_source, load_splits
+from .data import check_source, data_errors, load_splits
 from .errors import InputError, input_errors
 from .launch import launch_command, launched, needs_launch
 from .manifest import run_manifest, write_manifest
@@ -79,13 +79,13 @@ def check_model_and_data(arguments: Arguments) -> None:
     check_source(arguments)
 
 
-def build_trainer(arguments: Arguments, evaluate: bool) -> SelectiveSFTTrainer:
-    """Data, model and trainer; with a reference, this scores the data."""
+def build_trainer(arguments: Arguments, evaluate: bool, strict: bool = False) -> SelectiveSFTTrainer:
+    """Data, model and trainer; with a reference, this scores the data. `strict` is that of `load_splits`."""
     training, model = arguments.training, arguments.model
-    train, test = load_splits(arguments, evaluate)
+    train, test = load_splits(arguments, evaluate, strict)
     training.model_init_kwargs = init_kwargs(arguments)
     assert model.model_name_or_path is not None
-    with input_errors():
+    with input_errors(), data_errors(arguments):
         try:
             return SelectiveSFTTrainer(
                 model=model.model_name_or_path,
@@ -96,8 +96,8 @@ def build_trainer(arguments: Arguments, evaluate: bool) -> SelectiveSFTTrainer:
                 peft_config=get_peft_config(model),
             )
         except OSError as error:
-            _name_missing_model("model_name_or_path", model.model_name_or_path, error)
-            _name_missing_model("reference_model", training.reference_model, error)
+            name_missing_model("model_name_or_path", model.model_name_or_path, error)
+            name_missing_model("reference_model", training.reference_model, error)
             raise
 
 
@@ -114,7 +114,7 @@ def init_kwargs(arguments: Arguments) -> dict[str, Any]:
     }
 
 
-def _name_missing_model(field: str, name: str | None, error: OSError) -> None:
+def name_missing_model(field: str, name: str | None, error: OSError) -> None:
     """The libraries' message about a model that is not there says nothing of the flag, nor always which model."""
     if name is None or name == BASE or find_adapter_config_file(name) is not None:
         return
