@@ -25,7 +25,7 @@ from .data import BUILDERS, check_source, load_splits
 from .errors import InputError, input_errors
 from .launch import launched
 from .manifest import NAME, versions
-from .train import check_new, init_kwargs
+from .train import check_new, init_kwargs, name_missing_model
 
 DESCRIPTION = (
     "Evaluate a model or adapter on held-out rows: negative log-likelihood, exact match of greedy answers with EOS rate "
@@ -127,7 +127,11 @@ def _evaluate(arguments: Arguments, has_rows: bool) -> tuple[dict[str, Any], dic
     tables: dict[str, Any] = {}
     assert name.model_name_or_path is not None
     with input_errors():
-        model, tokenizer = load_model(name.model_name_or_path, kwargs, extra.base_model_name_or_path)
+        try:
+            model, tokenizer = load_model(name.model_name_or_path, kwargs, extra.base_model_name_or_path)
+        except OSError as error:
+            name_missing_model("model_name_or_path", name.model_name_or_path, error)
+            raise
         base = None
         if extra.base_model_name_or_path and not hasattr(model, "peft_config"):
             base, _ = load_model(extra.base_model_name_or_path, kwargs)

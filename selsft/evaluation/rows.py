@@ -17,7 +17,7 @@ from ..config import SelectiveSFTConfig
 from ..reference import Model
 from ..trainer import SelectiveSFTTrainer
 
-ANSWERS = "answers"
+ANSWERS, ROW = "answers", "selsft_row"
 
 
 @dataclass
@@ -30,6 +30,7 @@ class HeldOut:
         references: the accepted answers of each row, without outer blanks.
         trainer: holds the collator, the accelerator and the model on its device.
         skipped: rows of the data that truncation left without a label.
+        indices: which row of the data each prepared row is.
     """
 
     prepared: Dataset
@@ -56,14 +57,11 @@ def prepare(model: Model, tokenizer, data: Dataset, args: SelectiveSFTConfig) ->
     if "messages" in rows.column_names:
         rows = rows.map(_last_turn, remove_columns=rows.column_names, desc="Splitting conversations")
     args.packing, args.reference_model, args.eval_strategy = False, None, "no"
-    args.remove_unused_columns = True
+    # TRL drops rows that truncation leaves without a label, and keeps columns that it does not know
+    rows = rows.add_column(ROW, list(range(len(rows))))  # type: ignore[call-arg]
     trainer = SelectiveSFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
     prepared = cast(Dataset, trainer.train_dataset)
-    if len(prepared) != len(rows):
-        raise ValueError(
-            f"preparation kept {len(prepared)} of {len(rows)} rows: packing or dropping rows would separate answers "
-            "from their questions, leave those settings out"
-        )
+    origin = list(prepared[ROW])
     columns = [name for name in ("input_ids", "labels") if name in prepared.column_names]
     prepared = prepared.select_columns(columns).with_format(None)
     prompts, references, kept = [], [], []
@@ -76,15 +74,16 @@ def prepare(model: Model, tokenizer, data: Dataset, args: SelectiveSFTConfig) ->
         answer = tokenizer.decode(labels[trained].tolist(), skip_special_tokens=True).strip()
         kept.append(index)
         prompts.append(list(row["input_ids"][:first]))
-        references.append([str(text).strip() for text in given[index]] if given is not None else [answer])
+        references.append([str(text).strip() for text in given[origin[index]]] if given is not None else [answer])
     if not kept:
         raise ValueError(
-            f"none of the {len(prepared)} rows has a token to score: look at max_length={args.max_length} and at the "
+            f"none of the {len(rows)} rows has a token to score: look at max_length={args.max_length} and at the "
             "completions"
         )
     if len(kept) < len(prepared):
         prepared = prepared.select(kept)
-    return HeldOut(prepared, prompts, references, trainer, len(rows) - len(kept), kept)
+    indices = [origin[index] for index in kept]
+    return HeldOut(prepared, prompts, references, trainer, len(rows) - len(kept), indices)
 
 
 def _last_turn(row: dict[str, Any]) -> dict[str, Any]:
