@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
 import yaml
 from trl import TrlParser
@@ -20,8 +20,9 @@ from .errors import InputError, input_errors
 from .launch import launched
 
 DESCRIPTION = (
-    "Fine-tune a model on multiple-choice tasks, make it forget each of them by random labels or by a token objective, "
-    "and score every model on every task: the protocol of Zhang et al. (arXiv 2409.02228) with documented choices."
+    "Fine-tune a model on multiple-choice tasks, make it forget each of them by random labels or by a token "
+    "objective, and score every model on every task: the protocol of Zhang et al. (arXiv 2409.02228) with documented "
+    "choices."
 )
 EXAMPLES = """examples:
   selsft skills --tasks copa,sst2,wic --tasks_dir DATA --model_name_or_path HuggingFaceTB/SmolLM2-135M \\
@@ -43,7 +44,7 @@ class SkillsParser(TrlParser):
 
     def __init__(self):
         super().__init__(
-            [StudyConfig],
+            [cast(Any, StudyConfig)],  # their own annotation
             prog="selsft skills",
             usage="selsft skills [--config FILE.yaml] [--flag value ...]",
             description=DESCRIPTION,
@@ -61,6 +62,7 @@ class SkillsParser(TrlParser):
         formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
         formatter.add_text(self.description)
         sections: dict[str, list[argparse.Action]] = {}
+        title = ""
         for item in dataclasses.fields(StudyConfig):
             title = _SECTIONS.get(item.name) or title
             sections.setdefault(title, []).append(by_name[item.name])
