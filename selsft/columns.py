@@ -20,7 +20,6 @@ from trl import SFTConfig, pack_dataset
 from trl.data_utils import get_dataset_column_names
 
 from .collator import BASE_LOGPS, REF_LOGPS, SCORE_COLUMNS, TOKEN_COLUMNS, TOKEN_SCORES, WEIGHTS
-from .config import SelectiveSFTConfig
 
 
 def token_columns(dataset: Dataset | IterableDataset, score: str = "influence") -> list[str]:
@@ -110,10 +109,10 @@ def add_message_weights(
 
 
 def truncate_and_pack(
-    dataset: Dataset | IterableDataset, args: SelectiveSFTConfig, packing: bool
+    dataset: Dataset | IterableDataset, args: SFTConfig, packing: bool, score: str = "influence"
 ) -> Dataset | IterableDataset:
     """Truncate, drop fully masked rows, pack and shuffle as `SFTTrainer` does, over all token columns alike."""
-    columns = ["input_ids", "labels", *token_columns(dataset, args.score)]
+    columns = ["input_ids", "labels", *token_columns(dataset, score)]
     if packing and "seq_lengths" in get_dataset_column_names(dataset):
         raise ValueError(
             "the train dataset is packed already (it has the column 'seq_lengths'), and packing it again would lose "

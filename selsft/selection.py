@@ -217,12 +217,12 @@ def _tokens(
     elif args.score == "given":
         scores = columns[TOKEN_SCORES][mask].astype(np.float32)
     else:
-        reference = columns[REF_LOGPS][mask]
-        scores = reference - columns[BASE_LOGPS][mask]
-    if not np.isfinite(scores).all():
-        token = int(np.flatnonzero(mask)[np.flatnonzero(~np.isfinite(scores))[0]])
-        check_finite(scores, f"row {block.row_of(token)}: score number {{}} of its block")
+        reference = columns[REF_LOGPS][mask].astype(np.float32, copy=False)
+        scores = reference - columns[BASE_LOGPS][mask].astype(np.float32, copy=False)
     rows = _numbered(block.lengths)[mask]
+    if not np.isfinite(scores).all():
+        row = int(rows[np.flatnonzero(~np.isfinite(scores))[0]])
+        check_finite(scores[rows == row], f"row {block.first_row + row}: score number {{}}")
     documents = rows if block.documents is None else _numbered(block.documents)[mask]
     protected = np.isin(columns["input_ids"], special_ids)[mask]
     return ScoredTokens(scores, rows, documents, protected, reference)
