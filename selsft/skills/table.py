@@ -136,7 +136,7 @@ def check_scores(frame: pd.DataFrame, source: str) -> None:
     def refuse(bad: pd.Series, what: str) -> None:
         if bad.any():
             row = frame.loc[bad.idxmax()]
-            where = ", ".join(f"{name}={row[name]!r}" for name in [*QUESTION, "option"])
+            where = ", ".join(f"{name}={str(row[name])!r}" for name in [*QUESTION, "option"])
             raise ScoreTableError(f"{source}: {what} ({where})")
 
     if frame.empty:
