@@ -39,10 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"selsft: error: unknown command {name!r}: use one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return run(name, rest)
+    return dispatch(name, rest)
 
 
-def run(name: str, argv: list[str]) -> int:
+def dispatch(name: str, argv: list[str]) -> int:
     """Run the command `name` and turn its bad input into one line and status 2."""
     try:
         return importlib.import_module(f"{__name__}.{name}").main(argv) or 0

@@ -175,14 +175,24 @@ def _with_config_path(argv: list[str]) -> list[str]:
     position = parts.index("--config") + 1
     if position == len(parts):
         raise InputError("--config needs a value: the path of a YAML file")
-    path = Path(parts[position])
-    recipe = RECIPES / (path.name if path.suffix else f"{path.name}.yaml")
-    if not path.is_file():
-        if path.parent != Path(".") or not recipe.is_file():
-            names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
-            raise InputError(f"--config {path}: no such file (recipes that ship with selsft: {names})")
-        parts[position] = str(recipe)
+    parts[position] = str(find_recipe(parts[position], f"--config {parts[position]}"))
     return parts
+
+
+def find_recipe(source: str, named: str) -> Path:
+    """Path of a YAML file, or of the recipe of that name which ships with selsft.
+
+    Raises:
+        `InputError` that begins with `named` when there is neither.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    shipped = {file.stem: file for file in RECIPES.glob("*.yaml")}
+    recipe = shipped.get(source.removesuffix(".yaml"))
+    if recipe is None:
+        raise InputError(f"{named}: no such file (recipes that ship with selsft: {', '.join(sorted(shipped))})")
+    return recipe
 
 
 def _without(parts: list[str], removed: list[str]) -> list[str]:

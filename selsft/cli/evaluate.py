@@ -28,9 +28,9 @@ from .manifest import NAME, versions
 from .train import check_new, init_kwargs, name_missing_model
 
 DESCRIPTION = (
-    "Evaluate a model or adapter on held-out rows: negative log-likelihood, exact match of greedy answers with EOS rate "
-    "and length, KL divergence to the base on the prompts; and, by choice, perplexity of neutral text, accuracy on "
-    "multiple-choice options, and tasks of lm-evaluation-harness."
+    "Evaluate a model or adapter on held-out rows: negative log-likelihood, exact match of greedy answers with EOS "
+    "rate and length, KL divergence to the base on the prompts; and, by choice, perplexity of neutral text, accuracy "
+    "on multiple-choice options, and tasks of lm-evaluation-harness."
 )
 EXAMPLES = """examples:
   selsft evaluate --model_name_or_path runs/forget --dataset_name heldout.jsonl --evaluation_dir runs/forget-eval
@@ -49,8 +49,8 @@ class EvaluateArguments:
     base_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Model that the KL divergence compares with. Default: the base of an adapter, and no KL divergence "
-            "for a full model."
+            "help": "Model that the KL divergence compares with. Default: the base of an adapter, and no KL "
+            "divergence for a full model."
         },
     )
     max_new_tokens: int = field(

@@ -28,6 +28,9 @@ from .split import load_rows, split
 from .stage import Stage, data_source, model_source
 
 Run = Callable[[str, list[str]], None]
+# Known by their content, and only to the stage `split`
+_SOURCES = {"dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "datasets", "streaming"}
+_NAMES = {"model_name_or_path", "model_revision", "reference_model", "base_model_name_or_path"}
 _EXTRA: dict[str, type] = {"score": ScoreArguments, "evaluate": EvaluateArguments}
 
 
@@ -126,7 +129,8 @@ class Plan:
         self.reference, self.trained = None, model
 
     def _add(self, name: str, settings: dict[str, Any], inputs: dict[str, Stage | str], work) -> Stage:
-        settings = {key: value for key, value in settings.items() if key not in SILENT}
+        silent = SILENT | _NAMES | (set() if name == "split" else _SOURCES)
+        settings = {key: value for key, value in settings.items() if key not in silent}
         stage = Stage(name, settings, inputs, work, self.root)
         self.stages.append(stage)
         return stage
@@ -198,7 +202,7 @@ class Plan:
             merge: whether an adapter is merged into its base afterwards.
         """
         kind = name.split("-")[0]
-        flags = self.recipe.flags(kind)
+        flags = {key: value for key, value in self.recipe.flags(kind).items() if key not in _SOURCES}
         dropped = SELECTION | {"reference_model", "reference_model_init_kwargs", "precompute_scores"}
         if not online:
             flags = {key: value for key, value in flags.items() if key not in dropped}
@@ -219,8 +223,6 @@ class Plan:
                 "dataset_name": str(path),
                 "output_dir": str(folder / "model"),
             }
-            for key in ("dataset_config", "datasets", "dataset_train_split"):
-                config.pop(key, None)
             argv = ["--config", _write_config(folder, config)]
             if (folder / "model").is_dir():
                 if get_last_checkpoint(str(folder / "model")):
@@ -241,7 +243,7 @@ class Plan:
         reference: Stage | str | None,
         inputs: dict[str, Stage | str],
     ) -> Stage:
-        flags = self.recipe.flags("score")
+        flags = {key: value for key, value in self.recipe.flags("score").items() if key not in _SOURCES}
 
         def work(folder: Path) -> None:
             config = {
@@ -252,13 +254,9 @@ class Plan:
                 "output_dir": str(folder / "scored"),
                 "scored_dir": str(folder / "scored"),
             }
-            for key in ("dataset_config", "datasets", "dataset_train_split"):
-                config.pop(key, None)
             self.run("score", ["--config", _write_config(folder, config)])
 
-        flags_in_key = {key: value for key, value in flags.items() if key != "reference_model"}
-        stage = self._add(name, flags_in_key, {"data": data, **inputs, **self._model_inputs}, work)
-        return stage
+        return self._add(name, flags, {"data": data, **inputs, **self._model_inputs}, work)
 
     def _select(self, name: str, scored: Stage) -> Stage:
         flags = self.recipe.flags("select")
@@ -308,8 +306,7 @@ class Plan:
             if trained is not None and not (Path(_model_of(trained)) / "adapter_config.json").is_file():
                 config["base_model_name_or_path"] = self.model
             if not own_data:
-                for key in ("dataset_config", "datasets", "dataset_name", "dataset_test_split"):
-                    config.pop(key, None)
+                config = {key: value for key, value in config.items() if key not in _SOURCES}
                 if has_rows:
                     config["dataset_name"] = str(data.folder / "eval.parquet")
             self.run("evaluate", ["--config", _write_config(folder, config)])

@@ -18,13 +18,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
-from ..cli.arguments import RECIPES
+from ..cli.arguments import find_recipe
 from ..cli.errors import InputError
 from ..cli.evaluate import EvaluateArguments
 from ..cli.score import ScoreArguments
@@ -118,13 +117,7 @@ def load_recipe(source: str, overrides: list[str]) -> Recipe:
     Raises:
         `InputError` for a file that is not there or is no recipe, and for misspelt stages and flags.
     """
-    path = Path(source)
-    if not path.is_file():
-        shipped = RECIPES / (path.name if path.suffix else f"{path.name}.yaml")
-        if path.parent != Path(".") or not shipped.is_file():
-            names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
-            raise InputError(f"recipe {source!r}: no such file (recipes that ship with selsft: {names})")
-        path = shipped
+    path = find_recipe(source, f"recipe {source!r}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

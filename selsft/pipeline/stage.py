@@ -18,12 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..cli.data import BUILDERS
 from ..cli.errors import InputError
 from ..cli.manifest import versions, write_json
 
 RECORD = "stage.json"
 # Above this, a local folder is known by names, sizes and times of its files: hashing takes a second for each GB
 _HASHED_BYTES = 50e9
+_NO_MODEL = "{!r} is neither a folder with a model nor the id of one that can be loaded: check the spelling"
 
 
 @dataclass
@@ -136,17 +138,18 @@ def model_source(name: str, revision: str | None = None) -> str:
     for file in ("config.json", "adapter_config.json"):
         try:
             found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
-        except OSError as error:
-            raise InputError(
-                f"{name!r} is neither a folder with a model nor the id of one that can be loaded: check the spelling "
-                f"({str(error).splitlines()[0]})"
-            ) from error
+        except (OSError, ValueError) as error:
+            raise InputError(f"{_NO_MODEL.format(name)} ({str(error).splitlines()[0]})") from error
         if found is not None:
             return f"{name}@{extract_commit_hash(found, None)}"
-    raise InputError(f"{name!r} holds neither config.json nor adapter_config.json: it is no model")
+    raise InputError(_NO_MODEL.format(name))
 
 
 def data_source(name: str) -> str:
     """What a data set is known by: the content of a file or folder; on the Hub its name alone, so that a new version
     there is read only when asked for (`--from split`)."""
-    return file_fingerprint(name) if Path(name).exists() else name
+    if Path(name).exists():
+        return file_fingerprint(name)
+    if Path(name).suffix in BUILDERS:
+        raise InputError(f"dataset_name={name!r}: no such file in {os.getcwd()}")
+    return name
