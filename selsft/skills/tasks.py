@@ -134,12 +134,10 @@ def prepare(task: SkillTask, settings: TaskSettings) -> SkillTask:
     for name, limit in (("train", settings.max_train), ("test", settings.max_test)):
         balance = fixed_labels(splits[name]) if settings.balance else None
         chosen = _draw(splits[name], limit, balance, rng("draw", settings.seed, task.name, name), dropped)
-        splits[name] = [arrange(example, settings.options, settings.seed) for example in chosen]
         if not chosen:
-            raise ValueError(
-                f"task {task.name!r} has no {name} rows left of {len(task.split(name))}"
-                + (": a label is never the right one, use balance=False" if splits[name] and balance else "")
-            )
+            never = ": a label is never the right one, use balance=False" if splits[name] and balance else ""
+            raise ValueError(f"task {task.name!r} has no {name} rows left of {len(task.split(name))}{never}")
+        splits[name] = [arrange(example, settings.options, settings.seed) for example in chosen]
     counts = {reason: number for reason, number in dropped.items() if number}
     return dataclasses.replace(task, train=splits["train"], test=splits["test"], dropped=counts)
 
