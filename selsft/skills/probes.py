@@ -5,7 +5,8 @@ right; it is fitted on the task's training questions and scored on its test ques
 leaves open is chosen so: the penalty by the log loss on a fifth of the training *questions* (all options of a question
 stay on one side: an option's probe logit would otherwise be judged by its own siblings), a question counts as right if
 its gold option has the highest logit (the lowest index on ties). Two references make the number readable: the same
-probe with the gold option of each training question drawn at random, and the probe on the base model.
+probe with the gold option of each training question drawn at random (ten draws: where one direction dominates, each
+draw lands on one side of it), and the probe on the base model.
 
 Rejected: scikit-learn (a dependency for one convex fit), and a probe by early stopping as in the paper (its outcome
 depends on the step size; the penalty says the same more plainly).
@@ -110,7 +111,7 @@ def shuffled(counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return flags
 
 
-def probe_questions(train: Hidden, test: Hidden, controls: int = 3, seed: int = 0) -> pd.DataFrame:
+def probe_questions(train: Hidden, test: Hidden, controls: int = 10, seed: int = 0) -> pd.DataFrame:
     """Fit on one model's training states, score its test states.
 
     Returns:
