@@ -57,8 +57,9 @@ class ScoredFolder:
             `ValueError` when the folder was made by something else, naming what differs.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        for leftover in self.path.glob(".part-*.parquet.*"):  # of a process that was killed
-            leftover.unlink(missing_ok=True)
+        for name in (".part-*.parquet.*", f".{MANIFEST}.*"):
+            for leftover in self.path.glob(name):  # of a process that was killed
+                leftover.unlink(missing_ok=True)
         if rescore:
             (self.path / MANIFEST).unlink(missing_ok=True)
             for part in self._parts().values():

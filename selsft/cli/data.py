@@ -12,6 +12,7 @@ import gzip
 import json
 import lzma
 import os
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -114,10 +115,18 @@ def data_errors(arguments: Arguments) -> Iterator[None]:
     Streamed data is read late, so this goes around whatever iterates over it."""
     try:
         yield
-    except (DatasetsError, pa.ArrowException, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (DatasetsError, ValueError) as error:  # Arrow's errors and those of decoding are of the latter kind
+        if not (isinstance(error, DatasetsError | pa.ArrowException | UnicodeDecodeError) or _from_reader(error)):
+            raise
         name = describe(arguments)
         place = None if arguments.mixture.datasets or not Path(name).is_file() else _broken_line(Path(name))
         raise InputError(f"{name!r} cannot be read as data: {place or error.__cause__ or error}") from error
+
+
+def _from_reader(error: BaseException) -> bool:
+    """Whether an error comes from the part of `datasets` that reads files."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__", "").startswith("datasets.packaged_modules") for frame in frames)
 
 
 def _broken_line(path: Path) -> str | None:
