@@ -71,11 +71,9 @@ def render(found: Results, views: dict[str, Table]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    config = found.manifest.get("config")
-    model = config.get("model") if isinstance(config, dict) else None
     ratio_ticks, gap_ticks = [-0.5, 0.0, 0.5, 1.0, 1.5, 2.0], [-0.5, -0.25, 0.0, 0.25, 0.5]
     return environment.get_template("report.html").render(
-        model=model if isinstance(model, str) else "a model",
+        model=_model(found.manifest),
         tasks=sorted(set(found.own["eval_task"])),
         reference=found.reference,
         warnings=warnings(found),
@@ -92,6 +90,15 @@ def render(found: Results, views: dict[str, Table]) -> str:
         examples=_examples(found),
         manifest=json.dumps(found.manifest, indent=2, ensure_ascii=False, sort_keys=True),
     )
+
+
+def _model(manifest: dict[str, Any]) -> str:
+    """The model's name, from `model` or the settings."""
+    model, config = manifest.get("model"), manifest.get("config")
+    for place, key in ((model, "name"), (config, "model_name_or_path")):
+        if isinstance(place, dict) and isinstance(place.get(key), str):
+            return place[key]
+    return "a model without a name"
 
 
 def warnings(found: Results) -> list[str]:

@@ -80,6 +80,10 @@ def compute(folder: Path, draws: int = 2000) -> Results:
     notes: list[str] = []
     manifest = _manifest(folder / "study.json")
     scores = read_scores(folder)
+    stages = manifest.get("stages") or []
+    if missing := [name for name in stages if not (folder / "scores" / f"{name}.parquet").exists()]:
+        done = f"{len(stages) - len(missing)} of {len(stages)} stages"
+        notes.append(f"Unfinished: these figures are of {done}; {missing[0]} is the first that is not there.")
     examples = _examples(folder / "examples.parquet")
     if examples is None:
         notes.append("No examples.parquet: options are told apart by slot, chance is 1/k, and no text is shown.")

@@ -123,10 +123,9 @@ def write_study(folder: Path, seeds: int = 2, n_test: int = 150, n_train: int = 
     tasks = {
         task: {"area": "toxicity" if task == "banyan" else "commonsense", "sensitive": False} for task in CLUSTERS
     }
-    manifest = {
-        "config": {"model": "tiny <b>model</b>", "seeds": seeds, "tasks": tasks},
-        "versions": {"selsft": "0.1.0"},
-    }
+    manifest = {"config": {"seeds": seeds, "reference": "per_task"}, "model": {"name": "tiny <b>model</b>"}}
+    manifest |= {"tasks": tasks, "stages": [file.stem for file in sorted((folder / "scores").iterdir())]}
+    manifest |= {"versions": {"selsft": "0.1.0"}}
     (folder / "study.json").write_text(json.dumps(manifest), encoding="utf-8")
     return folder
 

@@ -154,6 +154,7 @@ def test_warnings_stand_first(text, page):
     assert text.index('class="warnings"') < text.index("<h2>How far")
     assert any(line.startswith("2 seeds: the intervals") for line in page.texts)
     assert any("Predictors: 6 tasks" in line for line in page.texts)
+    assert "Unfinished" not in text
 
 
 def test_the_manifest_is_shown(page):
@@ -218,6 +219,7 @@ def test_null_is_hatched_and_says_why(tmp_path):
 def test_a_missing_stage(tmp_path):
     folder = simple(tmp_path)
     (folder / "scores" / "finetuned-a.parquet").unlink()
+    (folder / "study.json").write_text('{"stages": ["base-a", "finetuned-a", "forgotten-a"]}', encoding="utf-8")
     write_report(folder)
     texts = " ".join(Page((folder / "report.html").read_text(encoding="utf-8")).texts)
     assert (
