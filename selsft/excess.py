@@ -108,9 +108,9 @@ class ExcessSelector(TrainerCallback, ExportableState):
         self.one_pass = False
         self._seen: list[torch.Tensor] = []  # scores of the micro-batches of this step, NaN where not trained
 
-    def begin_step(self, batches: Sequence[Batch]) -> None:
+    def begin_step(self, batches: Sequence[Batch]) -> int:
         """Give the batches of a step their `token_weights`: the labels, or, where the training forward selects, 1 for
-        every token that it selects from."""
+        every token that it selects from. Returns the number of these, of this process."""
         self.one_pass = self.args.excess_passes == 1 and self.boundary is not None
         if self.one_pass:
             for batch in batches:
@@ -119,6 +119,7 @@ class ExcessSelector(TrainerCallback, ExportableState):
         else:
             current = [self.current_logps(batch) for batch in batches]
             self.boundary = weigh_batches(batches, current, self.args, self.special_ids, self._reduce)
+        return int(sum(trained_labels(batch).sum() for batch in batches))
 
     def num_items(self, candidates: torch.Tensor) -> torch.Tensor:
         """What the loss of a one-pass step is divided by, from the number of its candidate tokens. Every candidate is

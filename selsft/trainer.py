@@ -156,6 +156,7 @@ class SelectiveSFTTrainer(SFTTrainer):
             not args.precompute_scores or isinstance(self.train_dataset, IterableDataset)
         )
         self._excess: ExcessSelector | None = None
+        self._candidates = 0  # trained tokens of this process since the last log, where a step selects among them
         self._step_counts: torch.Tensor | None = None
         self._outputs: list[SelectiveCausalLMOutput] = []  # of the micro-batches since the last log, detached
         self._totals: torch.Tensor | None = None  # of those before, when many steps go by without a log
@@ -237,7 +238,7 @@ class SelectiveSFTTrainer(SFTTrainer):
             for batch in batches:
                 score(batch)
         if self._excess is not None:
-            self._excess.begin_step(batches)
+            self._candidates += self._excess.begin_step(batches)
             if self._excess.boundary is not None:
                 self._metrics["train"]["score_boundary"].append(self._excess.boundary)
         if any(WEIGHTS not in batch for batch in batches):
@@ -313,6 +314,10 @@ class SelectiveSFTTrainer(SFTTrainer):
                 metrics["negative_prob"].append(total["negative_prob"] / negatives)
                 metrics["negative_below_1e-6"].append(total["negatives_forgotten"] / negatives)
             metrics["negative_fraction"].append(negatives / max(positives + negatives, 1))
+            if self._excess is not None:
+                candidates = self.accelerator.reduce(totals.new_tensor(float(self._candidates)), reduction="sum")
+                metrics["selected_fraction"].append(positives / max(float(candidates), 1))
+                self._candidates = 0
         super().log(logs, start_time)
 
     def _take_stats(self) -> torch.Tensor:

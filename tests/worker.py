@@ -29,6 +29,7 @@ def one_without_tokens(index, row):
 
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "lm_head"]}
+EXCESS = {"score": "excess", "selection_scope": "batch", "positive_fraction": 0.6, "negative_threshold": None}
 CASES = {
     "unequal": {"weights": unequal},
     "separate": {"weights": unequal, "forget_normalization": "separate"},
@@ -41,6 +42,9 @@ CASES = {
     "reference_online_lora": {"reference": True, "precompute_scores": False, "lora": True},
     "reference_adapter": {"reference": "adapter", "lora": True},
     "packed": {"reference": True, "packing": True, "max_length": 14},
+    "excess": {"reference": True, **EXCESS, "gradient_accumulation_steps": 2},
+    "excess_online_lora": {"reference": True, **EXCESS, "precompute_scores": False, "lora": True},
+    "excess_one_pass": {"reference": True, **EXCESS, "excess_passes": 1, "gradient_accumulation_steps": 2},
 }
 
 
@@ -68,9 +72,9 @@ def train(
         str(folder / f"{case}-out"), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
         save_strategy="no", logging_steps=1, max_steps=3, learning_rate=0.2, optim="sgd", disable_tqdm=True,
         dataloader_pin_memory=False, train_sampling_strategy="sequential", forget_weight=1.0,
-        forget_schedule="constant", negative_threshold=0.1, scoring_cache_dir=str(folder / "cache"),
+        forget_schedule="constant", scoring_cache_dir=str(folder / "cache"),
         per_device_train_batch_size=batch_size // accumulation, gradient_accumulation_steps=accumulation,
-        scoring_batch_size=2, **settings,
+        scoring_batch_size=2, **{"negative_threshold": 0.1, **settings},
     )  # fmt: skip
     columns = {"token_weights": weights} if weights else {}
     trainer = SelectiveSFTTrainer(
