@@ -261,7 +261,9 @@ def _compare(stages: list[np.ndarray], c: float, margin: float, flipped: bool, w
     elif drop.low > 0:
         row["outcome"] = TO_CHANCE
     else:
-        row["outcome_reason"] = "too few examples: neither the drop nor what is left above chance differs from 0"
+        row["outcome_reason"] = (
+            "too few examples, or seeds that differ: neither the drop nor what is left above chance is told from 0"
+        )
     return row
 
 

@@ -110,7 +110,7 @@ def warnings(found: Results) -> list[str]:
         lines.append(
             f"Collapse: {row['run']}, {stage}, answers {row['top_share']:.0%} of {row['eval_task']} with the same "
             f"option ({row['top_label']}). Its accuracy of {row['accuracy']:.2f} is about that answer, not about the "
-            f"skill; between questions, right is still told from wrong with AUC {row['auc_within']:.2f} (0.5: not)."
+            f"skill: AUC within options, between questions, is {row['auc_within']:.2f} (0.5: it tells nothing)."
         )
     for row in found.own.to_dict("records"):
         who = f"{row['label_task']} ({row['variant']}, {row['method']})"
