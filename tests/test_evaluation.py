@@ -258,6 +258,34 @@ def test_command_saves_means_and_rows(saved, capsys):
     assert "evaluation_dir='found' exists and is not empty, nothing was overwritten" in capsys.readouterr().err
 
 
+def test_command_scores_options(saved, capsys):
+    rows = [
+        {"id": f"q{i}", "prompt": tiny.sentence(i, 3), "options": ["alpha", "beta gamma", "mu"], "gold": i % 3}
+        for i in range(9)
+    ]
+    (saved / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--use_cpu", "--bf16", "false", "--model_name_or_path", "model", "--options_file", "choices.jsonl"]
+    assert main(["evaluate", *flags, "--evaluation_dir", "found"]) == 0, capsys.readouterr().err
+    metrics = json.loads((saved / "found" / "metrics.json").read_text())
+    table = pq.read_table(saved / "found" / "options.parquet").to_pydict()
+    model, tok = tiny.llama(), tiny.tokenizer()
+    right = 0
+    for i, row in enumerate(rows):
+        prompt = tok(row["prompt"])["input_ids"]
+        sums = []
+        for option in row["options"]:
+            whole = tok(f"{row['prompt']} {option}")["input_ids"]
+            logps = log_softmax64(model, whole)
+            sums.append(sum(float(logps[t - 1, whole[t]]) for t in range(len(prompt), len(whole))))
+        assert table["logprob"][3 * i : 3 * i + 3] == pytest.approx(sums, abs=1e-4)
+        assert table["is_gold"][3 * i : 3 * i + 3] == [option == row["gold"] for option in range(3)]
+        right += int(np.argmax(sums)) == row["gold"]
+    assert (metrics["options"], metrics["options_acc"]) == (9, pytest.approx(right / 9))
+    (saved / "choices.jsonl").write_text('{"id": "a", "prompt": "b", "options": ["c", "d"], "gold": 2}\n')
+    assert main(["evaluate", *flags, "--evaluation_dir", "other"]) == 2
+    assert "choices.jsonl, line 1: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -157,10 +157,10 @@ def _evaluate(arguments: Arguments, has_rows: bool) -> tuple[dict[str, Any], dic
     if texts:
         metrics |= evaluate_text(model, tokenizer, texts, extra.neutral_block)
     if extra.options_file:
-        from ..evaluation.options import accuracy_of_file
+        from ..evaluation.choices import option_accuracy
 
         with input_errors():
-            accuracy, table = accuracy_of_file(model, tokenizer, extra.options_file, extra.eval_batch_tokens)
+            accuracy, table = option_accuracy(model, tokenizer, extra.options_file, extra.eval_batch_tokens)
         metrics |= accuracy
         tables["options.parquet"] = table
     if extra.lm_eval_tasks:
