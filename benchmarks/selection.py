@@ -31,7 +31,13 @@ from selsft.selection import add_token_weights
 ROWS = 10_000  # written at a time
 SPECIAL = np.array([1, 2], np.int64)
 SETTINGS = {"negative_threshold": None, "positive_fraction": None, "selection_scope": "global", "neutral_band": 0.0}
-SETTINGS |= {"forget_weight": 0.25, "score": "influence", "gate_reference_prob": None, "max_negative_share": None}
+SETTINGS |= {
+    "forget_weight": 0.25,
+    "score": "influence",
+    "gate_reference_prob": None,
+    "max_negative_share": None,
+    "seed": 0,
+}
 CASES: dict[str, dict] = {
     "positive_fraction=0.6": {"positive_fraction": 0.6},
     "negative_threshold=1.0": {"negative_threshold": 1.0},
@@ -147,8 +153,10 @@ def main() -> int:
                 results = context.SimpleQueue()
                 process = context.Process(target=measure, args=(folder, case, results))
                 process.start()
-                found = results.get()
                 process.join()
+                if process.exitcode:
+                    return 1
+                found = results.get()
                 found["bytes_per_token"] = round(found["growth_bytes"] / tokens, 3)
                 print(json.dumps(found), flush=True)
     finally:
