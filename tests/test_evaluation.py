@@ -270,7 +270,8 @@ def test_command_scores_options(saved, capsys):
     table = pq.read_table(saved / "found" / "options.parquet").to_pydict()
     model, tok = tiny.llama(), tiny.tokenizer()
     right = 0
-    for i, row in enumerate(rows):
+    for row in rows:
+        i = table["example_id"].index(row["id"]) // 3
         prompt = tok(row["prompt"])["input_ids"]
         sums = []
         for option in row["options"]:
@@ -280,6 +281,7 @@ def test_command_scores_options(saved, capsys):
         assert table["logprob"][3 * i : 3 * i + 3] == pytest.approx(sums, abs=1e-4)
         assert table["is_gold"][3 * i : 3 * i + 3] == [option == row["gold"] for option in range(3)]
         right += int(np.argmax(sums)) == row["gold"]
+    assert sorted(table["example_id"][::3]) == [row["id"] for row in rows]
     assert (metrics["options"], metrics["options_acc"]) == (9, pytest.approx(right / 9))
     (saved / "choices.jsonl").write_text('{"id": "a", "prompt": "b", "options": ["c", "d"], "gold": 2}\n')
     assert main(["evaluate", *flags, "--evaluation_dir", "other"]) == 2

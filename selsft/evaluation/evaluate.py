@@ -1,7 +1,7 @@
 """All measures of one model on held-out data, with a value for every row, so that two models compare in pairs.
 
-`selsft evaluate` saves them as `metrics.json` (means) and `rows.parquet` (a value per row). Rejected: means alone, with
-which a difference of two models has no interval.
+`selsft evaluate` saves them as `metrics.json` (means) and `rows.parquet` (a value per row). Rejected: means alone,
+with which a difference of two models has no interval.
 """
 
 from __future__ import annotations
