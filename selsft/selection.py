@@ -148,15 +148,22 @@ def add_token_weights(
     Raises:
         `ValueError` for a score that is not finite or a mask that is not 0 or 1, naming the row.
     """
-    blocks = lambda: _scored(dataset, args, special_ids, padding_free)  # noqa: E731
-    boundary = shared_boundary(lambda: (tokens.scores for _, _, tokens in blocks()), args)
+
+    def scored(*names: str) -> Iterator[tuple[TokenBlock, np.ndarray, np.ndarray]]:
+        """Blocks, which of their tokens are trained, and the scores of those."""
+        rng = np.random.default_rng(args.seed)  # a number for each token of the data, in order: the same in every pass
+        for block in token_blocks(dataset, ["labels", *names, *_COLUMNS[args.score]]):
+            mask = trained_mask(block, padding_free)
+            yield block, mask, _scores(block, mask, args, rng)
+
+    boundary = shared_boundary(lambda: (scores for _, _, scores in scored()), args)
     writer = ColumnWriter(WEIGHTS, "int8")
     lowest, highest = np.inf, -np.inf
-    for block, mask, tokens in blocks():
+    for block, mask, scores in scored("input_ids"):
         weights = np.zeros(mask.size, np.int8)
-        weights[mask] = labels_of(tokens, boundary, args)
+        weights[mask] = labels_of(_tokens(block, mask, scores, special_ids), boundary, args)
         writer.write(weights, block.lengths)
-        lowest, highest = tokens.scores.min(initial=lowest), tokens.scores.max(initial=highest)
+        lowest, highest = scores.min(initial=lowest), scores.max(initial=highest)
     if args.score == "influence" and 0 <= highest - lowest < 1e-6:
         logger.warning(
             "all tokens have the same score: the reference says what the model says, so nothing can be selected. "
@@ -169,40 +176,22 @@ def row_weights(
     row: dict[str, Any], args: SelectiveSFTConfig, special_ids: np.ndarray, padding_free: bool
 ) -> np.ndarray:
     """Token weights of one streamed row, `(row length,)` int8, under a rule that needs no other rows."""
-    columns = {name: np.asarray(row[name]) for name in _read(args)}
+    columns = {name: np.asarray(row[name]) for name in ("input_ids", "labels", *_COLUMNS[args.score])}
     documents = row.get("seq_lengths")
     lengths = np.array([len(row["input_ids"])])
     block = TokenBlock(0, lengths, columns, None if documents is None else np.asarray(documents))
     mask = trained_mask(block, padding_free)
-    tokens = _tokens(block, mask, args, special_ids, None)
+    scores = _scores(block, mask, args, None)
     weights = np.zeros(mask.size, np.int8)
-    weights[mask] = labels_of(tokens, shared_boundary(lambda: [tokens.scores], args), args)
+    weights[mask] = labels_of(_tokens(block, mask, scores, special_ids), shared_boundary(lambda: [scores], args), args)
     return weights
 
 
-def _read(args: SelectiveSFTConfig) -> list[str]:
-    return ["input_ids", "labels", *_COLUMNS[args.score]]
-
-
-def _scored(
-    dataset: Dataset, args: SelectiveSFTConfig, special_ids: np.ndarray, padding_free: bool
-) -> Iterator[tuple[TokenBlock, np.ndarray, ScoredTokens]]:
-    """The blocks of `dataset`, which of their tokens are trained, and those with their scores."""
-    rng = np.random.default_rng(args.seed)  # one number per token of the data set, in order: the same in every pass
-    for block in token_blocks(dataset, _read(args)):
-        mask = trained_mask(block, padding_free)
-        yield block, mask, _tokens(block, mask, args, special_ids, rng)
-
-
-def _tokens(
-    block: TokenBlock,
-    mask: np.ndarray,
-    args: SelectiveSFTConfig,
-    special_ids: np.ndarray,
-    rng: np.random.Generator | None,
-) -> ScoredTokens:
+def _scores(
+    block: TokenBlock, mask: np.ndarray, args: SelectiveSFTConfig, rng: np.random.Generator | None
+) -> np.ndarray:
+    """Scores of the trained tokens of a block, `(n,)` float32."""
     columns = block.columns
-    reference = None
     if args.score == "random":
         assert rng is not None
         scores = rng.random(block.size, dtype=np.float32)[mask]
@@ -217,15 +206,21 @@ def _tokens(
     elif args.score == "given":
         scores = columns[TOKEN_SCORES][mask].astype(np.float32)
     else:
-        reference = columns[REF_LOGPS][mask].astype(np.float32, copy=False)
-        scores = reference - columns[BASE_LOGPS][mask].astype(np.float32, copy=False)
-    rows = _numbered(block.lengths)[mask]
+        reference, base = (columns[name].astype(np.float32, copy=False) for name in (REF_LOGPS, BASE_LOGPS))
+        scores = (reference - base)[mask]
     if not np.isfinite(scores).all():
+        rows = _numbered(block.lengths)[mask]
         row = int(rows[np.flatnonzero(~np.isfinite(scores))[0]])
         check_finite(scores[rows == row], f"row {block.first_row + row}: score number {{}}")
+    return scores
+
+
+def _tokens(block: TokenBlock, mask: np.ndarray, scores: np.ndarray, special_ids: np.ndarray) -> ScoredTokens:
+    rows = _numbered(block.lengths)[mask]
     documents = rows if block.documents is None else _numbered(block.documents)[mask]
-    protected = np.isin(columns["input_ids"], special_ids)[mask]
-    return ScoredTokens(scores, rows, documents, protected, reference)
+    protected = np.isin(block.columns["input_ids"][mask], special_ids)
+    reference = block.columns.get(REF_LOGPS)
+    return ScoredTokens(scores, rows, documents, protected, None if reference is None else reference[mask])
 
 
 def _numbered(lengths: np.ndarray) -> np.ndarray:
