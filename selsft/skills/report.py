@@ -116,7 +116,7 @@ def warnings(found: Results) -> list[str]:
         who = f"{row['label_task']} ({row['variant']}, {row['method']})"
         if pd.isna(row["ratio"]):
             lines.append(f"No forget ratio for {who}: {row['ratio_reason']}.")
-        elif row["outcome"] is None or pd.isna(row["outcome"]):
+        elif pd.isna(row["outcome"]):
             lines.append(f"No outcome for {who}: {row['outcome_reason']}.")
     small = found.own[(found.own["n_examples"] > 0) & (found.own["n_examples"] < FEW_EXAMPLES)]
     for task, n in sorted(dict(zip(small["eval_task"], small["n_examples"], strict=True)).items()):
@@ -162,7 +162,7 @@ def tables(found: Results) -> tuple[dict[str, Table], dict[str, pd.DataFrame]]:
             "share of what fine-tuned has above chance that is gone; 1: all",
             _interval("ratio", "ratio_reason"),
         ),
-        ("outcome", "see the text", lambda r: str(r["outcome"] or "") or f"null: {r['outcome_reason']}"),
+        ("outcome", "see the text", _outcome),
     ]
     flipped: Column = (
         "flipped ratio",
@@ -170,6 +170,7 @@ def tables(found: Results) -> tuple[dict[str, Table], dict[str, pd.DataFrame]]:
         _interval("flipped_ratio", "flipped_reason"),
     )
     own = [*who, task, *sizes, *stages, *left]
+    collapsed: Column = ("collapsed", "forgotten models that answer everything alike, see below", _collapsed_seeds)
     if (found.own["method"] == "flip").any():
         own.append(flipped)
     model: list[Column] = [
@@ -184,7 +185,7 @@ def tables(found: Results) -> tuple[dict[str, Table], dict[str, pd.DataFrame]]:
         ("p", "two-sided permutation test", lambda r: "" if pd.isna(r["p"]) else f"{r['p']:.2g}"),
     ]
     plan: dict[str, tuple[pd.DataFrame, list[Column]]] = {
-        "own": (found.own, own),
+        "own": (found.own, [*own, collapsed]),
         "own-train": (found.own_train, own),
         "own-per-character": (found.own_per_character, own),
         "collapse": (found.summary, [*model, *(_number(*column) for column in _COLLAPSE)]),
@@ -334,6 +335,14 @@ def _interval(
 
 def _right(key: str) -> Callable[[dict[str, Any]], str]:
     return lambda row: "right" if row[key] else "wrong"
+
+
+def _outcome(row: dict[str, Any]) -> str:
+    return f"null: {row['outcome_reason']}" if pd.isna(row["outcome"]) else str(row["outcome"])
+
+
+def _collapsed_seeds(row: dict[str, Any]) -> str:
+    return f"{row['collapsed_seeds']} of {row['n_seeds']} seeds" if row["collapsed_seeds"] else "no"
 
 
 def _two(value: float) -> str:

@@ -35,7 +35,8 @@ class Results:
         manifest: `study.json`.
         examples: `examples.parquet`, or None.
         reference: the main one, of `own`.
-        own: `forgetting.forgetting`, where a task's own labels were forgotten, test split, summed scores.
+        own: `forgetting.forgetting`, where a task's own labels were forgotten, test split, summed scores; and
+            `collapsed_seeds`, how many of its forgotten models collapsed.
         own_train, own_per_character: the same on the training split; with scores per character.
         comparisons: all tasks, splits and references, summed scores.
         matrices: {(variant, method, reference, value): matrix}, test split, value "ratio" or "drop".
@@ -111,18 +112,19 @@ def compute(folder: Path, draws: int = 2000) -> Results:
     end_scores = scores[scores["step"] == END]
     own_task = end_scores["eval_task"].astype(str) == end_scores["label_task"].astype(str)
     own_task |= end_scores["label_task"].isin(["", ALL_TASKS])
+    summary = _test(metrics.summarise(end_scores[own_task]))
     return Results(
         manifest=manifest,
         examples=examples,
         reference=reference,
-        own=_test(own),
+        own=_with_collapsed(_test(own), summary, ends),
         own_train=own[own["split"] == "train"].reset_index(drop=True),
         own_per_character=_test(per_character),
         comparisons=comparisons,
         matrices=_matrices(_test(comparisons)),
         agreement=forget.agreement(found, ends),
         transitions=_own_test(forget.transitions(ends)),
-        summary=_test(metrics.summarise(end_scores[own_task])),
+        summary=summary,
         task_predictors=task_predictors,
         task_correlations=predictors.correlate_tasks(task_predictors),
         example_correlations=predictors.correlate_examples(ends, hidden),
@@ -206,6 +208,14 @@ def _matrices(table: pd.DataFrame) -> dict[tuple[str, str, str, str], matrix.Mat
         for key, group in groups
         for value in ("ratio", "drop")
     }
+
+
+def _with_collapsed(own: pd.DataFrame, summary: pd.DataFrame, ends: Ends) -> pd.DataFrame:
+    bad = summary[summary["collapsed"]].to_dict("records")
+    collapsed = {(tuple(row[name] for name in MODEL), row["eval_task"]) for row in bad}
+    groups = ends.forgotten()
+    keys = own[[*GROUP, "label_task"]].itertuples(index=False, name=None)
+    return own.assign(collapsed_seeds=[sum((tuple(m), key[2]) in collapsed for m in groups[key]) for key in keys])
 
 
 def _probes(probed: pd.DataFrame, chances: Mapping[tuple[str, str], float], draws: int) -> pd.DataFrame:

@@ -107,7 +107,7 @@ def test_every_table_is_its_csv(study, page):
         assert found["task"] == values["label_task"] and found["outcome"] == values["outcome"]
         wanted = f"{values['ratio']:.2f} ({values['ratio_low']:.2f} to {values['ratio_high']:.2f})"
         assert found["ratio"] == wanted
-        assert found["forgotten"].startswith(f"{values['forgotten']:.2f} (")
+        assert found["forgotten"].startswith(f"{values['forgotten']:.2f} (") and found["collapsed"] == "no"
     cells = pd.read_csv(study / "tables" / "matrices.csv")
     assert len(cells) == 4 * 36 and len(list((study / "tables").iterdir())) == 14
 
@@ -198,6 +198,7 @@ def test_collapse_and_lack_of_data_are_warned_of(tmp_path):
     assert "One seed: the intervals are about questions only" in texts
     assert "No examples.parquet" in texts and "No hidden states were stored" in texts
     assert "One task only: nothing to compare." in texts
+    assert page.tables["own.csv"][1][-1] == "1 of 1 seeds"
     collapse = pd.read_csv(tmp_path / "tables" / "collapse.csv")
     assert list(collapse[collapse["collapsed"]]["stage"]) == ["forgotten"]
     assert (tmp_path / "tables" / "probes.csv").read_text().count("\n") == 1  # A heading, no rows.
@@ -214,6 +215,20 @@ def test_null_is_hatched_and_says_why(tmp_path):
     assert any(line.startswith("Few examples: a has 60 test questions") for line in page.texts)
     shown = dict(zip(*page.tables["own.csv"][:2], strict=True))
     assert shown["ratio"].startswith("null: fine-tuned accuracy") and shown["outcome"].startswith("null: ")
+
+
+def test_null_beside_values(tmp_path):
+    """One task with a ratio and an outcome, one without: pandas writes the missing outcome as NaN."""
+    simple(tmp_path, tasks=("a", "b"))
+    gold = np.arange(120) % 2
+    weak = columns(
+        ("x-seed0", 0, "finetuned", "", "b"), "b", "test", -1, np.where(np.arange(120) % 4 < 2, 1.0, -1.0), gold
+    )
+    write_scores(tmp_path / "scores" / "finetuned-b.parquet", table(weak))
+    write_report(tmp_path)
+    a, b = Page((tmp_path / "report.html").read_text(encoding="utf-8")).tables["own.csv"][1:]
+    assert a[-2] == "down to chance" and b[-2].startswith("null: fine-tuned accuracy 0.50")
+    assert not any("nan" in cell for cell in a + b)
 
 
 def test_a_missing_stage(tmp_path):
