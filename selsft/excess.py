@@ -151,7 +151,8 @@ class ExcessSelector(TrainerCallback, ExportableState):
                 shift(column.to(device), width) for column in (ref_logps, candidates > 0, protected)
             )
             scores = reference - logps
-            self._seen.append(scores.masked_fill(~trained, math.nan))
+            if self.args.positive_fraction is not None:
+                self._seen.append(scores.masked_fill(~trained, math.nan))
             if gate is not None:
                 safe = safe | (reference >= math.log(gate))
             negative = (scores < boundary) & ~safe
