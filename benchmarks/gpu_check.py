@@ -1,13 +1,17 @@
-"""Everything that needs a GPU, in one go: the GPU tests, the benchmark, and the table of the bars.
+"""Everything that needs a GPU, in one go: the GPU tests, the kernel benchmark with the table of the bars, training
+steps, and scoring throughput.
 
 Run it in the root of the repository with the development dependencies installed (`make gpu-check` does). Arguments go
-to the benchmark; `--main` measures only the shape that the bars are about, which takes minutes, not an hour. Exits
-with 1 if a test fails, 3 if a bar is missed, and 2 without a CUDA device.
+to the kernel benchmark; `--main` measures only the shape that the bars are about, which takes minutes, not an hour.
+Exits with 1 if a test or a benchmark fails, 3 if a bar is missed, and 2 without a CUDA device.
 """
 
 import subprocess
 import sys
 from pathlib import Path
+
+# About the shape of a model of 1.2B parameters
+_SCORING = ["--layers", "16", "--width", "2048", "--vocab", "128256", "--budget", "16384", "--tokens", "1000000"]
 
 
 def main(argv: list[str]) -> int:
@@ -34,6 +38,16 @@ def main(argv: list[str]) -> int:
     text = f"# Bars, {torch.cuda.get_device_name()}\n\n{table(result)}\n"
     path.with_name(path.stem + "-bars.md").write_text(text)
     print("\n" + text)
+    stem = path.stem.replace("kernels", "scoring")
+    others = {
+        "gpu_step.py": ["--output_dir", str(output)],
+        "scoring.py": ["--device", "cuda", "--dtype", "bfloat16", *_SCORING, "--output", str(output / f"{stem}.csv")],
+    }
+    for script, arguments in others.items():
+        command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
+        if subprocess.run(command, check=False).returncode != 0:
+            print(f"gpu_check: {script} failed", file=sys.stderr)
+            return 1
     return 3 if any(bar.verdict == "MISS" for bar in result) else 0
 
 
