@@ -139,6 +139,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=float, default=1e8)
     parser.add_argument("--folder", help="where the data lies; kept if it is given. Default: a temporary folder")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     options = parser.parse_args()
     folder = Path(options.folder or tempfile.mkdtemp(prefix="selsft-selection-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,7 +150,7 @@ def main() -> int:
         tokens = sum(block.size for block in token_blocks(dataset, ["labels"]))
         print(json.dumps({"rows": len(dataset), "tokens": tokens, "cpus": os.cpu_count()}))
         context = multiprocessing.get_context("spawn")
-        for case in CASES:
+        for case in options.cases:
             for _ in range(options.repeats):
                 results = context.SimpleQueue()
                 process = context.Process(target=measure, args=(folder, case, results))

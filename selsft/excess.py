@@ -111,7 +111,8 @@ class ExcessSelector(TrainerCallback, ExportableState):
     def begin_step(self, batches: Sequence[Batch]) -> int:
         """Give the batches of a step their `token_weights`: the labels, or, where the training forward selects, 1 for
         every token that it selects from. Returns the number of these, of this process."""
-        self.one_pass = self.args.excess_passes == 1 and self.boundary is not None
+        # A step without tokens, or with too few for the share, has no boundary to start an average from
+        self.one_pass = self.args.excess_passes == 1 and self.boundary is not None and math.isfinite(self.boundary)
         if self.one_pass:
             for batch in batches:
                 batch[WEIGHTS] = trained_labels(batch).float()
@@ -167,7 +168,7 @@ class ExcessSelector(TrainerCallback, ExportableState):
         scores = [part[~part.isnan()].float().cpu().numpy() for part in self._seen]
         self._seen.clear()
         found = boundary_of_fraction(lambda: scores, self.args.positive_fraction, self._reduce)
-        if math.isfinite(found):  # a step may have no tokens, or too few for a share
+        if math.isfinite(found):
             assert self.boundary is not None
             self.boundary += (1 - self.args.excess_decay) * (found - self.boundary)
 
@@ -177,7 +178,8 @@ class ExcessSelector(TrainerCallback, ExportableState):
             self.boundary = saved["attributes"]["boundary"]
 
     def state(self) -> dict:
-        return {"args": {}, "attributes": {"boundary": self.boundary}}
+        kept = self.boundary is not None and self.args.excess_passes == 1 and math.isfinite(self.boundary)
+        return {"args": {}, "attributes": {"boundary": self.boundary if kept else None}}
 
     def _reduce(self, counts: np.ndarray) -> np.ndarray:
         if self.accelerator.num_processes == 1:

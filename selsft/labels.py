@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .order_statistic import kept
+from .order_statistic import from_ordered_bits, kept, ordered_bits
 
 POSITIVE, NEUTRAL, NEGATIVE = np.int8(1), np.int8(0), np.int8(-1)
 
@@ -84,17 +84,20 @@ def group_boundaries(scores: np.ndarray, groups: np.ndarray, fraction: float) ->
     """Boundary of each token when every group is ranked on its own.
 
     Args:
-        scores: `(n,)` float.
-        groups: `(n,)` int64, ascending: the group of each token.
+        scores: `(n,)` float32.
+        groups: `(n,)` int64 below 2^32, ascending: the group of each token.
 
     Returns:
-        `(n,)`, of the dtype of `scores`: lowest score among the best `fraction` of the token's group, or +inf.
+        `(n,)` float32: lowest score among the best `fraction` of the token's group, or +inf.
     """
-    _, starts, counts = np.unique(groups, return_index=True, return_counts=True)
-    ranked = scores[np.lexsort((scores, groups))]
+    starts = np.flatnonzero(np.diff(groups, prepend=-1))
+    counts = np.diff(starts, append=scores.size)
+    # One integer per token that sorts by group, then by score: several times as fast as `numpy.lexsort`
+    ranked = np.sort(groups.astype(np.uint64) << np.uint64(32) | ordered_bits(scores))
     keep = kept(fraction, counts)
-    lowest = np.where(keep > 0, ranked[np.minimum(starts + counts - keep, scores.size - 1)], np.inf)
-    return np.repeat(lowest.astype(scores.dtype), counts)
+    last = ranked[np.minimum(starts + counts - keep, scores.size - 1)].astype(np.uint32)  # drops the group
+    lowest = np.where(keep > 0, from_ordered_bits(last), np.float32(np.inf))
+    return np.repeat(lowest, counts)
 
 
 def check_finite(scores: np.ndarray, where: str = "score number {}") -> None:

@@ -31,17 +31,15 @@ def boundary_of_fraction(blocks: Blocks, fraction: float, reduce: Reduce | None 
         there are no scores.
     """
     reduce = reduce or (lambda counts: counts)
-    upper = reduce(_histogram(keys >> 16 for keys in map(_ordered_bits, blocks())))
+    upper = reduce(_histogram(keys >> 16 for keys in map(ordered_bits, blocks())))
     total = int(upper.sum())
     keep = kept(fraction, total)
     if total == 0 or keep == 0:
         return np.inf if total else -np.inf
     bin_, rank = _find(upper, total - keep)
-    lower = reduce(_histogram(keys[keys >> 16 == bin_] & np.uint32(0xFFFF) for keys in map(_ordered_bits, blocks())))
+    lower = reduce(_histogram(keys[keys >> 16 == bin_] & np.uint32(0xFFFF) for keys in map(ordered_bits, blocks())))
     low, _ = _find(lower, rank)
-    key = np.uint32(bin_ << 16 | low)
-    bits = key ^ np.uint32(0x80000000) if key >> 31 else ~key
-    return float(np.asarray(bits, np.uint32).view(np.float32))
+    return float(from_ordered_bits(np.array([bin_ << 16 | low], np.uint32))[0])
 
 
 def kept(fraction: float, total: int | np.ndarray):
@@ -49,10 +47,15 @@ def kept(fraction: float, total: int | np.ndarray):
     return np.floor(fraction * np.asarray(total) + 1e-9).astype(np.int64)
 
 
-def _ordered_bits(scores: np.ndarray) -> np.ndarray:
+def ordered_bits(scores: np.ndarray) -> np.ndarray:
     """`(n,)` float32 -> `(n,)` uint32 in the same order: negative ones are flipped, positive ones set the top bit."""
     bits = np.ascontiguousarray(scores, np.float32).view(np.int32)
     return bits.view(np.uint32) ^ ((bits >> 31).view(np.uint32) | np.uint32(0x80000000))
+
+
+def from_ordered_bits(keys: np.ndarray) -> np.ndarray:
+    """The float32 values that `ordered_bits` made `(n,)` uint32 of."""
+    return np.where(keys >> 31, keys ^ np.uint32(0x80000000), ~keys).view(np.float32)
 
 
 def _histogram(keys: Iterable[np.ndarray]) -> np.ndarray:
