@@ -181,9 +181,10 @@ def test_the_share_is_exact_and_ranked_over_the_whole_pool(paper):
     assert max(shares) - min(shares) > 0.2  # not 70 % of each row
 
 
-def test_lambda_zero_is_ignoring_exactly(paper):
+@pytest.mark.parametrize("normalization", ["separate", "joint"])
+def test_lambda_zero_is_ignoring_exactly(normalization, paper):
     """The arm "Ignoring" of the paper: negatives have no label. Bit for bit the same weights after three steps."""
-    run = make(paper, forget_weight=0.0)
+    run = make(paper, forget_weight=0.0, forget_normalization=normalization)
     weights = run.train_dataset["token_weights"]
     kept = [
         [label if weight > 0 else -100 for label, weight in zip(labels, row, strict=True)]
