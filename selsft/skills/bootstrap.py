@@ -19,6 +19,7 @@ Rejected: resampling seeds and questions independently without these: at three s
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,13 +50,16 @@ class Draws:
     seeds: np.ndarray
 
 
+@functools.lru_cache(maxsize=8)  # Tasks of a study mostly have the same number of questions.
 def draw(n_seeds: int, n_examples: int, draws: int = 2000, seed: int = 0, level: float = LEVEL) -> Draws:
-    """Draw the weights. The same arguments give the same weights."""
+    """Draw the weights, which are read-only. The same arguments give the same weights."""
     if n_seeds < 1 or n_examples < 1:
         raise ValueError(f"a bootstrap needs at least one seed and one example; got {n_seeds} and {n_examples}")
     rng = np.random.default_rng([seed, n_examples])
     examples = rng.multinomial(n_examples, np.full(n_examples, 1 / n_examples), size=draws) / n_examples
-    return Draws(examples, draw_seeds(n_seeds, draws, seed, level))
+    found = Draws(examples, draw_seeds(n_seeds, draws, seed, level))
+    found.examples.flags.writeable = found.seeds.flags.writeable = False
+    return found
 
 
 def draw_seeds(n_seeds: int, draws: int = 2000, seed: int = 0, level: float = LEVEL) -> np.ndarray:

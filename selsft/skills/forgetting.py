@@ -53,16 +53,19 @@ class Ends:
     """
 
     def __init__(self, found: pd.DataFrame):
-        end = found[found["step"] == END]
-        self.ids: dict[tuple[str, str], np.ndarray] = {
-            (str(key[0]), str(key[1])): np.sort(group["example_id"].astype(str).unique())
-            for key, group in end.groupby(["eval_task", "split"], observed=True)
-        }
-        self._cells = {}
-        for key, group in end.groupby(CELL, observed=True):
+        end = found[found["step"] == END].reset_index(drop=True)
+        names = end["example_id"].astype(str).to_numpy(dtype=object)
+        self.ids: dict[tuple[str, str], np.ndarray] = {}
+        self._columns = end
+        self._place = np.empty(len(end), dtype=np.int64)  # of each row's example in `ids`
+        for key, rows in end.groupby(["eval_task", "split"], observed=True).indices.items():
+            self._place[rows], ids = pd.factorize(names[rows], sort=True)
+            self.ids[str(key[0]), str(key[1])] = ids
+        self._rows: dict[tuple[Model, str, str], np.ndarray] = {}
+        for key, rows in end.groupby(CELL, observed=True).indices.items():
             model = Model(str(key[0]), int(key[1]), *(str(name) for name in key[2:5]))
-            self._cells[model, str(key[5]), str(key[6])] = group
-        self.models = sorted({model for model, _, _ in self._cells})
+            self._rows[model, str(key[5]), str(key[6])] = rows
+        self.models = sorted({model for model, _, _ in self._rows})
         self._vectors: dict[tuple[Model, str, str, str], np.ndarray] = {}
 
     def tasks(self) -> list[str]:
@@ -72,14 +75,13 @@ class Ends:
     def vector(self, model: Model | None, eval_task: str, split: str, column: str) -> np.ndarray | None:
         """(n,) float64 of one column over `ids[eval_task, split]`, NaN where the model lacks an example; None where it
         was not evaluated."""
-        if model is None or (model, eval_task, split) not in self._cells:
+        if model is None or (model, eval_task, split) not in self._rows:
             return None
         key = (model, eval_task, split, column)
         if key not in self._vectors:
-            group = self._cells[model, eval_task, split]
-            ids = self.ids[eval_task, split]
-            vector = np.full(len(ids), np.nan)
-            vector[np.searchsorted(ids, group["example_id"].astype(str).to_numpy())] = group[column]
+            rows = self._rows[model, eval_task, split]
+            vector = np.full(len(self.ids[eval_task, split]), np.nan)
+            vector[self._place[rows]] = self._columns[column].to_numpy()[rows]
             self._vectors[key] = vector
         return self._vectors[key]
 

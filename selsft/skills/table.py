@@ -203,7 +203,7 @@ def _typed(table: pa.Table | pd.DataFrame | Mapping[str, list], source: str) -> 
 
 def _frame(table: pa.Table) -> pd.DataFrame:
     """To pandas: strings as categoricals (a study has millions of rows), nullable booleans."""
-    assigned = pd.array(table["is_assigned"].to_pylist(), dtype="boolean")
+    nullable = table.select(["is_assigned"]).to_pandas(types_mapper={pa.bool_(): pd.BooleanDtype()}.get)
     columns = {
         field.name: table[field.name].combine_chunks().dictionary_encode().to_pandas()
         if field.name in _DICTIONARIES
@@ -211,7 +211,7 @@ def _frame(table: pa.Table) -> pd.DataFrame:
         for field in SCHEMA
         if field.name != "is_assigned"
     }
-    frame = pd.DataFrame({**columns, "is_assigned": assigned})[SCHEMA.names]
+    frame = pd.DataFrame({**columns, "is_assigned": nullable["is_assigned"]})[SCHEMA.names]
     for name in _DICTIONARIES:  # Sorting by a categorical follows its categories: sorted ones sort like the strings.
         column = frame[name].astype("category")
         frame[name] = column.cat.set_categories(sorted(column.cat.categories))
