@@ -52,6 +52,7 @@ class ModelPair:
         mixed: one forward pass for both sides, where PEFT can do that; else two on the same rows.
 
     Attributes:
+        policy_sha256: hash of the weights of the model at the start of training.
         base_sha256, ref_sha256: hashes of the weights of either side, `None` for a side not asked for.
         sharded: whether the weights are spread over processes, so that all of them must run every forward pass.
 
@@ -79,7 +80,8 @@ class ModelPair:
         add_selective_head(base_model(policy))
         read_lm_head(policy.get_output_embeddings())  # refuses an adapter that cannot be followed
         # Before a reference's adapter is loaded into the policy
-        self.base_sha256 = model_fingerprint(policy, None if self._at_base else "*") if base else None
+        self.policy_sha256 = model_fingerprint(policy, None if self._at_base else "*")
+        self.base_sha256 = self.policy_sha256 if base else None
         self.ref_sha256: str | None = None
         self.reference: Reference | None = None
         if source is None:

@@ -137,6 +137,7 @@ def test_streamed_rows_are_not_gathered():
 
     done = 0
     for block in shards(IterableDataset.from_generator(rows), ROW_COLUMNS, tokens=5_000):
+        assert block.first_row == done and block.columns["input_ids"][0] == done
         done += len(block.lengths)
         assert len(read) - done <= 1_000 + 512
     assert done == 20_000
@@ -500,6 +501,25 @@ def test_killed_at_the_worst_moments(job, moment, part):
     assert job.forwards() == expected
 
 
+def test_an_interrupted_run_says_how_to_go_on(run, capsys, monkeypatch):
+    forward, calls = selsft.pair.forward_logps, []
+
+    def interrupted(model, inputs):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return forward(model, inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(selsft.pair, "forward_logps", interrupted)
+        capsys.readouterr()
+        assert run() == 130
+    assert "Finished parts are kept in scored: the same command goes on" in capsys.readouterr().err
+    assert len(parts("scored")) == 3
+    assert run() == 0 and run(scored_dir="peace") == 0
+    assert parts("scored") == parts("peace")
+
+
 # ---------------------------------------------------------------- something has changed
 
 
@@ -677,6 +697,17 @@ IMPORTS = {
     "column": ({"column": "scores"}, ["the columns 'input_ids', 'scores'", "'ref_logps' or 'logps'"]),
     "tokenizer": ({"metadata": {"tokenizer_sha256": "0" * 64}}, ["made with another tokenizer"]),
 }
+
+
+def test_base_scores_of_another_model_are_refused(run, models, capsys):
+    assert run() == 0
+    digest = read_manifest("scored")["identity"]["model_sha256"]
+    served("base_logps", metadata={"model_sha256": digest})
+    assert run(base_logps="server.parquet", scored_dir="a") == 0
+    served("base_logps", metadata={"model_sha256": "1" * 64})
+    capsys.readouterr()
+    assert run(base_logps="server.parquet", scored_dir="b") == 2
+    one_line(capsys, "base_logps: 'server.parquet' was made with another model")
 
 
 @pytest.mark.parametrize("case", IMPORTS)

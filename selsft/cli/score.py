@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -108,7 +109,12 @@ def main(argv: list[str]) -> int:
             write_manifest(folder, record := run_manifest("score", arguments, trainer))
         accelerator.wait_for_everyone()
         store.check()
-    count = score_parts(arguments, trainer, pair, imported, store)
+    try:
+        count = score_parts(arguments, trainer, pair, imported, store)
+    except KeyboardInterrupt:
+        if main_process:
+            print(f"Finished parts are kept in {folder}: the same command goes on from there.", file=sys.stderr)
+        raise
     if main_process:
         while store.missing(count):  # the other processes are at work on them; if one fails, the launcher ends all
             time.sleep(0.5)
@@ -162,8 +168,11 @@ def _prepare(arguments: Arguments, folder: Path) -> tuple[SelectiveSFTTrainer, M
             name_missing_model("reference_model", reference, error)
             raise
         expected = {"tokenizer_sha256": _tokenizer_sha256(trainer)}
-        sides = ((BASE_LOGPS, extra.base_logps), (REF_LOGPS, extra.ref_logps))
-        imported = {name: ImportedLogps(path, name, expected) for name, path in sides if path is not None}
+        sides = (
+            (BASE_LOGPS, extra.base_logps, expected | {"model_sha256": pair.policy_sha256}),
+            (REF_LOGPS, extra.ref_logps, expected),
+        )
+        imported = {name: ImportedLogps(path, name, wanted) for name, path, wanted in sides if path is not None}
     return trainer, pair, imported
 
 
