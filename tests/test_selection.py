@@ -272,6 +272,14 @@ def test_one_missing_value_or_wrong_document_length_is_named():
         add_token_weights(packed, settings_of(), np.zeros(0, np.int64), True)
 
 
+def test_blocks_are_cut_between_rows(monkeypatch):
+    monkeypatch.setattr(selsft.blocks, "TOKENS_PER_BLOCK", 6)
+    data = Dataset.from_dict({"labels": [[1] * n for n in (2, 3, 0, 2, 9, 6, 1)]})
+    blocks = list(token_blocks(data, ["labels"]))
+    assert [block.lengths.tolist() for block in blocks] == [[2, 3, 0], [2], [9], [6], [1]]
+    assert [block.first_row for block in blocks] == [0, 3, 4, 5, 6]
+
+
 def test_trained_tokens_have_a_label_and_a_past():
     data = Dataset.from_dict({"labels": [[5, 5, -100, 5], [], [5, 5, 5]], "seq_lengths": [[3, 1], [], [1, 2]]})
     (block,) = token_blocks(data, ["labels"])
