@@ -219,7 +219,8 @@ def test_lora_curves_and_labels_that_are_drawn_in_each_epoch(data, tmp_path):
     curve, plain = read_scores(tmp_path / "curve"), read_scores(tmp_path / "plain")
     # looking on changes nothing, to the last bit
     same = curve[(curve["step"] == -1) & (curve["method"] != "npo")].reset_index(drop=True)
-    pd.testing.assert_frame_equal(same, plain, check_exact=True, check_categorical=False)
+    pd.testing.assert_frame_equal(same.astype({"run": str, "method": str}), plain.astype({"run": str, "method": str}))
+    assert (same["logprob"] == plain["logprob"]).all()
     forgetting = curve[(curve["method"] == "uniform") & (curve["step"] >= 0)]
     assert sorted(set(forgetting["step"])) == [0, 12, 24, 36]  # 3 epochs of 192 rows in batches of 16
     assert sorted(set(curve[(curve["stage"] == "finetuned")]["step"])) == [-1, 0, 12]
@@ -373,7 +374,7 @@ def argv(data, output: Path, **changes) -> list[str]:
 def test_a_dry_run_shows_stages_and_tokens_and_writes_nothing(data, tmp_path, capsys):
     assert main(["skills", *argv(data, tmp_path / "run", score_steps=10), "--dry_run"]) == 0
     out = capsys.readouterr().out
-    assert "[  4/4] forgotten-uniform-full-hot_yes-seed0: to do; trains on about 3,072 tokens" in out
+    assert "[  3/4] forgotten-uniform-full-hot_yes-seed0: to do; trains on about 3,072 tokens" in out
     assert "hot_yes: 192 train, 64 test" in out
     assert not (tmp_path / "run").exists()
 
