@@ -27,9 +27,10 @@ from datasets import Dataset
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
+from selsft.batching import BatchBudget, shards
 from selsft.head import add_selective_head
 from selsft.reference import frozen
-from selsft.scoring import forward_logps, score_rows
+from selsft.scoring import ROW_COLUMNS, forward_logps, score_block
 
 RECIPE = Path(__file__).parent.parent / "selsft" / "recipes" / "truthfulqa-smollm2.yaml"
 SYSTEM = "Answer briefly and truthfully."
@@ -135,15 +136,14 @@ def evaluate(trainer: SelectiveSFTTrainer) -> dict[str, list]:
     """Mean log-probability of every held-out answer under the trained model."""
     add_selective_head(trainer.model.get_base_model())
     model, dataset = trainer.model, trainer.eval_dataset
+    rows: list[np.ndarray] = []
     with frozen(model):
-        rows = score_rows(
-            dataset,
-            lambda inputs: forward_logps(model, inputs),
-            trainer.data_collator,
-            trainer.accelerator,
-            batch_size=16,
-            description="Evaluating",
-        )
+        for block in shards(dataset, ROW_COLUMNS):
+            (flat,) = score_block(
+                block, lambda inputs: [forward_logps(model, inputs)], trainer.data_collator, trainer.accelerator,
+                BatchBudget.of(trainer.args, model),
+            )  # fmt: skip
+            rows += np.split(flat, np.cumsum(block.lengths)[:-1])
     masks = answer_masks(dataset, set(trainer.processing_class.all_special_ids))
     return {"mean_logp": mean_by_row(rows, masks), "tokens": [int(mask.sum()) for mask in masks]}
 

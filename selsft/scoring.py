@@ -128,19 +128,6 @@ def row_lengths(dataset: Dataset) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
-def trained_tokens(dataset: Dataset, padding_free: bool) -> list[np.ndarray]:
-    """Which tokens of each row the collator leaves a label and a past to be predicted from: one bool array per row."""
-    masks = []
-    for row in dataset.select_columns([c for c in ("labels", "seq_lengths") if c in dataset.column_names]):
-        mask = np.asarray(row["labels"]) != -100
-        if mask.size:
-            mask[0] = False
-        if padding_free and "seq_lengths" in row:  # the first token of a document has no past
-            mask[np.cumsum(row["seq_lengths"])[:-1]] = False
-        masks.append(mask)
-    return masks
-
-
 def cached_logps(
     dataset: Dataset,
     forward: Callable[[dict], torch.Tensor],
