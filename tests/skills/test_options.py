@@ -25,6 +25,7 @@ from tests import tiny
 
 DOCUMENTS = 120
 BATCHES = (1, 5, 64)
+HARNESS_NAMES = {"none": "acc", "chars": "acc_norm", "bytes": "acc_bytes"}
 
 
 def documents(count: int = DOCUMENTS, seed: int = 0) -> list[MultipleChoiceExample]:
@@ -37,7 +38,7 @@ def documents(count: int = DOCUMENTS, seed: int = 0) -> list[MultipleChoiceExamp
         size = rng.randint(2, 4)
         while len(options) < size:
             start = options[0].split()[:1] if options and rng.random() < 0.3 else []
-            text = " ".join([*start, *rng.choices(["naïve", "x1", *tiny.WORDS], k=rng.randint(1, 5))])
+            text = " ".join([*start, *rng.choices(["naïve", "日本", "ответ", *tiny.WORDS], k=rng.randint(1, 5))])
             if text not in options:
                 options.append(text)
         tail = rng.choice(["\nAnswer:", "", "  ", "\n"])
@@ -56,7 +57,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def harness(model):
-    """Summed log-probabilities, acc and acc_norm of the harness itself, from a task that it builds and runs."""
+    """Summed log-probabilities and hits of the harness itself, from a task that it builds and runs."""
     simple_evaluate = pytest.importorskip("lm_eval").simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -72,7 +73,7 @@ def harness(model):
             "doc_to_text": "{{prompt}}",
             "doc_to_choice": "{{options}}",
             "doc_to_target": "gold",
-            "metric_list": [{"metric": name, "aggregation": "mean"} for name in ("acc", "acc_norm")],
+            "metric_list": [{"metric": name, "aggregation": "mean"} for name in HARNESS_NAMES.values()],
         }
         found = simple_evaluate(
             HFLM(model, tokenizer=tiny.tokenizer(), batch_size=batch_size),
@@ -84,9 +85,8 @@ def harness(model):
         samples = sorted(found["samples"]["local"], key=lambda sample: sample["doc_id"])
         assert [sample["doc"]["id"] for sample in samples] == [row["id"] for row in rows]
         sums = np.array([float(answer[0]) for sample in samples for answer in sample["filtered_resps"]])
-        return SimpleNamespace(
-            sums=sums, **{name: found["results"]["local"][f"{name},none"] for name in ("acc", "acc_norm")}
-        )
+        hits = {name: np.array([sample[name] for sample in samples]) for name in HARNESS_NAMES.values()}
+        return SimpleNamespace(sums=sums, hits=hits)
 
     return run(7)
 
@@ -100,9 +100,11 @@ def test_sums_and_accuracies_are_those_of_the_harness(model, harness, batch_size
     found = scored(model, batch_size=batch_size)
     assert (found.n_tokens > 1).mean() > 0.9
     assert np.abs(found.logprob - harness.sums).max() <= 1e-4
-    assert found.accuracy() == pytest.approx(harness.acc, abs=1e-12)
-    assert found.accuracy("chars") == pytest.approx(harness.acc_norm, abs=1e-12)
-    assert (found.predictions() != found.predictions("chars")).any()  # the two accuracies measure different things
+    for normalization, name in HARNESS_NAMES.items():  # question by question, not only on average
+        assert (found.predictions(normalization) == found.gold).tolist() == harness.hits[name].tolist(), name
+        assert found.accuracy(normalization) == harness.hits[name].mean()
+    predicted = {tuple(found.predictions(normalization)) for normalization in ("none", "chars", "bytes", "tokens")}
+    assert len(predicted) == 4  # so many different measures
 
 
 def test_a_wrong_span_or_other_weights_would_be_noticed(model, harness):
@@ -126,12 +128,12 @@ def test_a_wrong_span_or_other_weights_would_be_noticed(model, harness):
 def test_long_prompts_lose_their_start_as_in_the_harness(model):
     HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
     examples = documents(20)
-    lm = HFLM(model, tokenizer=tiny.tokenizer(), batch_size=4, max_length=24)
+    lm = HFLM(model, tokenizer=tiny.tokenizer(), batch_size=4, max_length=64)
     pairs = [(e.prompt, e.completion(i)) for e in examples for i in range(len(e.options))]
     expected = np.array(
         [float(v) for v, _ in lm.loglikelihood([SimpleNamespace(args=p) for p in pairs], disable_tqdm=True)]
     )
-    found = score_options(model, tiny.tokenizer(), examples, max_length=24, progress=False)
+    found = score_options(model, tiny.tokenizer(), examples, max_length=64, progress=False)
     assert np.abs(found.logprob - expected).max() <= 1e-4
     whole = score_options(model, tiny.tokenizer(), examples, progress=False)
     assert np.abs(found.logprob - whole.logprob).max() > 1e-2
