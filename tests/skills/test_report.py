@@ -308,3 +308,8 @@ def test_dots_stay_on_their_axis():
     )
     assert c.x is None and c.title == "near chance" and c.text == "null"
     assert [x - plot.left for x, _, _ in plot.marks] == pytest.approx([90, 270])
+
+
+def test_nothing_forgotten_shows_no_forgotten_examples(tmp_path):
+    shown = compute(simple(tmp_path, left=1.0), draws=20).shown
+    assert list(shown["kind"]) == ["resisted"] * 3
