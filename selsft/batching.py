@@ -21,6 +21,7 @@ from .blocks import TokenBlock, token_blocks
 from .config import SelectiveSFTConfig
 
 TOKENS_PER_SHARD = 2**20
+_ALIKE, _LEAST = 0.9, 8
 _STREAMED_ROWS = 512  # gathered before they become arrays
 _DEFAULT_LENGTH = 1024  # of a row where `max_length` is not set: TRL's own default of `max_length`
 
@@ -68,11 +69,19 @@ class BatchBudget:
                 done = ends[start - 1] if start else 0
                 count = int(np.searchsorted(ends, done + self.tokens, side="right")) - start
             else:
-                count = self.tokens // max(int(lengths[order[start]]), 1)
+                count = self._padded(lengths[order[start:]])
             stop = start + max(count, 1)
             batches.append(order[start:stop])
             start = stop
         return batches
+
+    def _padded(self, lengths: np.ndarray) -> int:
+        """How many of the rows, longest first, make a padded batch. In a small data set rows of like length are few:
+        there a batch of an eighth of the budget ends where rows are shorter than 0.9 of the longest."""
+        longest = max(int(lengths[0]), 1)
+        most = self.tokens // longest
+        alike = int(np.searchsorted(-lengths[:most], -_ALIKE * longest, side="right"))
+        return min(most, max(alike, -(-self.tokens // (_LEAST * longest))))
 
 
 def shards(

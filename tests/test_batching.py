@@ -49,6 +49,10 @@ def test_batches_are_full_and_hardly_padded():
     computed = sum(int(lengths[batch].max()) * len(batch) for batch in batches)
     assert computed < 1.01 * lengths.sum()  # a plain loop over batches of 8 rows pads to 2.2 times as much
     assert len(batches) < 1.05 * computed / 8192
+    few = lengths[:60]  # among few rows none has neighbours of its length: smaller batches instead of padding
+    batches = BatchBudget(8192).batches(few)
+    assert sum(int(few[batch].max()) * len(batch) for batch in batches) < 1.15 * few.sum()
+    assert len(batches) < 16
     rows = BatchBudget(8192, rows=7).batches(lengths)
     assert {len(batch) for batch in rows[:-1]} == {7}
 

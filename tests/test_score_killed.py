@@ -33,6 +33,7 @@ class Job:
     def __init__(self, models, log: Path):
         self.log = log
         flags = {**CPU, "model_name_or_path": models / "model", "dataset_name": "data.jsonl", "shard_tokens": 40}
+        flags |= {"scoring_batch_size": 64}
         flags |= {"reference_model": models / "reference", "output_dir": "unused", "show_tokens": 0}
         self.arguments = CommandParser("score", "", "", score.ScoreArguments).parse(to_flags(flags))
         self.trainer, self.pair, _ = score._prepare(self.arguments, Path("unused"))

@@ -41,7 +41,12 @@ def run(models, tmp_path, monkeypatch):
 
     def run(command="score", **flags):
         calls.clear()
-        common = {"shard_tokens": 100, "scored_dir": "scored", "reference_model": models / "reference"}
+        common = {
+            "scoring_batch_size": 64,
+            "shard_tokens": 100,
+            "scored_dir": "scored",
+            "reference_model": models / "reference",
+        }
         settings = {"dataset_name": "data.jsonl", **CPU, "model_name_or_path": models / "model"}
         merged = {**settings, **(common if command == "score" else {}), **flags}
         return main([command, *to_flags({key: value for key, value in merged.items() if value is not None})])
@@ -81,7 +86,9 @@ def test_a_finished_folder_is_not_scored_again(run, capsys):
     assert capsys.readouterr().out.splitlines()[:5] == printed.splitlines()[:5]
 
 
-@pytest.mark.parametrize("budget", [{"scoring_batch_tokens": 40}, {"scoring_batch_size": 1}])
+@pytest.mark.parametrize(
+    "budget", [{"scoring_batch_tokens": 40, "scoring_batch_size": None}, {"scoring_batch_size": 1}]
+)
 def test_batches_change_no_score(run, budget):
     assert run() == 0
     assert run(scored_dir="other", **budget) == 0
@@ -256,6 +263,7 @@ def test_two_processes_write_what_one_writes(run, models, kind, monkeypatch):
     )
     Path("launched.py").write_text(script)
     flags = {**CPU, "model_name_or_path": models / "model", "dataset_name": "data.jsonl", "shard_tokens": 100}
+    flags |= {"scoring_batch_size": 64}
     flags |= {"scored_dir": "two", "reference_model": models / "reference"}
     command = [
         sys.executable, "-m", "accelerate.commands.launch", *(FSDP if kind == "fsdp" else ["--multi_gpu"]),
