@@ -5,7 +5,8 @@ prefix of another option's of the same question is read from that one's forward 
 difference), which makes one-token answers such as yes/no cost one forward per question, and only the positions that
 predict an option go through the head (`selsft_kernels.linear_logprob`). Rejected: the harness itself (40 more
 dependencies, no hidden states, no training split), and a key-value cache of the prompt, which needs left padding and
-position ids that not every architecture takes, for at most the same gain on long prompts with long options.
+position ids that not every architecture takes. Over the suite of 21 tasks with two options shared inputs save 35 % of
+the tokens, and a cache would save 46 %.
 """
 
 from __future__ import annotations
