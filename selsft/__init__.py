@@ -9,16 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .collator import DataCollatorForSelectiveSFT
-    from .config import PAPER_2508_04329, SelectiveSFTConfig
+    from .config import PAPER_2508_04329, RHO_1_2404_07965, TOKEN_CLEANING_2502_01968, SelectiveSFTConfig
     from .trainer import SelectiveSFTTrainer
 
 __version__ = version("selsft")
-__all__ = ["PAPER_2508_04329", "DataCollatorForSelectiveSFT", "SelectiveSFTConfig", "SelectiveSFTTrainer"]
+__all__ = [
+    "PAPER_2508_04329",
+    "RHO_1_2404_07965",
+    "TOKEN_CLEANING_2502_01968",
+    "DataCollatorForSelectiveSFT",
+    "SelectiveSFTConfig",
+    "SelectiveSFTTrainer",
+]
 _MODULES = {
     "DataCollatorForSelectiveSFT": "collator",
     "PAPER_2508_04329": "config",
+    "RHO_1_2404_07965": "config",
     "SelectiveSFTConfig": "config",
     "SelectiveSFTTrainer": "trainer",
+    "TOKEN_CLEANING_2502_01968": "config",
 }
 
 

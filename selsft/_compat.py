@@ -19,6 +19,9 @@ What is used, where it is, and which versions have it:
 - `BaseTunerLayer` as a global of trl.trainer.sft_trainer, for the refusal of adapters on `lm_head`: 1.15 to 1.16
 - `Trainer.get_batch_samples`, `.model_accepts_loss_kwargs`: transformers 5.17 to 5.23
 - `config._attn_implementation`, whether rows can be concatenated at no cost: transformers 4.36 to 5.23
+- `ExportableState` and `TrainerState.stateful_callbacks`, by which a callback's state survives a resume:
+  transformers.trainer_callback, 4.42 to 5.23
+- `get_temporary_cache_files_directory`, a folder that goes with the process: datasets.fingerprint, 1.2 to 5.2
 - `find_adapter_config_file`: transformers.utils.peft_utils, 5.0 to 5.23
 - `load_balancing_loss_func`, auxiliary loss of Mixture-of-Experts models: transformers.models.mixtral, 4.36 to 5.23
 """
