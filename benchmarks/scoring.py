@@ -204,7 +204,7 @@ def memory(options: argparse.Namespace) -> list[dict]:
 
 def scale(options: argparse.Namespace) -> list[dict]:
     """Seconds per token of the whole way from memory-mapped rows to parts on disk, base and reference."""
-    shape = argparse.Namespace(**{**vars(options), "vocab": 2048, "width": 64, "layers": 1, "budget": 2048})
+    shape = argparse.Namespace(**{**vars(options), "vocab": 8192, "width": 128, "layers": 2, "budget": 2048})
     models = [make_model(shape, seed) for seed in (0, 1)]
     collator, budget, where = DataCollatorForSelectiveSFT(pad_token_id=0), BatchBudget(2048), accelerator_of(options)
     found = []
@@ -221,7 +221,7 @@ def scale(options: argparse.Namespace) -> list[dict]:
                 store.write(count - 1, block, *logps)
             store.finish(count)
 
-    sizes = {size: rows(size, 2048) for size in (10_000, 1_000_000)}
+    sizes = {size: rows(size, 8192) for size in (10_000, 1_000_000)}
     tokens = {size: sum(map(len, data["input_ids"])) for size, data in sizes.items()}
     run(sizes[10_000])
     for repeat in range(options.repeats):

@@ -228,6 +228,16 @@ def test_a_change_is_refused_and_named(run, models, capsys, what):
     assert parts("scored") == parts("fresh")
 
 
+def test_data_that_ends_between_two_parts_is_refused(run, capsys):
+    """Every part that is still asked for is right, and some are left over."""
+    assert run() == 0
+    rows = read_manifest("scored")["parts"][3]["first_row"]
+    tiny.prompt_data(60).select(range(rows)).to_json("data.jsonl")
+    capsys.readouterr()
+    assert run() == 2
+    one_line(capsys, "the data has changed: it ends before scored/part-00003.parquet", "--rescore true")
+
+
 def test_changed_streamed_data_is_refused(run, capsys):
     assert run(dataset_streaming=True) == 0
     change("data", Path())
