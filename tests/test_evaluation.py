@@ -44,9 +44,10 @@ def log_softmax64(model, ids):
 
 @pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize("make", [tiny.llama, adapter], ids=["full", "lora"])
-def test_nll_is_that_of_each_row_alone(options, make, padding_free):
+@pytest.mark.parametrize("rows", [tiny.prompt_data, tiny.text_data], ids=["pairs", "texts"])
+def test_nll_is_that_of_each_row_alone(options, make, rows, padding_free):
     model = make()
-    data = tiny.prompt_data(11)
+    data = rows(11)
     settings = {"max_length": None, "padding_free": True} if padding_free else {}
     held = prepare(model, tiny.tokenizer(), data, arguments(options, **settings))
     found = answer_nll(held, batch_tokens=64)

@@ -222,3 +222,10 @@ def test_a_model_that_is_not_finite_is_named(run, models, capsys):
     assert run(model_name_or_path="broken") == 2
     one_line(capsys, "row 0: the model returned a log-probability of nan")
     assert not parts("scored")
+
+
+def test_only_influence_is_computed_beforehand(run, capsys):
+    capsys.readouterr()
+    assert run(score="excess", selection_scope="batch") == 2
+    assert "score='excess' is not computed beforehand" in capsys.readouterr().err
+    assert not Path("scored").exists()

@@ -140,6 +140,10 @@ def _check(arguments: Arguments) -> None:
             f"reference_model={training.reference_model!r} and ref_logps={extra.ref_logps!r} exclude each other: both "
             "say what the reference says"
         )
+    if training.score != "influence":
+        raise InputError(
+            f"score={training.score!r} is not computed beforehand: leave it to `selsft train`, or score 'influence'"
+        )
     if extra.shard_tokens < 1:
         raise InputError(f"shard_tokens={extra.shard_tokens} must be at least 1")
 
