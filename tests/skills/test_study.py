@@ -210,9 +210,9 @@ def test_token_objectives_with_a_retain_set_from_a_shared_reference(data, tmp_pa
 
 def test_lora_curves_and_labels_that_are_drawn_in_each_epoch(data, tmp_path):
     settings = {
-        "tasks": "hot_yes", "use_peft": True, "lora_r": 4, "methods": "uniform,npo", "redraw": "per_epoch",
-        "learning_rate": 5e-3, "forget_learning_rate": 5e-3, "forget_num_train_epochs": 3.0, "hidden_states": "none",
-        "keep_models": True,
+        "tasks": "hot_yes", "use_peft": True, "lora_r": 4, "lora_dropout": 0.1, "methods": "uniform,npo",
+        "redraw": "per_epoch", "learning_rate": 5e-3, "forget_learning_rate": 5e-3, "forget_num_train_epochs": 3.0,
+        "hidden_states": "none", "keep_models": True,
     }  # fmt: skip
     run(data, tmp_path / "curve", score_steps=12, **settings)
     run(data, tmp_path / "plain", **{**settings, "methods": "uniform", "keep_models": False})
