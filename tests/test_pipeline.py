@@ -500,3 +500,36 @@ def test_a_stage_is_interrupted_until_its_record_says_finished(tmp_path):
     assert stage.state() == "finished" and stage.record["interrupted"] == 1
     (stage.folder / "a").unlink()
     assert stage.state() == "changed"
+
+
+@pytest.mark.parametrize(
+    ("flags", "stages"),
+    [
+        (["--score", "excess", "--selection_scope", "batch"], ["split", "reference", "train"]),
+        (["--score", "random"], ["split", "train"]),
+        (["--selection_scope", "sequence", "--max_negative_share", "0.2"], ["split", "reference", "score", "select", "train"]),
+        (["--gate_reference_prob", "0.5", "--reference_model", "base"], None),
+    ],
+)  # fmt: skip
+def test_every_scheme_runs(folder, flags, stages):
+    share = ["--negative_threshold", "null", "--positive_fraction", "0.6", "--logging_steps", "1"]
+    if stages is None:
+        with pytest.raises(InputError):
+            execute(plan(*share, *flags), [], None, console())
+        return
+    found = plan(*share, *flags)
+    found.check()
+    assert [stage.name for stage in found.stages if not stage.name.startswith("evaluate")] == stages
+    execute(found, [], None, console())
+    folders = {stage.name: stage.folder for stage in found.stages}
+    state = json.loads((folders["train"] / "model" / "checkpoint-3" / "trainer_state.json").read_text())
+    shares = [log["negative_fraction"] for log in state["log_history"] if "negative_fraction" in log]
+    assert shares and 0 < max(shares) <= 0.61 if "select" not in stages else max(shares) <= 0.21
+
+
+def test_gated_selection_needs_no_other_flag(folder):
+    execute(plan("--gate_reference_prob", "1.0"), [], None, console())
+    open_gate = json.loads(Path("run/select/selection.json").read_text())
+    execute(plan("--gate_reference_prob", "0.000001"), [], None, console())
+    shut = json.loads(Path("run/select/selection.json").read_text())
+    assert open_gate["negative"] > 0 == shut["negative"]
