@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import random
@@ -153,9 +154,8 @@ def test_split_is_disjoint_in_prompts_and_whole(tmp_path):
     prompts = {name: set(part["prompt"]) for name, part in parts.items()}
     names = sorted(prompts)
     assert names == ["eval", "reference", "train-1", "train-2", "train-3"]
-    for a in ("eval", "reference"):
-        for b in names:
-            assert a == b or not prompts[a] & prompts[b]
+    for a, b in itertools.combinations(names, 2):
+        assert not prompts[a] & prompts[b]
     everything = [answer for part in parts.values() for answer in part["completion"]]
     assert sorted(everything) == sorted(data["completion"])
     assert counts["groups"] == 40 and counts["eval"] == 20 and counts["reference"] == 50
@@ -208,7 +208,7 @@ def test_replay_has_its_share_of_the_reference(tmp_path):
     ("settings", "message"),
     [
         ({"reference_size": 0.9, "eval_size": 0.2}, "split leaves no row to train on"),
-        ({"parts": 99}, "split.parts=99 is more than the"),
+        ({"parts": 99}, "split.parts=99 leaves part"),
         ({"group_column": "nothing"}, "split.group_column='nothing' is not a column"),
         ({"eval_size": -1}, "split.eval_size=-1 must be"),
         ({"replay_share": 1.0}, "split.replay_share=1.0 must be in"),
@@ -507,7 +507,10 @@ def test_a_stage_is_interrupted_until_its_record_says_finished(tmp_path):
     [
         (["--score", "excess", "--selection_scope", "batch"], ["split", "reference", "train"]),
         (["--score", "random"], ["split", "train"]),
-        (["--selection_scope", "sequence", "--max_negative_share", "0.2"], ["split", "reference", "score", "select", "train"]),
+        (
+            ["--selection_scope", "sequence", "--max_negative_share", "0.2"],
+            ["split", "reference", "score", "select", "train"],
+        ),
         (["--gate_reference_prob", "0.5", "--reference_model", "base"], None),
     ],
 )  # fmt: skip

@@ -140,7 +140,7 @@ def _evaluate(arguments: Arguments, has_rows: bool) -> tuple[dict[str, Any], dic
     if rows is not None:
         with input_errors():
             if base is not None:
-                base = base.to(training.device)
+                base = cast(Any, base).to(training.device)
             found = evaluate_rows(
                 model,
                 tokenizer,

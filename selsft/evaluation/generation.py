@@ -40,7 +40,7 @@ def greedy_answers(
     Batches hold prompts of like length, padded on the left, longest first. The model's own sampling settings are not
     used; its end tokens are, beside the tokenizer's.
     """
-    own = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    own = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     config = GenerationConfig(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import tqdm
@@ -82,7 +82,7 @@ def text_perplexity(
                 logps = logits.log_softmax(-1).gather(-1, rows[:, 1:, None])
                 total -= float(logps.double().sum())
                 count += rows[:, 1:].numel()
-                covered += sum(len(tokenizer.decode(row).encode()) for row in rows[:, 1:])
+                covered += sum(len(str(tokenizer.decode(row)).encode()) for row in rows[:, 1:])
     mean = total / count
     return {
         "perplexity": math.exp(mean) if mean < 700 else math.inf,
@@ -102,7 +102,7 @@ def kl_to_base(model: Model, base: Model, rows: Sequence[Sequence[int]], batch_t
     The direction counts what the base would say and the model no longer does. Zero exactly when nothing has changed.
     """
     device = next(model.parameters()).device
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
+    vocabulary = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
     budget = max(1, min(batch_tokens, _KL_ELEMENTS // (2 * vocabulary)))
     found = [0.0] * len(rows)
     with frozen(model), frozen(base):

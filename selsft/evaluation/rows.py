@@ -58,7 +58,7 @@ def prepare(model: Model, tokenizer, data: Dataset, args: SelectiveSFTConfig) ->
         rows = rows.map(_last_turn, remove_columns=rows.column_names, desc="Splitting conversations")
     args.packing, args.reference_model, args.eval_strategy = False, None, "no"
     # TRL drops rows that truncation leaves without a label, and keeps columns that it does not know
-    rows = rows.add_column(ROW, list(range(len(rows))))  # type: ignore[call-arg]
+    rows = rows.add_column(ROW, list(range(len(rows))))
     trainer = SelectiveSFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
     prepared = cast(Dataset, trainer.train_dataset)
     origin = list(prepared[ROW])

@@ -166,8 +166,7 @@ class Plan:
             given["replay"] = settings.replay_dataset
         given = {name: path for name, path in given.items() if path}
         if world is None:
-            for name, path in given.items():
-                inputs[name] = data_source(path)
+            inputs |= {name: data_source(str(path)) for name, path in given.items()}
         train_split = recipe.get("dataset_train_split", "train")
 
         def work(folder: Path) -> None:
@@ -231,7 +230,7 @@ class Plan:
                     shutil.rmtree(folder / "model")
             self.run("train", argv)
             if merge:
-                merge_adapter(folder / "model", folder / "merged", config.get("trust_remote_code", False))
+                merge_adapter(folder / "model", folder / "merged", bool(config.get("trust_remote_code")))
 
         return self._add(name, flags, everything, work)
 
@@ -262,7 +261,7 @@ class Plan:
         flags = self.recipe.flags("select")
         flags.pop("score", None)
         forget = self.recipe.flags("train")
-        options = {key: forget[key] for key in ("forget_weight", "forget_objective") if key in forget}
+        options: dict[str, Any] = {key: forget[key] for key in ("forget_weight", "forget_objective") if key in forget}
         # Only whether negatives are ignored, and whether npo needs their start, changes the file
         settings = {
             **flags,
@@ -290,7 +289,8 @@ class Plan:
             return
         if not own_data:
             files.pop("dataset_name", None)
-        inputs: dict[str, Stage | str] = {key: data_source(path) for key, path in files.items()} | self._model_inputs
+        inputs: dict[str, Stage | str] = {key: data_source(path) for key, path in files.items()}
+        inputs |= self._model_inputs
         inputs["data"] = data
         if trained is not None:
             inputs["trained"] = trained

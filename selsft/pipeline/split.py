@@ -9,6 +9,7 @@ do not reshuffle the others. Rejected: `Dataset.train_test_split`, which knows n
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -81,16 +82,20 @@ def split(data: Dataset, settings: SplitSettings, given: dict[str, Dataset], fol
     """
     groups = group_hashes(data, settings.group_column)
     order = np.argsort(_mixed(groups, settings.seed), kind="stable")
-    starts = np.flatnonzero(np.concatenate([[True], np.diff(groups[order]) != 0])) if len(order) else np.zeros(0, int)
+    starts = np.flatnonzero(np.diff(groups[order], prepend=~groups[order[:1]]) != 0)
     wanted = {
         "eval": 0 if "eval" in given else _rows(settings.eval_size, len(data)),
         "reference": 0 if "reference" in given else _rows(settings.reference_size, len(data)),
     }
     cuts, done = {}, 0
     bounds = np.append(starts, len(order))
-    for name, rows in wanted.items():
-        # The first group border at or after the wanted number of rows
-        end = int(bounds[np.searchsorted(bounds, done + rows)]) if done + rows <= len(order) else len(order)
+
+    def border(row: float) -> int:
+        """The first group border at or after a row."""
+        return int(bounds[np.searchsorted(bounds, min(row, len(order)))])
+
+    for name, count in wanted.items():
+        end = border(done + count)
         cuts[name] = order[done:end]
         done = end
     rest = order[done:]
@@ -107,12 +112,15 @@ def split(data: Dataset, settings: SplitSettings, given: dict[str, Dataset], fol
         parts["reference"], counts["replayed"] = _with_replay(
             parts["reference"], _same_columns(given["replay"], data, "replay"), settings
         )
-    cleaned = np.array_split(rest, settings.parts) if settings.parts > 1 else [rest]
-    for number, rows in enumerate(cleaned, start=1):
+    ends = [border(done + number * len(rest) / settings.parts) for number in range(settings.parts + 1)]
+    for number, (start, end) in enumerate(itertools.pairwise(ends), start=1):
+        if start == end:
+            raise InputError(
+                f"split.parts={settings.parts} leaves part {number} without a row: the {len(rest)} rows to clean are in "
+                "too few groups, lower it"
+            )
         name = f"train-{number}" if settings.parts > 1 else "train"
-        if not len(rows):
-            raise InputError(f"split.parts={settings.parts} is more than the {len(rest)} rows to clean: lower it")
-        parts[name] = data.select(np.sort(rows))
+        parts[name] = data.select(np.sort(order[start:end]))
     for name, rows in parts.items():
         rows.to_parquet(str(folder / f"{name}.parquet"))
         counts[name] = len(rows)
