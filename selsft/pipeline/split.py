@@ -116,8 +116,8 @@ def split(data: Dataset, settings: SplitSettings, given: dict[str, Dataset], fol
     for number, (start, end) in enumerate(itertools.pairwise(ends), start=1):
         if start == end:
             raise InputError(
-                f"split.parts={settings.parts} leaves part {number} without a row: the {len(rest)} rows to clean are in "
-                "too few groups, lower it"
+                f"split.parts={settings.parts} leaves part {number} without a row: the {len(rest)} rows to clean are "
+                "in too few groups, lower it"
             )
         name = f"train-{number}" if settings.parts > 1 else "train"
         parts[name] = data.select(np.sort(order[start:end]))
