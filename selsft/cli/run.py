@@ -73,6 +73,7 @@ def _recipes() -> str:
 
     lines = []
     for path in sorted(RECIPES.glob("*.yaml")):
-        first = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-        lines.append(f"  {path.stem:24} {first}")
+        text = path.read_text(encoding="utf-8")
+        if "\nstages:" in text:  # the others are for `selsft train --config`
+            lines.append(f"  {path.stem:24} {text.partition(chr(10))[0].lstrip('# ')}")
     return "\n".join(lines)
