@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
+from selsft.refusals import refuse_unsupported
 
 from . import tiny
 from .oracle import assert_scored, expected_loss
@@ -321,7 +322,7 @@ def test_vision_data_is_refused():
     run.accelerator = type("A", (), {"parallelism_config": None})()
     run.data_collator, run.compute_loss_func, run._is_vision_dataset = None, None, True
     with pytest.raises(ValueError, match="not available for datasets with images"):
-        run._refuse_unsupported(None, [])
+        refuse_unsupported(run, None, [])
 
 
 @pytest.mark.parametrize("kind", ["cp_enabled", "sp_enabled", "tp_enabled"])
@@ -333,7 +334,7 @@ def test_sharded_sequences_are_refused(kind):
     run.accelerator = type("A", (), {"parallelism_config": type("P", (), {**off, kind: True})()})()
     run.data_collator, run.compute_loss_func, run._is_vision_dataset = None, None, False
     with pytest.raises(ValueError, match="not available with context, sequence or tensor parallelism"):
-        run._refuse_unsupported(None, [])
+        refuse_unsupported(run, None, [])
 
 
 def test_foreign_collator_is_refused(options, tmp_path):
