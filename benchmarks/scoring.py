@@ -204,8 +204,8 @@ def memory(options: argparse.Namespace) -> list[dict]:
 
 def scale(options: argparse.Namespace) -> list[dict]:
     """Seconds per token of the whole way from memory-mapped rows to parts on disk, base and reference."""
-    shape = argparse.Namespace(**{**vars(options), "vocab": 8192, "width": 128, "layers": 2, "budget": 2048})
-    models = [make_model(shape, seed) for seed in (0, 1)]
+    small = argparse.Namespace(**{**vars(options), "vocab": 8192, "width": 128, "layers": 2, "budget": 2048})
+    models = [make_model(small, seed) for seed in (0, 1)]
     collator, budget, where = DataCollatorForSelectiveSFT(pad_token_id=0), BatchBudget(2048), accelerator_of(options)
     found = []
 
@@ -230,7 +230,7 @@ def scale(options: argparse.Namespace) -> list[dict]:
             wall, processor = timed(lambda data=data, times=times: [run(data) for _ in range(times)], options.device)
             seconds = processor if options.device == "cpu" else wall
             value = seconds / times / tokens[size] * 1e6
-            found.append(row("scale", f"{size:.0e} tokens", repeat, "us_per_token", value))
+            found.append(row("scale", f"{size:.0e} tokens", repeat, "us_per_token", value) | {"shape": shape(small)})
             print(f"{size:9,d} tokens: {value:.2f} us a token", flush=True)
     return found
 
@@ -268,6 +268,10 @@ def report(found: list[dict]) -> None:
             )
 
 
+def shape(options: argparse.Namespace) -> str:
+    return f"layers={options.layers} width={options.width} vocab={options.vocab} budget={options.budget}"
+
+
 def environment(options: argparse.Namespace) -> dict:
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
     if options.device == "cpu":
@@ -278,7 +282,7 @@ def environment(options: argparse.Namespace) -> dict:
     return {
         "device": device,
         "dtype": options.dtype,
-        "shape": f"layers={options.layers} width={options.width} vocab={options.vocab} budget={options.budget}",
+        "shape": shape(options),
         "sha": subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown",
         "date": datetime.date.today().isoformat(),
         "load": round(os.getloadavg()[0], 2),
