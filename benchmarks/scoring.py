@@ -320,7 +320,7 @@ def main() -> None:
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         with options.output.open("w", newline="") as handle:
-            writer = csv.DictWriter(handle, [*place, *found[0]])
+            writer = csv.DictWriter(handle, list(dict.fromkeys([*place, *found[0]])))
             writer.writeheader()
             writer.writerows([place | line for line in found])
 
