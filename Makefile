@@ -6,15 +6,24 @@ STAMP := $(VENV)/.installed
 
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-compat lint gpu-check clean
+.PHONY: demo test test-first test-second test-compat lint gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/selsft demo
 
-# Two runs: the Triton kernels need the interpreter, which everything else would crawl under.
+# Two processes side by side. The Triton kernels need the interpreter, which everything else would crawl under; tests
+# that launch several processes are all in the second half, so that no two of them want the same port.
+FIRST := tests/kernels tests/skills tests/test_evaluation.py tests/test_pipeline.py
+
 test: $(STAMP)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/triton
+	$(MAKE) --no-print-directory -j2 test-first test-second
+
+test-first:
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(FIRST)
+
+test-second:
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests --ignore tests/triton $(addprefix --ignore ,$(FIRST))
 
 # The core tests with the oldest supported versions; `make test` has the newest tested ones.
 OLDEST := .venv-oldest
