@@ -59,6 +59,13 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+def write_json(path: Path, record: object) -> None:
+    """Write a JSON file that is never seen half-written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(path) as handle:
+        handle.write((json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n").encode())
+
+
 class LogpCache:
     """Folder of cached log-probabilities: `<key>.arrow` (one float32 list per row) and `<key>.json` (what made it).
 

@@ -15,7 +15,7 @@ from selsft.cli import main
 from selsft.evaluation.evaluate import evaluate_rows
 from selsft.evaluation.generation import exact_match, greedy_answers
 from selsft.evaluation.harness import run_harness
-from selsft.evaluation.likelihood import answer_nll, budgeted, kl_to_base, text_perplexity
+from selsft.evaluation.likelihood import answer_nll, kl_to_base, text_perplexity
 from selsft.evaluation.load import load_model
 from selsft.evaluation.rows import prepare
 
@@ -170,14 +170,6 @@ def test_exact_match_takes_any_accepted_answer(options):
     found = evaluate_rows(model, tok, told, arguments(options), max_new_tokens=4)
     assert found.rows["exact_match"].to_pylist() == [True, False, True, False]  # outer blanks are dropped
     assert found.metrics["exact_match"] == 0.5
-
-
-def test_batches_keep_the_budget_and_lose_no_row():
-    lengths = [5, 1, 9, 9, 2, 30, 4]
-    batches = budgeted(lengths, 20)
-    assert sorted(index for batch in batches for index in batch) == list(range(7))
-    assert batches[0] == [5]  # longer than the budget: alone
-    assert all(len(batch) * max(lengths[i] for i in batch) <= 20 for batch in batches[1:])
 
 
 @pytest.fixture

@@ -7,16 +7,14 @@ hides tokens. Rejected: relying on `training_args.bin`, which is a pickle and sa
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import os
 import platform
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
+from ..cache import write_json
 from ..reference import model_fingerprint
 from ..scoring import data_fingerprint, row_lengths
 from ..trainer import SelectiveSFTTrainer
@@ -50,16 +48,6 @@ def run_manifest(command: str, arguments: Arguments, trainer: SelectiveSFTTraine
 def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> None:
     """Write (or replace, at the end of a run) the file as a whole."""
     write_json(Path(folder) / NAME, manifest)
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write a JSON file that is never seen half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
-        json.dump(record, handle, indent=2, default=str)
-        handle.write("\n")
-    os.chmod(handle.name, 0o644)  # a temporary file is readable for its owner only
-    os.replace(handle.name, path)
 
 
 def versions() -> dict[str, str]:

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ..batching import BatchBudget
 from ..reference import Model, frozen
-from .likelihood import budgeted, progress
+from .likelihood import progress
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def greedy_answers(
     found: list[Answer | None] = [None] * len(prompts)
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     with frozen(model):
-        for indices in progress(budgeted(lengths, batch_tokens), "Generating answers"):
+        for indices in progress(BatchBudget(batch_tokens).batches(np.array(lengths)), "Generating answers"):
             width = max(len(prompts[i]) for i in indices)
             ids = torch.full((len(indices), width), pad or 0)
             mask = torch.zeros(len(indices), width, dtype=torch.long)

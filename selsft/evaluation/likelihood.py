@@ -12,11 +12,13 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate.utils import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..annotation import base_model
+from ..batching import BatchBudget
 from ..head import add_selective_head
 from ..reference import Model, frozen
 from ..scoring import forward_logps
@@ -33,8 +35,8 @@ def answer_nll(held: HeldOut, batch_tokens: int = 8192) -> list[tuple[float, int
     lengths = [len(row) for row in held.prepared["input_ids"]]
     found: list[tuple[float, int]] = [(0.0, 0)] * len(lengths)
     with frozen(model):
-        for indices in progress(budgeted(lengths, batch_tokens), "Held-out likelihood"):
-            inputs = trainer.data_collator([held.prepared[i] for i in indices])
+        for indices in progress(BatchBudget(batch_tokens).batches(np.array(lengths)), "Held-out likelihood"):
+            inputs = trainer.data_collator([held.prepared[int(i)] for i in indices])
             inputs = {
                 key: value.to(trainer.accelerator.device) if isinstance(value, torch.Tensor) else value
                 for key, value in inputs.items()
@@ -103,10 +105,10 @@ def kl_to_base(model: Model, base: Model, rows: Sequence[Sequence[int]], batch_t
     """
     device = next(model.parameters()).device
     vocabulary = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
-    budget = max(1, min(batch_tokens, _KL_ELEMENTS // (2 * vocabulary)))
+    budget = BatchBudget(max(1, min(batch_tokens, _KL_ELEMENTS // (2 * vocabulary))))
     found = [0.0] * len(rows)
     with frozen(model), frozen(base):
-        for indices in progress(budgeted([len(row) for row in rows], budget), "KL to the base"):
+        for indices in progress(budget.batches(np.array([len(row) for row in rows])), "KL to the base"):
             ids, mask = left_aligned([rows[i] for i in indices], device)
             ours = model(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)
             theirs = base(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)
@@ -125,18 +127,6 @@ def left_aligned(rows: Sequence[Sequence[int]], device) -> tuple[torch.Tensor, t
     for i, row in enumerate(rows):
         ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
     return ids.to(device), mask.to(device)
-
-
-def budgeted(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Indices in batches of rows of like length, longest first, each of at most `batch_tokens` tokens with padding
-    (or of one row)."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
 
 
 def progress(batches: Sequence[Any], description: str) -> Iterator[Any]:

@@ -277,9 +277,8 @@ class Plan:
             shares = ", ".join(f"{k} {found[k] / trained:.1%}" for k in ("positive", "neutral", "negative"))
             print(f"  {found['trained']:,} trained tokens: {shares}")
             if found["positive"] == found["trained"]:
-                print(
-                    "  No token is negative: training will be plain. Train the reference longer, or lower the threshold"
-                )
+                print("  No token is negative, so training will be plain: train the reference longer, or lower the")
+                print("  threshold.")
 
         return self._add(name, settings, {"scored": scored}, work)
 

@@ -8,8 +8,6 @@ since there are only two or three models to compare.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from scipy import stats
 
+from ..cache import replaced, write_json
 from ..cli.evaluate import METRICS, ROWS
 from .select import COUNTS
 
@@ -60,12 +59,13 @@ def write_report(root: Path) -> Path:
         "written": run["written"],
         "device": _device(folders),
     }
-    _write(root / "report.json", json.dumps(content, indent=2, default=str) + "\n")
+    write_json(root / "report.json", content)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("selsft.pipeline"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    _write(root / "report.html", environment.get_template("run.html").render(content))
+    with replaced(root / "report.html") as page:
+        page.write(environment.get_template("run.html").render(content).encode())
     return root / "report.html"
 
 
@@ -182,10 +182,3 @@ def _device(folders: dict[str, Path]) -> str | None:
 
 def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _write(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as handle:
-        handle.write(text)
-    os.chmod(handle.name, 0o644)
-    os.replace(handle.name, path)

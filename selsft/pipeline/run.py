@@ -22,8 +22,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..cache import write_json
 from ..cli.errors import InputError
-from ..cli.manifest import versions, write_json
+from ..cli.manifest import versions
 from .plan import Plan
 from .recipe import STAGES
 from .report import write_report

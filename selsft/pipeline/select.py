@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 
 from ..annotation import special_ids
 from ..blocks import token_blocks, trained_mask
+from ..cache import write_json
 from ..cli.errors import input_errors
-from ..cli.manifest import write_json
 from ..collator import BASE_LOGPS, REF_LOGPS, WEIGHTS
 from ..config import SelectiveSFTConfig
 from ..selection import add_token_weights

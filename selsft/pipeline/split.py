@@ -21,10 +21,10 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
+from ..cache import write_json
 from ..cli.arguments import Arguments
 from ..cli.data import load_splits
 from ..cli.errors import InputError
-from ..cli.manifest import write_json
 from ..config import SelectiveSFTConfig
 
 TRAINED = ("prompt", "completion", "messages", "conversations", "text", "input_ids", "labels")

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..cache import write_json
 from ..cli.data import BUILDERS
 from ..cli.errors import InputError
-from ..cli.manifest import versions, write_json
+from ..cli.manifest import versions
 
 RECORD = "stage.json"
 # Above this, a local folder is known by names, sizes and times of its files: hashing takes a second for each GB
