@@ -352,6 +352,35 @@ def test_killed_at_random_moments_ends_as_if_undisturbed(folder):
     assert any(record["interrupted"] for record in records)
 
 
+def test_a_checkpoint_that_was_cut_off_is_not_gone_on_from(folder):
+    execute(plan(root="whole"), [], None, console())
+    expected = outputs("whole")
+    calls = []
+
+    def run(command, argv):
+        run_here(command, argv)
+        calls.extend([command] if command == "train" else [])
+        if command == "train" and len(calls) in (
+            1,
+            3,
+        ):  # the end of training, killed while its last checkpoint was written
+            model = Path(argv[1]).parent / "model"
+            last = model / "checkpoint-4"
+            last.mkdir()
+            (last / "adapter_model.safetensors").write_bytes(b"")
+            (last / "trainer_state.json").write_text('{"global_st' if len(calls) == 3 else "")
+            raise InputError("killed")
+
+    for _ in range(2):
+        with pytest.raises(InputError, match="killed"):
+            execute(plan(root="cut", run=run), [], None, console())
+    execute(plan(root="cut", run=run), [], None, console())
+    found = outputs("cut")
+    for name, value in expected.items():
+        if "adapter" in name:
+            assert_same({name: value}, {name: found[name]})
+
+
 def test_self_evolving_moves_the_reference(folder):
     commands = []
 

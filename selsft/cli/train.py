@@ -7,10 +7,14 @@ something. Rejected: importing TRL's script and swapping the trainer class in it
 
 from __future__ import annotations
 
+import json
+import logging
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 from trl import get_peft_config, get_quantization_config
@@ -22,6 +26,8 @@ from .data import check_source, data_errors, load_splits
 from .errors import InputError, input_errors
 from .launch import launch_command, launched, needs_launch
 from .manifest import run_manifest, write_manifest
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = (
     "Fine-tune a model on the useful tokens of a data set and make it forget the misleading ones. Without "
@@ -53,7 +59,7 @@ def check_paths(arguments: Arguments) -> str | None:
     output = Path(str(arguments.training.output_dir))
     resume = arguments.training.resume_from_checkpoint
     if resume and resume.lower() in ("true", "latest"):
-        found = get_last_checkpoint(str(output)) if output.is_dir() else None
+        found = last_checkpoint(output)
         if found is None:
             raise InputError(f"resume_from_checkpoint={resume}: output_dir={str(output)!r} holds no checkpoint")
         return found
@@ -62,6 +68,20 @@ def check_paths(arguments: Arguments) -> str | None:
     if not resume:
         check_new(output, "output_dir", "choose another folder, or go on with --resume_from_checkpoint true")
     return resume
+
+
+def last_checkpoint(output: Path) -> str | None:
+    """The last checkpoint that is whole. Saving is no single step, and a run that was killed in it leaves a folder
+    that training cannot go on from: `trainer_state.json`, written last, is missing or cut off. Such folders are
+    removed."""
+    while output.is_dir() and (found := get_last_checkpoint(str(output))):
+        try:
+            json.loads((Path(found) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            return found
+        except (OSError, ValueError):
+            logger.warning(f"{found} is not whole, a run was cut off while it was saved: it is removed")
+            shutil.rmtree(found)
+    return None
 
 
 def check_new(folder: Path, field: str, remedy: str) -> None:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..cli.arguments import CommandParser
 from ..cli.errors import InputError, input_errors
 from ..cli.evaluate import EvaluateArguments
 from ..cli.score import ScoreArguments
+from ..cli.train import last_checkpoint
 from .recipe import FORGET, SELECTION, SILENT, Recipe
 from .select import SELECTED, select
 from .split import load_rows, split
@@ -224,7 +224,7 @@ class Plan:
             }
             argv = ["--config", _write_config(folder, config)]
             if (folder / "model").is_dir():
-                if get_last_checkpoint(str(folder / "model")):
+                if last_checkpoint(folder / "model"):
                     argv += ["--resume_from_checkpoint", "true"]
                 else:  # cut off before the first checkpoint: nothing to go on from
                     shutil.rmtree(folder / "model")
