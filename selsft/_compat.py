@@ -140,3 +140,8 @@ __all__ = [
     "use_adapter",
     "uses_flash_attention",
 ]
+
+
+def end_training(trainer) -> None:
+    """Close trackers and process groups: `Trainer.end` where transformers has it, else accelerate's own."""
+    getattr(trainer, "end", trainer.accelerator.end_training)()

@@ -22,7 +22,7 @@ from accelerate.utils import tqdm
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .._compat import adapter_on_lm_head
+from .._compat import adapter_on_lm_head, end_training
 from ..annotation import base_model
 from ..batching import TOKENS_PER_SHARD, shards
 from ..blocks import TokenBlock, trained_mask
@@ -124,7 +124,7 @@ def main(argv: list[str]) -> int:
         seconds = time.perf_counter() - start
         write_manifest(folder, record | {"finished": {"seconds": round(seconds, 1), **summary.numbers}})
         print_summary(summary, seconds, str(folder))
-    trainer.end()
+    end_training(trainer)
     return 0
 
 

@@ -19,6 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 from trl import get_peft_config, get_quantization_config
 
+from .._compat import end_training
 from ..reference import BASE
 from ..trainer import SelectiveSFTTrainer
 from .arguments import Arguments, CommandParser
@@ -167,4 +168,4 @@ def _train(trainer: SelectiveSFTTrainer, arguments: Arguments, resume: str | Non
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=arguments.script.dataset_name)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
-    trainer.end()
+    end_training(trainer)
