@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,6 +19,7 @@ from selsft.demo.evaluate import Scores, auc, evaluate
 from selsft.demo.model import encode_all, make_model, train_tokenizer
 from selsft.demo.train import Advance, Recipe, selective_trainer, train_plain, train_selective
 from selsft.demo.world import World, WorldConfig, make_world
+from selsft.quiet import quiet
 
 ARMS = ("base", "reference", "plain SFT", "ignore negatives", "forget negatives")
 
@@ -165,27 +164,8 @@ def _pieces(row: dict, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, bo
     return [(str(tokenizer.decode(ids)), negative, wrong) for ids, negative, wrong in runs]
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The libraries' own bars and remarks on a model this small would bury the demo's output."""
-    import datasets
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), datasets.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logging.set_verbosity(verbosity)
-            if bars:
-                datasets.enable_progress_bars()
-
-
 def run_seed(seed: int, config: DemoConfig, stages: Stages) -> SeedResult:
-    with _quiet(), tempfile.TemporaryDirectory(prefix="selsft-demo-") as folder:
+    with quiet(), tempfile.TemporaryDirectory(prefix="selsft-demo-") as folder:
         return _run_seed(seed, config, stages, folder)
 
 

@@ -24,6 +24,7 @@ import torch
 from transformers import AutoConfig
 
 from ..evaluation.options import count_tokens, model_max_length, score_options
+from ..quiet import quiet
 from ..reference import Model, model_fingerprint
 from . import train as training
 from .config import StudyConfig, is_random_labels
@@ -241,7 +242,7 @@ class Study:
 
     def _save_model(self, stage: Stage, model: Model) -> None:
         part = new_folder(self.folder.model(stage))
-        with training.quiet():
+        with quiet():
             model.save_pretrained(str(part))
         self.tokenizer.save_pretrained(part)
         write_json(part / "selsft_stage.json", {"stage": vars(stage), "training": self.plan.training_inputs(stage)})

@@ -7,18 +7,14 @@ loop of our own, which would be smaller, and prove nothing about the trainer tha
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import datasets
 import torch
-import transformers
 from accelerate.utils import tqdm
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, TaskType
@@ -34,6 +30,7 @@ from transformers import (
 from ..config import SelectiveSFTConfig
 from ..evaluation.examples import MultipleChoiceExample, training_data, training_row
 from ..evaluation.options import OptionScores, score_options
+from ..quiet import quiet
 from ..reference import Model
 from ..trainer import SelectiveSFTTrainer
 from .config import StudyConfig, is_random_labels
@@ -259,21 +256,3 @@ def scorer(
         )
 
     return score
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the bars and remarks of the libraries for each of many models."""
-    verbosity, bars = transformers.utils.logging.get_verbosity(), datasets.is_progress_bar_enabled()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            transformers.utils.logging.set_verbosity(verbosity)
-            transformers.utils.logging.enable_progress_bar()
-            if bars:
-                datasets.enable_progress_bars()
