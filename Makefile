@@ -13,7 +13,7 @@ demo: $(STAMP)
 
 # Two processes side by side. The Triton kernels need the interpreter, which everything else would crawl under; tests
 # that launch several processes are all in the second half, so that no two of them want the same port.
-FIRST := tests/kernels tests/skills tests/test_evaluation.py tests/test_pipeline.py
+FIRST := tests/kernels tests/skills tests/evaluation tests/pipeline tests/report
 
 test: $(STAMP)
 	$(MAKE) --no-print-directory -j2 test-first test-second
@@ -28,8 +28,8 @@ test-second:
 # The core tests with the oldest supported versions; `make test` has the newest tested ones.
 OLDEST := .venv-oldest
 test-compat: $(OLDEST)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/test_equals_sft.py tests/test_trainer.py tests/test_scoring.py \
-		tests/test_reference.py tests/test_columns.py tests/test_compatibility.py
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/training/test_equals_sft.py tests/training/test_trainer.py \
+		tests/scoring/test_logprobs.py tests/scoring/test_reference.py tests/data tests/training/test_compatibility.py
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

@@ -42,11 +42,11 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from selsft import DataCollatorForSelectiveSFT
-from selsft.batching import BatchBudget, shards
-from selsft.blocks import TokenBlock
-from selsft.head import add_selective_head
-from selsft.scored_folder import ScoredFolder
-from selsft.scoring import ROW_COLUMNS, forward_logps, score_block
+from selsft.data.chunks import TokenBlock
+from selsft.scoring.batching import BatchBudget, shards
+from selsft.scoring.logprobs import ROW_COLUMNS, forward_logps, score_block
+from selsft.scoring.scored_folder import ScoredFolder
+from selsft.training.head import add_selective_head
 
 ARMS = ("selsft", "plain", "body")
 LONGEST = 1024

@@ -25,8 +25,8 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
-from selsft.blocks import token_blocks, trained_mask
-from selsft.selection import add_token_weights
+from selsft.data.chunks import token_blocks, trained_mask
+from selsft.selection.weights import add_token_weights
 
 ROWS = 10_000  # written at a time
 SPECIAL = np.arange(4, dtype=np.int64)

@@ -27,10 +27,10 @@ from datasets import Dataset
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
-from selsft.batching import BatchBudget, shards
-from selsft.head import add_selective_head
-from selsft.reference import frozen
-from selsft.scoring import ROW_COLUMNS, forward_logps, score_block
+from selsft.scoring.batching import BatchBudget, shards
+from selsft.scoring.logprobs import ROW_COLUMNS, forward_logps, score_block
+from selsft.scoring.reference import frozen
+from selsft.training.head import add_selective_head
 
 RECIPE = Path(__file__).parent.parent / "selsft" / "recipes" / "truthfulqa-smollm2.yaml"
 SYSTEM = "Answer briefly and truthfully."

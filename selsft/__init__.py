@@ -8,9 +8,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .collator import DataCollatorForSelectiveSFT
     from .config import PAPER_2508_04329, RHO_1_2404_07965, TOKEN_CLEANING_2502_01968, SelectiveSFTConfig
     from .trainer import SelectiveSFTTrainer
+    from .training.collator import DataCollatorForSelectiveSFT
 
 __version__ = version("selsft")
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
     "SelectiveSFTTrainer",
 ]
 _MODULES = {
-    "DataCollatorForSelectiveSFT": "collator",
+    "DataCollatorForSelectiveSFT": "training.collator",
     "PAPER_2508_04329": "config",
     "RHO_1_2404_07965": "config",
     "SelectiveSFTConfig": "config",

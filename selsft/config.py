@@ -14,7 +14,7 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from .schedules import FORGET_SCHEDULES
+from .training.schedules import FORGET_SCHEDULES
 
 SCORES = ("influence", "excess", "random", "oracle", "given")
 SCOPES = ("global", "sequence", "batch")

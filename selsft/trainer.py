@@ -29,8 +29,12 @@ from ._compat import (
     prepare_deepspeed,
     prepare_fsdp,
 )
-from .annotation import TokenAnnotator, base_model
-from .collator import (
+from .config import SelectiveSFTConfig
+from .data.columns import add_message_weights, brings_weights, has_message_weights, token_columns, truncate_and_pack
+from .scoring.annotation import TokenAnnotator, base_model
+from .scoring.reference import Model
+from .selection.excess import ExcessSelector
+from .training.collator import (
     ACTIVE_ROWS,
     BASE_LOGPS,
     REF_LOGPS,
@@ -39,13 +43,9 @@ from .collator import (
     WEIGHTS,
     DataCollatorForSelectiveSFT,
 )
-from .columns import add_message_weights, brings_weights, has_message_weights, token_columns, truncate_and_pack
-from .config import SelectiveSFTConfig
-from .excess import ExcessSelector
-from .head import STATS, SelectiveCausalLMOutput, SelectiveHead, add_selective_head, read_lm_head
-from .reference import Model
-from .refusals import refuse_unsupported
-from .schedules import forget_weight_at
+from .training.head import STATS, SelectiveCausalLMOutput, SelectiveHead, add_selective_head, read_lm_head
+from .training.schedules import forget_weight_at
+from .training.validation import refuse_unsupported
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import importlib.metadata
 import os
 import sys
 
-from .errors import InputError, one_line
+from ..errors import InputError, one_line
 
 COMMANDS = {
     "train": "fine-tune a model: learn the useful tokens, forget the misleading ones (flags of `trl sft` and more)",

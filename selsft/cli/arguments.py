@@ -19,7 +19,7 @@ import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from ..config import SelectiveSFTConfig
-from .errors import InputError, input_errors
+from ..errors import InputError, input_errors
 
 COMMON = (
     "config", "model_name_or_path", "dataset_name", "dataset_train_split", "dataset_test_split", "output_dir",

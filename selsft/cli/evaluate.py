@@ -20,9 +20,9 @@ from datasets import Dataset, IterableDataset, load_dataset
 from rich.console import Console
 from rich.table import Table
 
+from ..data.loading import BUILDERS, check_source, load_splits
+from ..errors import InputError, input_errors
 from .arguments import Arguments, CommandParser
-from .data import BUILDERS, check_source, load_splits
-from .errors import InputError, input_errors
 from .launch import launched
 from .manifest import NAME, versions
 from .train import check_new, init_kwargs, name_missing_model

@@ -15,7 +15,7 @@ import sys
 from importlib import resources
 from pathlib import Path
 
-from .errors import InputError
+from ..errors import InputError
 
 
 def launched() -> bool:

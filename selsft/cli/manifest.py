@@ -14,12 +14,12 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..cache import write_json
-from ..reference import model_fingerprint
-from ..scoring import data_fingerprint, row_lengths
+from ..data.loading import describe
+from ..scoring.cache import write_json
+from ..scoring.logprobs import data_fingerprint, row_lengths
+from ..scoring.reference import model_fingerprint
 from ..trainer import SelectiveSFTTrainer
 from .arguments import Arguments
-from .data import describe
 
 NAME = "selsft_run.json"
 PACKAGES = ("selsft", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "triton")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .errors import InputError, input_errors
+from ..errors import InputError, input_errors
 
 HELP = """usage: selsft run RECIPE [--output_dir DIR] [--dry_run] [--from STAGE] [--flag value] [--STAGE.flag value]
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
 
     from ..pipeline.plan import Plan
     from ..pipeline.recipe import load_recipe
-    from ..pipeline.run import execute, preview
+    from ..workflow.run import execute, preview
 
     recipe = load_recipe(source, rest)
     root = Path(output or recipe.common.get("output_dir") or Path("runs") / recipe.name)

@@ -23,22 +23,22 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .._compat import adapter_on_lm_head, end_training
-from ..annotation import base_model
-from ..batching import TOKENS_PER_SHARD, shards
-from ..blocks import TokenBlock, trained_mask
-from ..collator import BASE_LOGPS, REF_LOGPS
-from ..columns import token_columns
-from ..imported import ImportedLogps
-from ..pair import ModelPair
-from ..scored_folder import ScoredFolder, is_scored, load_scored, tokenizer_sha256
-from ..scoring import ROW_COLUMNS
+from ..data.chunks import TokenBlock, trained_mask
+from ..data.columns import token_columns
+from ..data.loading import data_errors, describe
+from ..errors import InputError, input_errors
+from ..report.terminal import print_summary, summarize
+from ..scoring.annotation import base_model
+from ..scoring.batching import TOKENS_PER_SHARD, shards
+from ..scoring.imported import ImportedLogps
+from ..scoring.logprobs import ROW_COLUMNS
+from ..scoring.pair import ModelPair
+from ..scoring.scored_folder import ScoredFolder, is_scored, load_scored, tokenizer_sha256
 from ..trainer import SelectiveSFTTrainer
+from ..training.collator import BASE_LOGPS, REF_LOGPS
 from .arguments import Arguments, CommandParser
-from .data import data_errors, describe
-from .errors import InputError, input_errors
 from .launch import launch_command, needs_launch
 from .manifest import run_manifest, versions, write_manifest
-from .summary import print_summary, summarize
 from .train import build_trainer, check_model_and_data, check_new, name_missing_model
 
 DESCRIPTION = (

@@ -14,9 +14,9 @@ from typing import Any, NoReturn, cast
 import yaml
 from trl import TrlParser
 
+from ..errors import InputError, input_errors
 from ..skills.config import StudyConfig
 from .arguments import _HelpFormatter, _with_config_path
-from .errors import InputError, input_errors
 from .launch import launched
 
 DESCRIPTION = (

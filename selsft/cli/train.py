@@ -20,11 +20,11 @@ from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_fil
 from trl import get_peft_config, get_quantization_config
 
 from .._compat import end_training
-from ..reference import BASE
+from ..data.loading import check_source, data_errors, load_splits
+from ..errors import InputError, input_errors
+from ..scoring.reference import BASE
 from ..trainer import SelectiveSFTTrainer
 from .arguments import Arguments, CommandParser
-from .data import check_source, data_errors, load_splits
-from .errors import InputError, input_errors
 from .launch import launch_command, launched, needs_launch
 from .manifest import run_manifest, write_manifest
 

@@ -19,7 +19,7 @@ from selsft.demo.evaluate import Scores, auc, evaluate
 from selsft.demo.model import encode_all, make_model, train_tokenizer
 from selsft.demo.train import Advance, Recipe, selective_trainer, train_plain, train_selective
 from selsft.demo.world import World, WorldConfig, make_world
-from selsft.quiet import quiet
+from selsft.workflow.quiet import quiet
 
 ARMS = ("base", "reference", "plain SFT", "ignore negatives", "forget negatives")
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from ..reference import Model
+from ..scoring.reference import Model
 from ..skills.readers import read_jsonl
 from .options import score_options
 

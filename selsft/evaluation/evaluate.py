@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..config import SelectiveSFTConfig
-from ..reference import Model, use_start
+from ..scoring.reference import Model, use_start
 from .generation import exact_match, greedy_answers
 from .likelihood import answer_nll, kl_to_base, text_perplexity
 from .rows import HeldOut, prepare

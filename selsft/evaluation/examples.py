@@ -15,7 +15,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
-from ..collator import WEIGHTS
+from ..training.collator import WEIGHTS
 
 SPLITS = ("train", "test")
 IGNORED = -100

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..batching import BatchBudget
-from ..reference import Model, frozen
+from ..scoring.batching import BatchBudget
+from ..scoring.reference import Model, frozen
 from .likelihood import progress
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..reference import Model
+from ..scoring.reference import Model
 
 
 def run_harness(

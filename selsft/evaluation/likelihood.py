@@ -17,11 +17,11 @@ import torch
 from accelerate.utils import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..annotation import base_model
-from ..batching import BatchBudget
-from ..head import add_selective_head
-from ..reference import Model, frozen
-from ..scoring import forward_logps
+from ..scoring.annotation import base_model
+from ..scoring.batching import BatchBudget
+from ..scoring.logprobs import forward_logps
+from ..scoring.reference import Model, frozen
+from ..training.head import add_selective_head
 from .rows import HeldOut
 
 # Elements of the two logit tensors that the KL divergence holds at once

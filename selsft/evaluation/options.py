@@ -26,9 +26,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from selsft_kernels import linear_logprob
 
-from ..annotation import base_model
-from ..head import read_lm_head
-from ..reference import Model
+from ..scoring.annotation import base_model
+from ..scoring.reference import Model
+from ..training.head import read_lm_head
 from .examples import MultipleChoiceExample, Pair, encode_pair
 
 NORMALIZATIONS = ("none", "chars", "bytes", "tokens")

@@ -14,7 +14,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..config import SelectiveSFTConfig
-from ..reference import Model
+from ..scoring.reference import Model
 from ..trainer import SelectiveSFTTrainer
 
 ANSWERS, ROW = "answers", "selsft_row"

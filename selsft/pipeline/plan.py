@@ -18,14 +18,14 @@ from typing import Any
 import yaml
 
 from ..cli.arguments import CommandParser
-from ..cli.errors import InputError, input_errors
 from ..cli.evaluate import EvaluateArguments
 from ..cli.score import ScoreArguments
 from ..cli.train import last_checkpoint
+from ..errors import InputError, input_errors
+from ..selection.stage import SELECTED, select
+from ..workflow.stage import Stage, data_source, model_source
 from .recipe import FORGET, SELECTION, SILENT, Recipe
-from .select import SELECTED, select
 from .split import load_rows, split
-from .stage import Stage, data_source, model_source
 
 Run = Callable[[str, list[str]], None]
 # Known by their content, and only to the stage `split`

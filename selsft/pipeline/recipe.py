@@ -24,10 +24,10 @@ import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from ..cli.arguments import find_recipe
-from ..cli.errors import InputError
 from ..cli.evaluate import EvaluateArguments
 from ..cli.score import ScoreArguments
 from ..config import SelectiveSFTConfig
+from ..errors import InputError
 from .split import SplitSettings
 
 STAGES = ("world", "split", "reference", "score", "select", "train", "evaluate")

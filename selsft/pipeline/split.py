@@ -21,11 +21,11 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
-from ..cache import write_json
 from ..cli.arguments import Arguments
-from ..cli.data import load_splits
-from ..cli.errors import InputError
 from ..config import SelectiveSFTConfig
+from ..data.loading import load_splits
+from ..errors import InputError
+from ..scoring.cache import write_json
 
 TRAINED = ("prompt", "completion", "messages", "conversations", "text", "input_ids", "labels")
 

@@ -24,8 +24,8 @@ import torch
 from transformers import AutoConfig
 
 from ..evaluation.options import count_tokens, model_max_length, score_options
-from ..quiet import quiet
-from ..reference import Model, model_fingerprint
+from ..scoring.reference import Model, model_fingerprint
+from ..workflow.quiet import quiet
 from . import train as training
 from .config import StudyConfig, is_random_labels
 from .folder import StudyFolder, new_folder, read_json, remove, write_json
@@ -130,7 +130,7 @@ class Study:
         Raises:
             As `check`, which it calls unless that was done. `folder.lock()` keeps other processes out.
         """
-        from .report import write_report
+        from ..report.skills import write_report
 
         if not self._base:
             self.check()

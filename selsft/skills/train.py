@@ -30,9 +30,9 @@ from transformers import (
 from ..config import SelectiveSFTConfig
 from ..evaluation.examples import MultipleChoiceExample, training_data, training_row
 from ..evaluation.options import OptionScores, score_options
-from ..quiet import quiet
-from ..reference import Model
+from ..scoring.reference import Model
 from ..trainer import SelectiveSFTTrainer
+from ..workflow.quiet import quiet
 from .config import StudyConfig, is_random_labels
 from .randomize import assign_labels, match_rate
 from .tasks import SkillTask, rng

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from selsft_kernels import linear_logprob, linear_selective_cross_entropy, selective_cross_entropy
-from tests.kernels.oracle import problem
+from tests.support.kernel_oracle import problem
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from selsft_kernels import linear_selective_cross_entropy, rows
-from tests.kernels import call, oracle
-from tests.kernels.oracle import Problem, problem, relative
+from tests.support import kernel_call as call
+from tests.support import kernel_oracle as oracle
+from tests.support.kernel_oracle import Problem, problem, relative
 
 # Each is compared with fp64 at a bound that fp32 arithmetic meets and a missing term does not.
 TOLERANCE = 2e-5

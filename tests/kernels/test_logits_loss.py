@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from selsft_kernels import rows, selective_cross_entropy
-from tests.kernels import call, oracle
-from tests.kernels.oracle import Problem, problem, relative
+from tests.support import kernel_call as call
+from tests.support import kernel_oracle as oracle
+from tests.support.kernel_oracle import Problem, problem, relative
 
 TOLERANCE = 2e-5
 

@@ -5,7 +5,7 @@ import torch
 
 from selsft.bench.measure import _cpu_peak
 from selsft_kernels import linear_logprob, linear_loss, linear_selective_cross_entropy
-from tests.kernels.oracle import problem
+from tests.support.kernel_oracle import problem
 
 ROWS, HIDDEN, VOCAB, CHUNK = 400, 16, 4096, 4
 LOGITS = 4 * ROWS * VOCAB

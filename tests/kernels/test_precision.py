@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from selsft_kernels import linear_logprob, linear_selective_cross_entropy
-from tests.kernels import call, oracle
-from tests.kernels.oracle import Problem, problem, relative
+from tests.support import kernel_call as call
+from tests.support import kernel_oracle as oracle
+from tests.support.kernel_oracle import Problem, problem, relative
 
 
 def naive(p: Problem) -> dict[str, torch.Tensor]:

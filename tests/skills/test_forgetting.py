@@ -8,8 +8,7 @@ import pytest
 from selsft.skills import forgetting as fg
 from selsft.skills import metrics
 from selsft.skills.table import ALL_TASKS
-
-from .synthetic import columns, table
+from tests.support.skill_tables import columns, table
 
 
 def answers(right: float, n: int = 100) -> np.ndarray:

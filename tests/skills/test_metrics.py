@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from selsft.skills import metrics
 from selsft.skills.table import SCHEMA
-
-from .synthetic import columns, table
+from tests.support.skill_tables import columns, table
 
 
 def scores(*examples, task="a", n_chars=None, assigned=None, model=("r", 0, "forgotten", "uniform", "a")):

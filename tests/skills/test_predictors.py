@@ -13,8 +13,7 @@ from selsft.skills import forgetting as fg
 from selsft.skills import learning, metrics, predictors
 from selsft.skills.hidden import Hidden, read_hidden
 from selsft.skills.table import read_scores
-
-from .synthetic import CLUSTERS, SUSCEPTIBLE, columns, table, write_study
+from tests.support.skill_tables import CLUSTERS, SUSCEPTIBLE, columns, table, write_study
 
 
 @pytest.fixture(scope="module")

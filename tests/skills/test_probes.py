@@ -11,8 +11,7 @@ from scipy import special
 from selsft.skills import forgetting as fg
 from selsft.skills import probes
 from selsft.skills.hidden import Hidden, read_hidden
-
-from .synthetic import write_study
+from tests.support.skill_tables import write_study
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from selsft.skills.plan import plan
 from selsft.skills.randomize import assign_labels
 from selsft.skills.study import Study
 from selsft.skills.table import ALL_TASKS, OBJECTIVES, read_scores
-from tests.skills import world
+from tests.support import skill_world as world
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,7 +65,7 @@ def run(data: dict[str, str], output: Path, report: bool = False, **changes) -> 
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         if not report:
-            patch.setattr("selsft.skills.report.write_report", lambda folder: folder / "report.html")
+            patch.setattr("selsft.report.skills.write_report", lambda folder: folder / "report.html")
         Study(config(data, output, **changes), lines.append).run()
     return lines
 

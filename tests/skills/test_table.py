@@ -7,8 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from selsft.skills.table import SCHEMA, ScoreTableError, read_scores, write_scores
-
-from .synthetic import columns, table
+from tests.support.skill_tables import columns, table
 
 BASE = ("r", 0, "base", "", "")
 TUNED = ("r", 0, "finetuned", "", "a")

@@ -15,8 +15,8 @@ from selsft_kernels import (
     linear_selective_cross_entropy,
     selective_cross_entropy,
 )
-from tests.kernels import oracle
-from tests.kernels.oracle import Problem
+from tests.support import kernel_oracle as oracle
+from tests.support.kernel_oracle import Problem
 
 pytestmark = pytest.mark.gpu
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from selsft_kernels import backend, linear_logprob
-from tests.kernels import call, oracle
-from tests.kernels.oracle import problem, relative
+from tests.support import kernel_call as call
+from tests.support import kernel_oracle as oracle
+from tests.support.kernel_oracle import problem, relative
 
 TOLERANCE = 2e-5
 

@@ -1,0 +1,203 @@
+"""The data set of a command: a name on the Hub, a local file, a folder of scores or of `save_to_disk`, a TRL mixture.
+
+`trl sft` hands `--dataset_name` to `load_dataset`, which takes a folder of files but neither a file nor a saved data
+set nor what `selsft score` writes. Rejected: a flag of our own per kind of file.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import json
+import lzma
+import os
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+from trl import get_dataset
+
+from ..cli.arguments import Arguments
+from ..errors import InputError, input_errors
+from ..scoring.scored_folder import is_scored, load_scored
+
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+COMPRESSED = {".gz", ".xz", ".zst", ".bz2"}
+Split: TypeAlias = Dataset | IterableDataset
+
+
+def load_splits(arguments: Arguments, evaluate: bool, strict: bool = False) -> tuple[Split, Split | None]:
+    """Train split and, if asked for, test split.
+
+    Args:
+        strict: refuse rows of the train split that hold nothing, which SFTTrainer drops in silence.
+
+    Raises:
+        `InputError` for data that is not there, splits that it does not have, and columns that cannot be trained on.
+    """
+    script = arguments.script
+    with input_errors(), data_errors(arguments):
+        splits = _load(arguments)
+    wanted = {"dataset_train_split": script.dataset_train_split}
+    if evaluate:
+        wanted["dataset_test_split"] = script.dataset_test_split
+    for field, name in wanted.items():
+        if name not in splits:
+            hint = " or set --eval_strategy no" if field == "dataset_test_split" else ""
+            raise InputError(
+                f"{field}={name!r} is not a split of the data, which has {', '.join(map(repr, splits))}: "
+                f"choose one of these{hint}"
+            )
+    train = splits[script.dataset_train_split]
+    with data_errors(arguments):
+        names = _check_columns(train, arguments.training.dataset_text_field)
+        train = _check_rows(train, names, strict)
+    return train, splits[script.dataset_test_split] if evaluate else None
+
+
+def check_source(arguments: Arguments) -> None:
+    """Raise when there is no data set, or a local file that does not exist or is empty. Cheap: nothing is read."""
+    name = arguments.script.dataset_name
+    if arguments.mixture.datasets:
+        return
+    if not name:
+        raise InputError("dataset_name is missing: give --dataset_name NAME, FILE or FOLDER, or `datasets:` in YAML")
+    if _builder(name):
+        if not Path(name).is_file():
+            raise InputError(f"dataset_name={name!r}: no such file in {os.getcwd()}")
+        if not Path(name).stat().st_size:
+            raise InputError(f"dataset_name={name!r} is an empty file: it needs at least one row")
+
+
+def describe(arguments: Arguments) -> str:
+    """What the data was loaded from."""
+    if arguments.mixture.datasets:
+        parts = arguments.mixture.datasets
+        return ", ".join(f"{part.path} {part.data_files or part.name or ''}".strip() for part in parts)
+    return arguments.script.dataset_name or ""
+
+
+def _load(arguments: Arguments) -> DatasetDict | IterableDatasetDict | dict[str, Dataset]:
+    script, name = arguments.script, arguments.script.dataset_name
+    if arguments.mixture.datasets:
+        return get_dataset(arguments.mixture)
+    check_source(arguments)
+    assert name is not None
+    path = Path(name)
+    scored = is_scored(path)
+    if scored or (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        if script.dataset_streaming:
+            raise InputError(f"dataset_streaming=True is not possible with the saved data set {name!r}: leave it out")
+        saved = load_scored(name) if scored else load_from_disk(name)
+        return saved if isinstance(saved, DatasetDict) else {script.dataset_train_split: saved}
+    if builder := _builder(name):
+        files = {script.dataset_train_split: name}
+        return load_dataset(builder, data_files=files, streaming=script.dataset_streaming)
+    return load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming)
+
+
+def _builder(name: str) -> str | None:
+    """The builder of `datasets` for a file of this name; `None` for anything but a file."""
+    path = Path(name)
+    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED]
+    return BUILDERS.get(suffixes[-1]) if suffixes and not path.is_dir() else None
+
+
+@contextlib.contextmanager
+def data_errors(arguments: Arguments) -> Iterator[None]:
+    """While data is read: what cannot be read becomes an `InputError` that names the line, where lines can be counted.
+    Streamed data is read late, so this goes around whatever iterates over it."""
+    try:
+        yield
+    except (DatasetsError, ValueError) as error:  # Arrow's errors and those of decoding are of the latter kind
+        if not (isinstance(error, DatasetsError | pa.ArrowException | UnicodeDecodeError) or _from_reader(error)):
+            raise
+        name = describe(arguments)
+        place = None if arguments.mixture.datasets or not Path(name).is_file() else _broken_line(Path(name))
+        raise InputError(f"{name!r} cannot be read as data: {place or error.__cause__ or error}") from error
+
+
+def _from_reader(error: BaseException) -> bool:
+    """Whether an error comes from the part of `datasets` that reads files."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__", "").startswith("datasets.packaged_modules") for frame in frames)
+
+
+def _broken_line(path: Path) -> str | None:
+    """What is wrong with which line of a text file; `None` when every line by itself can be read."""
+    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED]
+    if not suffixes or suffixes[-1] in (".parquet", ".arrow"):
+        return None
+    with _open(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return f"line {number} is not UTF-8 (byte 0x{line[error.start]:02x} in column {error.start + 1})"
+            if suffixes[-1] != ".jsonl" or not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except json.JSONDecodeError as error:
+                return f"line {number} is not JSON ({error.msg} in column {error.colno})"
+            if not isinstance(row, dict):
+                return f"line {number} is not a JSON object with a key per column"
+    return None
+
+
+def _open(path: Path) -> IO[bytes]:
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(path.suffix, open)(path, "rb")
+
+
+def _check_columns(data: Split, text_field: str) -> list[str]:
+    """The columns that rows are made from. TRL stops with a bare KeyError in a worker when none fits."""
+    names = data.column_names
+    if names is None:  # streamed without features: known from the first row
+        names = list(next(iter(data), {}))
+    if isinstance(data, Dataset) and len(data) == 0:
+        raise InputError("the train split has no rows: there is nothing to learn from")
+    if {"prompt", "completion"} <= set(names):
+        return ["prompt", "completion"]
+    used = [name for name in ("input_ids", "messages", "conversations", text_field) if name in names]
+    if used:
+        return used[:1]
+    raise InputError(
+        f"the data has the columns {', '.join(map(repr, names))} and none that can be trained on: it needs "
+        f"{text_field!r} (see --dataset_text_field), 'messages', 'prompt' and 'completion', or 'input_ids'"
+    )
+
+
+def _check_rows(data: Split, names: list[str], strict: bool) -> Split:
+    """Raise for the first row without a value; with `strict` also for one without tokens or messages."""
+
+    def refuse(row: int, name: str, null: bool) -> None:
+        what = f"has no {name!r}" if null else f"is empty: {name!r} has no {'tokens' if 'ids' in name else 'messages'}"
+        raise InputError(f"row {row} of the data {what}: repair or remove it")
+
+    def check(example: dict[str, Any], row: int) -> bool:
+        for name in names:
+            value = example.get(name)
+            if value is None or (strict and isinstance(value, list) and not value):
+                refuse(row, name, value is None)
+        return True
+
+    if not isinstance(data, Dataset):
+        return data.filter(check, with_indices=True)
+    first = 0
+    for block in data.select_columns(names).with_format("arrow").iter(batch_size=10_000):
+        for name in names:
+            column = block[name].combine_chunks()
+            lists = strict and (pa.types.is_list(column.type) or pa.types.is_large_list(column.type))
+            wrong = pc.or_kleene(pc.is_null(column), pc.equal(pc.list_value_length(column), 0)) if lists else None
+            found = pc.index(column.is_null() if wrong is None else wrong, True).as_py()
+            if found >= 0:
+                refuse(first + found, name, not column[found].is_valid)
+        first += len(block)
+    return data

@@ -1,0 +1,159 @@
+"""Log-probabilities that something else has computed, such as an inference server, read from Parquet and checked.
+
+A score belongs to its token only if both sides saw the same token ids, so the ids come with the values and are
+compared one by one. Rejected: joining by an id column, which says nothing about how the row was tokenised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ..data.chunks import TokenBlock
+
+
+class ImportedLogps:
+    """
+    Parquet with one row per document, in the order of the data: `input_ids`, the log-probabilities in nats (0, null or
+    anything else where nothing is trained), and, if there, `labels`.
+
+    Args:
+        path: a file, or a folder whose `*.parquet` files follow each other by name.
+        flag: what to call it in errors, such as `base_logps`; also the first choice of the column's name.
+        expected: metadata that must agree where the files have it: key -> value (`tokenizer_sha256`, `model_sha256`).
+
+    Attributes:
+        rows: number of rows of all files.
+        sha256: hash of the files.
+
+    Raises:
+        `ValueError` naming the flag and the file, and a row where it is about one.
+    """
+
+    def __init__(self, path: str | Path, flag: str, expected: dict[str, str]):
+        self._flag, self._path = flag, Path(path)
+        files = sorted(self._path.glob("*.parquet")) if self._path.is_dir() else [self._path]
+        if not files or not all(file.is_file() for file in files):
+            raise ValueError(f"{flag}={str(path)!r} is neither a Parquet file nor a folder of them")
+        digest = hashlib.sha256()
+        self._groups: list[tuple[Path, int]] = []
+        starts = [0]
+        for file in files:
+            try:
+                schema, meta = pq.read_schema(file), pq.read_metadata(file)
+            except (pa.ArrowException, OSError) as error:
+                raise ValueError(f"{flag}: {str(file)!r} is not Parquet ({str(error).splitlines()[0]})") from error
+            self._column = self._choose(schema.names, file)
+            self._labels = "labels" in schema.names
+            for key, value in expected.items():
+                found = (schema.metadata or {}).get(key.encode(), b"").decode()
+                if found and found != value:
+                    raise ValueError(
+                        f"{flag}: {str(file)!r} was made with another {key.removesuffix('_sha256')} ({key} "
+                        f"{found[:12]}, here {value[:12]})"
+                    )
+            for group in range(meta.num_row_groups):
+                self._groups.append((file, group))
+                starts.append(starts[-1] + meta.row_group(group).num_rows)
+            with file.open("rb") as handle:
+                digest.update(hashlib.file_digest(handle, "sha256").digest())
+        self._starts = np.array(starts)
+        self.rows, self.sha256 = starts[-1], digest.hexdigest()
+        self._read: tuple[int, pa.Table] | None = None  # the last row group
+
+    def take(self, block: TokenBlock) -> np.ndarray:
+        """Flat `(tokens,)` float32 values of the rows of `block`, 0 where nothing is trained.
+
+        Args:
+            block: with the columns `input_ids` and `labels`.
+
+        Raises:
+            `ValueError` for rows that are not there or have other tokens or labels, for a wrong number of values, and
+            for a value that is missing, not finite or positive where a token is trained.
+        """
+        stop = block.first_row + len(block.lengths)
+        if stop > self.rows:
+            raise ValueError(f"{self._where()} has {self.rows} rows, the data has more: it needs one for each row")
+        table = self._rows(block.first_row, stop)
+        ids = self._equal(block, table["input_ids"].combine_chunks(), "input_ids", "token")
+        if self._labels:
+            self._equal(block, table["labels"].combine_chunks(), "labels", "label")
+        column = table[self._column].combine_chunks()
+        self._same_lengths(block, column, self._column)
+        values = column.flatten().cast(pa.float64()).to_numpy(zero_copy_only=False)
+        starts = np.cumsum(block.lengths) - block.lengths
+        trained = np.asarray(block.columns["labels"]) != -100
+        trained[starts[block.lengths > 0]] = False
+        with np.errstate(invalid="ignore"):
+            broken = np.flatnonzero(trained & ~(np.isfinite(values) & (values <= 0)))
+        if broken.size:
+            token = int(broken[0])
+            row = block.row_of(token)
+            position = token - int(starts[row - block.first_row])
+            raise ValueError(
+                f"{self._where()}, row {row}: {self._column}[{position}] is {values[token]}, for token "
+                f"{ids[token]}: a log-probability is finite and at most 0"
+            )
+        return np.where(trained, values, 0.0).astype(np.float32)
+
+    def check_end(self, rows: int) -> None:
+        """Raise `ValueError` unless the data has as many rows."""
+        if rows != self.rows:
+            raise ValueError(f"{self._where()} has {self.rows} rows, the data has {rows}: it needs one for each row")
+
+    def _choose(self, names: Sequence[str], file: Path) -> str:
+        column = next((name for name in (self._flag, "logps") if name in names), None)
+        missing = [name for name in ("input_ids", column) if name not in names]
+        if missing:
+            raise ValueError(
+                f"{self._flag}: {str(file)!r} has the columns {', '.join(map(repr, names))}: it needs 'input_ids' and "
+                f"{self._flag!r} or 'logps'"
+            )
+        assert column is not None
+        return column
+
+    def _rows(self, start: int, stop: int) -> pa.Table:
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        parts = []
+        for index in range(first, len(self._groups)):
+            low = int(self._starts[index])
+            if low >= stop:
+                break
+            if self._read is None or self._read[0] != index:
+                file, group = self._groups[index]
+                names = ["input_ids", self._column, *(["labels"] if self._labels else [])]
+                self._read = index, pq.ParquetFile(file).read_row_group(group, columns=names)
+            parts.append(self._read[1].slice(max(start - low, 0), stop - max(start, low)))
+        return pa.concat_tables(parts)
+
+    def _same_lengths(self, block: TokenBlock, column: pa.Array, name: str) -> None:
+        lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy(zero_copy_only=False)
+        if (wrong := np.flatnonzero(lengths != block.lengths)).size:
+            row = int(wrong[0])
+            found = "nothing" if lengths[row] < 0 else f"{lengths[row]} values"
+            raise ValueError(
+                f"{self._where()}, row {block.first_row + row}: {name} has {found}, the row has "
+                f"{block.lengths[row]} tokens"
+            )
+
+    def _equal(self, block: TokenBlock, column: pa.Array, name: str, what: str) -> np.ndarray:
+        self._same_lengths(block, column, name)
+        found, wanted = column.flatten().to_numpy(zero_copy_only=False), np.asarray(block.columns[name])
+        if (wrong := np.flatnonzero(found != wanted)).size:
+            token = int(wrong[0])
+            row = block.row_of(token)
+            position = token - int(block.lengths[: row - block.first_row].sum())
+            raise ValueError(
+                f"{self._where()}, row {row}: {what} {position} is {found[token]}, in the data {wanted[token]}: it "
+                "was made from other rows or with another tokenizer"
+            )
+        return found
+
+    def _where(self) -> str:
+        return f"{self._flag}={str(self._path)!r}"

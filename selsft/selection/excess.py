@@ -1,0 +1,189 @@
+"""`score="excess"`: the tokens of an optimizer step, ranked by how far the current model is behind the reference.
+
+Rho-1 (arXiv 2404.07965, eq. 3 and 5) keeps the share of a batch with the largest `L_theta - L_RM`, theta the model
+that is being trained. Written in log-probabilities that is `ref_logps - current_logps`, high = still to be learnt, so
+the sign is the one of every other score here. Two ways. With two passes the step is scored in evaluation mode before
+it trains, all micro-batches and processes are one ranking, and the share is exact. With one pass the log-probabilities
+of the training forward itself are compared with a boundary known before: a fixed threshold, or a moving average of the
+boundaries that the steps so far would have had. Rejected: ranking each micro-batch alone, which makes the selection
+depend on how a batch is cut to fit memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from ..config import SelectiveSFTConfig
+from ..training.collator import ACTIVE_ROWS, REF_LOGPS, WEIGHTS, active_rows
+from ..training.head import shift
+from .quantile import Reduce, boundary_of_fraction
+from .weights import select_token_weights, shared_boundary
+
+Batch = dict[str, Any]
+
+
+def weigh_batches(
+    batches: Sequence[Batch],
+    compared: Sequence[torch.Tensor],
+    args: SelectiveSFTConfig,
+    special_ids: np.ndarray,
+    reduce: Reduce | None = None,
+) -> float | None:
+    """Add `token_weights` and `active_rows` to collated batches, in place.
+
+    Args:
+        batches: with `ref_logps`. Under `selection_scope="batch"` all of them are one ranking, else each is its own.
+        compared: log-probabilities that the reference's are compared with, `(batch, seq_len)` each, nats.
+        reduce: see `boundary_of_fraction`.
+
+    Returns:
+        the boundary that all batches share, if they do.
+    """
+    host = [
+        (batch[REF_LOGPS].cpu().numpy(), logps.cpu().numpy()) for batch, logps in zip(batches, compared, strict=True)
+    ]
+    masks = [trained_labels(batch).cpu().numpy() for batch in batches]
+    boundary = None
+    if args.selection_scope == "batch":
+        scores = [(high - low)[mask] for (high, low), mask in zip(host, masks, strict=True)]
+        boundary = shared_boundary(lambda: scores, args, reduce)
+    for batch, (high, low), mask in zip(batches, host, masks, strict=True):
+        special = np.isin(batch["input_ids"].cpu().numpy(), special_ids)
+        rows = select_token_weights(
+            list(low), list(high), list(mask), list(special), args, _documents(batch), boundary
+        )
+        batch[WEIGHTS] = torch.from_numpy(np.stack(rows))
+        batch[ACTIVE_ROWS] = active_rows(batch[WEIGHTS])
+    return boundary
+
+
+def trained_labels(batch: Batch) -> torch.Tensor:
+    """Which tokens of a collated batch have a label and a past to be predicted from: `(batch, seq_len)` bool."""
+    trained = batch["labels"] != -100
+    trained[:, 0] = False
+    return trained
+
+
+def _documents(batch: Batch) -> list[np.ndarray] | None:
+    """Number of each token's document where rows are concatenated: its positions start at 0 again."""
+    if "position_ids" not in batch or "attention_mask" in batch:
+        return None
+    starts = batch["position_ids"].cpu().numpy() == 0
+    return list(np.cumsum(starts, axis=1))
+
+
+class ExcessSelector(TrainerCallback, ExportableState):
+    """Selects the tokens of each optimizer step.
+
+    The moving average of `excess_passes=1` is part of `trainer_state.json`, so that a resumed run goes on with it. Its
+    first value is the exact boundary of the first step, which for that purpose runs in two passes.
+
+    Args:
+        current_logps: log-probabilities of a batch under the current model, without gradients, `(batch, seq_len)`.
+        special_ids: `(k,)` int64, ids of tokens that are never negative.
+
+    Attributes:
+        boundary: score below which a token of the current step is negative, nats; `None` before the first step.
+        one_pass: whether the current step selects in its training forward.
+    """
+
+    def __init__(
+        self,
+        args: SelectiveSFTConfig,
+        accelerator: Accelerator,
+        special_ids: np.ndarray,
+        current_logps: Callable[[Batch], torch.Tensor],
+    ):
+        self.args, self.accelerator, self.special_ids = args, accelerator, special_ids
+        self.current_logps = current_logps
+        self.boundary = None if args.negative_threshold is None else -float(args.negative_threshold)
+        self.one_pass = False
+        self._seen: list[torch.Tensor] = []  # scores of the micro-batches of this step, NaN where not trained
+
+    def begin_step(self, batches: Sequence[Batch]) -> int:
+        """Give the batches of a step their `token_weights`: the labels, or, where the training forward selects, 1 for
+        every token that it selects from. Returns the number of these, of this process."""
+        # A step without tokens, or with too few for the share, has no boundary to start an average from
+        self.one_pass = self.args.excess_passes == 1 and self.boundary is not None and math.isfinite(self.boundary)
+        if self.one_pass:
+            for batch in batches:
+                batch[WEIGHTS] = trained_labels(batch).float()
+                batch[ACTIVE_ROWS] = active_rows(batch[WEIGHTS])
+        else:
+            current = [self.current_logps(batch) for batch in batches]
+            self.boundary = weigh_batches(batches, current, self.args, self.special_ids, self._reduce)
+        return int(sum(trained_labels(batch).sum() for batch in batches))
+
+    def num_items(self, candidates: torch.Tensor) -> torch.Tensor:
+        """What the loss of a one-pass step is divided by, from the number of its candidate tokens. Every candidate is
+        positive or negative; where negatives are dropped, the share k of them counts, as in eq. 5 of Rho-1."""
+        fraction = self.args.positive_fraction
+        return candidates * fraction if self.args.forget_weight == 0 and fraction is not None else candidates
+
+    def chooser(
+        self,
+        input_ids: torch.Tensor,
+        ref_logps: torch.Tensor,
+        candidates: torch.Tensor,
+        forget_scale: float | torch.Tensor,
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What the head calls with the log-probabilities of the training forward, `(batch, width)`, to get the signed
+        weights of the predicted tokens, of that shape.
+
+        Args:
+            input_ids, ref_logps, candidates: `(batch, seq_len)`; candidates are 1 for the tokens to choose from.
+            forget_scale: weight of a negative token.
+        """
+        assert self.boundary is not None
+        boundary, gate = self.boundary, self.args.gate_reference_prob
+        protected = torch.isin(input_ids, torch.as_tensor(self.special_ids, device=input_ids.device))
+
+        def choose(logps: torch.Tensor) -> torch.Tensor:
+            width, device = logps.size(1), logps.device
+            reference, trained, safe = (
+                shift(column.to(device), width) for column in (ref_logps, candidates > 0, protected)
+            )
+            scores = reference - logps
+            if self.args.positive_fraction is not None:
+                self._seen.append(scores.masked_fill(~trained, math.nan))
+            if gate is not None:
+                safe = safe | (reference >= math.log(gate))
+            negative = (scores < boundary) & ~safe
+            return torch.where(negative, -forget_scale, 1.0) * trained
+
+        return choose
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Move the average: the boundary that the step would have had, over all processes."""
+        if not self.one_pass or self.args.positive_fraction is None:
+            return
+        scores = [part[~part.isnan()].float().cpu().numpy() for part in self._seen]
+        self._seen.clear()
+        found = boundary_of_fraction(lambda: scores, self.args.positive_fraction, self._reduce)
+        if math.isfinite(found):
+            assert self.boundary is not None
+            self.boundary += (1 - self.args.excess_decay) * (found - self.boundary)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if isinstance(saved, dict) and self.args.excess_passes == 1 and self.args.positive_fraction is not None:
+            self.boundary = saved["attributes"]["boundary"]
+
+    def state(self) -> dict:
+        kept = self.boundary is not None and self.args.excess_passes == 1 and math.isfinite(self.boundary)
+        return {"args": {}, "attributes": {"boundary": self.boundary if kept else None}}
+
+    def _reduce(self, counts: np.ndarray) -> np.ndarray:
+        if self.accelerator.num_processes == 1:
+            return counts
+        # fp32 collectives of some back ends round above 2^24; int64 does not
+        total = self.accelerator.reduce(torch.from_numpy(counts).to(self.accelerator.device), reduction="sum")
+        return total.cpu().numpy()

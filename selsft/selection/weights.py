@@ -1,0 +1,231 @@
+"""Scored tokens -> the column `token_weights`, for a batch, a streamed row, or a whole data set on disk.
+
+A score is high = useful: `ref_logps - base_logps` in nats for `"influence"` (arXiv 2508.04329, there with the losses'
+sign; the same as Token Cleaning, 2502.01968). Selection needs no model, so changing a threshold never rescores. For a
+data set the boundary comes from `order_statistic` and the rows pass by in blocks, so 1e8 tokens need no more memory
+than 1e6. In this order: the rule (threshold or share, with the neutral band), what can never be negative (special
+tokens, the gate on the reference's probability), the cap per document, and `forget_weight=0`, which makes negatives
+neutral. `"excess"`, whose scores change with every step, is in `excess.py`.
+
+Rejected: a class per scheme. They differ in where a score comes from, which is one line each, and in nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Dataset
+
+from ..data.chunks import ColumnWriter, TokenBlock, token_blocks, trained_mask, with_column
+from ..training.collator import BASE_LOGPS, NEGATIVE_MASK, REF_LOGPS, TOKEN_SCORES, WEIGHTS
+from .quantile import Blocks, Reduce, boundary_of_fraction
+from .rules import NEUTRAL, cap_negatives, check_finite, group_boundaries, labels_at
+
+if TYPE_CHECKING:
+    from ..config import SelectiveSFTConfig
+
+logger = logging.getLogger(__name__)
+
+# score -> columns that it is read from
+_COLUMNS = {
+    "influence": (BASE_LOGPS, REF_LOGPS),
+    "random": (),
+    "oracle": (NEGATIVE_MASK,),
+    "given": (TOKEN_SCORES,),
+}
+
+
+@dataclass
+class ScoredTokens:
+    """The trained tokens of some rows, one after another; all arrays `(n,)`.
+
+    `rows` and `documents` number the row and the document of each token, ascending; `protected` are special tokens;
+    `ref_logps` (nats) is there where a gate asks for it.
+    """
+
+    scores: np.ndarray
+    rows: np.ndarray
+    documents: np.ndarray
+    protected: np.ndarray
+    ref_logps: np.ndarray | None = None
+
+
+def labels_of(tokens: ScoredTokens, boundary: float | None, args: SelectiveSFTConfig) -> np.ndarray:
+    """Labels under all selection settings of `args`, `(n,)` int8.
+
+    Args:
+        boundary: what the tokens share (`shared_boundary`), or `None` where each row is ranked on its own.
+    """
+    own = group_boundaries(tokens.scores, tokens.rows, args.positive_fraction or 0.0) if boundary is None else boundary
+    safe = tokens.protected
+    if args.gate_reference_prob is not None:
+        assert tokens.ref_logps is not None
+        safe = safe | (tokens.ref_logps >= np.float32(math.log(args.gate_reference_prob)))
+    labels = labels_at(tokens.scores, own, neutral_band=args.neutral_band, protected=safe)
+    if args.max_negative_share is not None:
+        cap_negatives(labels, tokens.scores, tokens.documents, args.max_negative_share)
+    return np.maximum(labels, NEUTRAL) if args.forget_weight == 0 else labels
+
+
+def shared_boundary(blocks: Blocks, args: SelectiveSFTConfig, reduce: Reduce | None = None) -> float | None:
+    """The score below which tokens are negative, whatever their row; `None` when each row has its own boundary.
+
+    Args:
+        blocks, reduce: as for `boundary_of_fraction`; not looked at under a threshold.
+    """
+    if args.score == "oracle":
+        return 0.0  # scores of -1 and 1
+    if args.negative_threshold is not None:
+        return -float(args.negative_threshold)
+    assert args.positive_fraction is not None
+    if args.selection_scope == "sequence":
+        return None
+    return boundary_of_fraction(blocks, args.positive_fraction, reduce)
+
+
+def select_token_weights(
+    base_logps: Sequence[np.ndarray],
+    ref_logps: Sequence[np.ndarray],
+    trained: Sequence[np.ndarray],
+    protected: Sequence[np.ndarray],
+    args: SelectiveSFTConfig,
+    documents: Sequence[np.ndarray] | None = None,
+    boundary: float | None = None,
+) -> list[np.ndarray]:
+    """Token weights of every row of a batch, under the selection settings of `args`.
+
+    Args:
+        base_logps, ref_logps: one `(row length,)` float array per row, nats.
+        trained: one bool array per row: the token has a label and is predicted from its past.
+        protected: one bool array per row: special tokens, never negative (positive instead).
+        documents: one int array per row: number of the token's document, ascending; the row itself by default.
+        boundary: of tokens beyond these rows; by default it follows from these rows alone.
+
+    Returns:
+        one float32 array per row of -1, 0, 1; 0 wherever `trained` is false. With `forget_weight=0` negatives are 0:
+        ignoring is forgetting with weight zero, and such rows are then skipped altogether.
+    """
+    lengths = np.array([len(row) for row in trained], np.int64)
+    mask = _concatenate(trained, bool)
+    reference = _concatenate(ref_logps, np.float32)
+    scores = (reference - _concatenate(base_logps, np.float32))[mask]
+    check_finite(scores)
+    rows = np.repeat(np.arange(len(lengths)), lengths)[mask]
+    tokens = ScoredTokens(
+        scores,
+        rows,
+        rows if documents is None else _concatenate(documents, np.int64)[mask],
+        _concatenate(protected, bool)[mask],
+        reference[mask],
+    )
+    if boundary is None:
+        boundary = shared_boundary(lambda: [scores], args)
+    weights = np.zeros(mask.size, dtype=np.float32)
+    weights[mask] = labels_of(tokens, boundary, args)
+    return np.split(weights, np.cumsum(lengths)[:-1]) if len(lengths) else []
+
+
+def add_token_weights(
+    dataset: Dataset, args: SelectiveSFTConfig, special_ids: np.ndarray, padding_free: bool
+) -> Dataset:
+    """`dataset` with the column `token_weights`, selected under the settings of `args`, in bounded memory.
+
+    Args:
+        dataset: final rows with `input_ids`, `labels`, the columns of `args.score` (`base_logps` and `ref_logps`,
+            `negative_mask`, `token_scores`, or none) and, when packed, `seq_lengths`.
+        special_ids: `(k,)` int64, ids of tokens that are never negative.
+        padding_free: whether the documents of a packed row are kept apart.
+
+    Returns:
+        the data set with int8 lists of -1, 0, 1, in a memory-mapped temporary file; 0 for tokens that are not trained
+        and, with `forget_weight=0`, for negative ones.
+
+    Raises:
+        `ValueError` for a score that is not finite or a mask that is not 0 or 1, naming the row.
+    """
+
+    def scored(*names: str) -> Iterator[tuple[TokenBlock, np.ndarray, np.ndarray]]:
+        """Blocks, which of their tokens are trained, and the scores of those."""
+        rng = np.random.default_rng(args.seed)  # a number for each token of the data, in order: the same in every pass
+        for block in token_blocks(dataset, ["labels", *names, *_COLUMNS[args.score]]):
+            mask = trained_mask(block, padding_free)
+            yield block, mask, _scores(block, mask, args, rng)
+
+    boundary = shared_boundary(lambda: (scores for _, _, scores in scored()), args)
+    writer = ColumnWriter(WEIGHTS, "int8")
+    lowest, highest = np.inf, -np.inf
+    for block, mask, scores in scored("input_ids"):
+        weights = np.zeros(mask.size, np.int8)
+        weights[mask] = labels_of(_tokens(block, mask, scores, special_ids), boundary, args)
+        writer.write(weights, block.lengths)
+        lowest, highest = scores.min(initial=lowest), scores.max(initial=highest)
+    if args.score == "influence" and 0 <= highest - lowest < 1e-6:
+        logger.warning(
+            "all tokens have the same score: the reference says what the model says, so nothing can be selected. "
+            "Is the reference another checkpoint than the model?"
+        )
+    return with_column(dataset, WEIGHTS, writer.dataset())
+
+
+def row_weights(
+    row: dict[str, Any], args: SelectiveSFTConfig, special_ids: np.ndarray, padding_free: bool
+) -> np.ndarray:
+    """Token weights of one streamed row, `(row length,)` int8, under a rule that needs no other rows."""
+    columns = {name: np.asarray(row[name]) for name in ("input_ids", "labels", *_COLUMNS[args.score])}
+    documents = row.get("seq_lengths")
+    lengths = np.array([len(row["input_ids"])])
+    block = TokenBlock(0, lengths, columns, None if documents is None else np.asarray(documents))
+    mask = trained_mask(block, padding_free)
+    scores = _scores(block, mask, args, None)
+    weights = np.zeros(mask.size, np.int8)
+    weights[mask] = labels_of(_tokens(block, mask, scores, special_ids), shared_boundary(lambda: [scores], args), args)
+    return weights
+
+
+def _scores(
+    block: TokenBlock, mask: np.ndarray, args: SelectiveSFTConfig, rng: np.random.Generator | None
+) -> np.ndarray:
+    """Scores of the trained tokens of a block, `(n,)` float32."""
+    columns = block.columns
+    if args.score == "random":
+        assert rng is not None
+        scores = rng.random(block.size, dtype=np.float32)[mask]
+    elif args.score == "oracle":
+        marked = columns[NEGATIVE_MASK]
+        if (wrong := np.flatnonzero((marked != 0) & (marked != 1))).size:
+            raise ValueError(
+                f"row {block.row_of(int(wrong[0]))}: column {NEGATIVE_MASK!r} holds {marked[wrong[0]]}; it must be 0 "
+                "or 1 (true: negative)"
+            )
+        scores = np.where(marked[mask] == 1, np.float32(-1), np.float32(1))
+    elif args.score == "given":
+        scores = columns[TOKEN_SCORES][mask].astype(np.float32)
+    else:
+        reference, base = (columns[name].astype(np.float32, copy=False) for name in (REF_LOGPS, BASE_LOGPS))
+        scores = (reference - base)[mask]
+    if not np.isfinite(scores).all():
+        rows = _numbered(block.lengths)[mask]
+        row = int(rows[np.flatnonzero(~np.isfinite(scores))[0]])
+        check_finite(scores[rows == row], f"row {block.first_row + row}: score number {{}}")
+    return scores
+
+
+def _tokens(block: TokenBlock, mask: np.ndarray, scores: np.ndarray, special_ids: np.ndarray) -> ScoredTokens:
+    rows = _numbered(block.lengths)[mask]
+    documents = rows if block.documents is None else _numbered(block.documents)[mask]
+    protected = np.isin(block.columns["input_ids"][mask], special_ids)
+    reference = block.columns.get(REF_LOGPS)
+    return ScoredTokens(scores, rows, documents, protected, None if reference is None else reference[mask])
+
+
+def _numbered(lengths: np.ndarray) -> np.ndarray:
+    return np.repeat(np.arange(len(lengths)), lengths)
+
+
+def _concatenate(rows: Sequence[np.ndarray], dtype) -> np.ndarray:
+    return np.concatenate([np.asarray(row, dtype=dtype) for row in rows]) if len(rows) else np.zeros(0, dtype=dtype)

@@ -1,0 +1,115 @@
+"""What a selective run cannot do, each with its reason and its remedy, before anything is scored.
+
+Kept apart from the trainer, whose overrides should stay readable. What settings alone contradict each other is refused
+by `SelectiveSFTConfig`; here are the refusals that need the data, the model or the launcher.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from datasets import IterableDataset
+from trl.data_utils import get_dataset_column_names
+
+from .._compat import DataCollatorForLanguageModeling
+from ..scoring.reference import Model
+from .collator import BASE_LOGPS, REF_LOGPS, SCORE_COLUMNS, WEIGHTS, DataCollatorForSelectiveSFT
+
+if TYPE_CHECKING:
+    from ..trainer import SelectiveSFTTrainer
+
+
+def refuse_unsupported(trainer: SelectiveSFTTrainer, source: str | Model | None, given: list[str]) -> None:
+    """Raise `ValueError` for the first reason why `trainer` cannot select tokens.
+
+    Args:
+        source: the reference.
+        given: token columns of the train dataset.
+    """
+    args, names = trainer.args, get_dataset_column_names(trainer.train_dataset)
+    parallelism = trainer.accelerator.parallelism_config
+    scores = {BASE_LOGPS, REF_LOGPS} & set(given)
+    streamed = isinstance(trainer.train_dataset, IterableDataset)
+    collator = type(trainer.data_collator)
+    score, column = args.score, SCORE_COLUMNS.get(args.score)
+    reasons = [
+        (
+            score != "influence" and WEIGHTS in given,
+            f"the train dataset has the column {WEIGHTS!r} (or messages with a weight) and score={score!r}: both "
+            "say what is negative. Drop one of them",
+        ),
+        (
+            score in ("random", "oracle", "given") and source is not None,
+            f"score={score!r} needs no reference: leave reference_model out",
+        ),
+        (
+            column is not None and column not in given,
+            f"score={score!r} needs the column {column!r}, one value per token of 'input_ids', which the train "
+            "dataset does not have",
+        ),
+        (
+            score == "excess" and source is None and REF_LOGPS not in given,
+            f"score='excess' compares with a reference: set reference_model, or bring the column {REF_LOGPS!r} "
+            "(`selsft score`)",
+        ),
+        (
+            score == "random" and streamed,
+            "score='random' ranks the rows of a loaded dataset, and this one is streamed: load it",
+        ),
+        (
+            score == "given" and streamed and args.positive_fraction is not None and args.selection_scope == "global",
+            f"positive_fraction={args.positive_fraction} ranks the tokens of the whole dataset, which streamed "
+            "rows do not show: use negative_threshold, or selection_scope='sequence'",
+        ),
+        (
+            source is not None and given,
+            f"the train dataset has the columns {given} and a reference_model is set: both say what is negative. "
+            "Drop the columns or the reference",
+        ),
+        (
+            len(scores) == 1 and WEIGHTS not in given and score == "influence",
+            f"the train dataset has the column {sorted(scores)[0] if scores else ''!r} alone: a score needs both "
+            f"{BASE_LOGPS!r} and {REF_LOGPS!r}",
+        ),
+        (
+            streamed and scores and WEIGHTS not in given and score == "influence",
+            f"streamed rows cannot be selected by the columns {sorted(scores)}: load the dataset, or bring "
+            f"{WEIGHTS!r}",
+        ),
+        (
+            streamed and source is None and BASE_LOGPS not in given and args.forget_objective == "npo",
+            "forget_objective='npo' needs the log-probabilities at the start of training, which streamed rows "
+            "with given weights do not have: use another objective",
+        ),
+        (
+            trainer.compute_loss_func is not None,
+            "compute_loss_func and token selection exclude each other: the loss of a token is set by "
+            "forget_objective and loss_type",
+        ),
+        (
+            args.label_smoothing_factor > 0,
+            f"label_smoothing_factor={args.label_smoothing_factor} has no meaning for negative tokens: set it to 0",
+        ),
+        (
+            trainer._is_vision_dataset,
+            "token selection is not available for datasets with images, whose tokens are made in the collator: "
+            "train on text, or without a reference",
+        ),
+        (
+            parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled or parallelism.tp_enabled),
+            "token selection is not available with context, sequence or tensor parallelism (cp_size, sp_size or "
+            "tp_size > 1): use data parallelism, FSDP or DeepSpeed",
+        ),
+        (
+            "input_ids" not in names and not streamed,
+            "token selection needs tokenised rows: with skip_prepare_dataset bring the column 'input_ids'",
+        ),
+        (
+            not issubclass(collator, DataCollatorForSelectiveSFT) and collator is not DataCollatorForLanguageModeling,
+            f"data_collator is a {collator.__name__}, which drops the token columns: derive it from "
+            "selsft.DataCollatorForSelectiveSFT, or leave it out",
+        ),
+    ]
+    for holds, reason in reasons:
+        if holds:
+            raise ValueError(reason)

@@ -1,0 +1,156 @@
+"""A stage: one step of a run, in a folder that is named after everything that decides what is in it.
+
+The key of a stage is a hash of its settings, of the keys of the stages it reads from, and of the content of the files
+it reads. So a stage whose inputs are unchanged is found again, a changed setting makes a new folder beside the old one
+and loses nothing, and going back to an earlier setting costs nothing. Rejected: comparing times of files as `make`
+does, which takes a copied folder for a new one and a changed setting for none.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..cli.manifest import versions
+from ..data.loading import BUILDERS
+from ..errors import InputError
+from ..scoring.cache import write_json
+
+RECORD = "stage.json"
+# Above this, a local folder is known by names, sizes and times of its files: hashing takes a second for each GB
+_HASHED_BYTES = 50e9
+_NO_MODEL = "{!r} is neither a folder with a model nor the id of one that can be loaded: check the spelling"
+
+
+@dataclass
+class Stage:
+    """One step of a run.
+
+    Args:
+        name: unique within the run; its part before the first `-` is what `--from` takes.
+        settings: what decides the result, besides the inputs. Must be JSON.
+        inputs: what it reads: other stages, or fingerprints of files and models from outside.
+        work: fills the folder. Called again on a folder that an interrupted run has left behind.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    inputs: dict[str, Stage | str]
+    work: Callable[[Path], None]
+    root: Path = field(repr=False, default=Path())
+
+    @functools.cached_property
+    def key(self) -> str:
+        inputs = {name: each.key if isinstance(each, Stage) else each for name, each in self.inputs.items()}
+        text = json.dumps([self.name, self.settings, inputs], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "stages" / f"{self.name}-{self.key}"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What `stage.json` says; empty when there is none."""
+        path = self.folder / RECORD
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def state(self) -> str:
+        """`"finished"`, `"interrupted"`, `"changed"` (finished, but a file of it is not what it was) or `"new"`."""
+        record = self.record
+        if not record:
+            return "interrupted" if self.folder.is_dir() and any(self.folder.iterdir()) else "new"
+        if record["status"] != "finished":
+            return "interrupted"
+        return "finished" if _sizes(self.folder) == record["outputs"] else "changed"
+
+    def run(self) -> float:
+        """Do the work; returns seconds. The record says `running` until the folder is whole."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        before = self.record
+        record: dict[str, Any] = {
+            "stage": self.name,
+            "key": self.key,
+            "status": "running",
+            "settings": self.settings,
+            "inputs": {
+                name: each.folder.name if isinstance(each, Stage) else each for name, each in self.inputs.items()
+            },
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "interrupted": before.get("interrupted", 0) + bool(before),
+            "versions": versions(),
+        }
+        write_json(self.folder / RECORD, record)
+        start = time.perf_counter()
+        self.work(self.folder)
+        seconds = time.perf_counter() - start
+        record |= {"status": "finished", "seconds": round(seconds, 1), "outputs": _sizes(self.folder)}
+        write_json(self.folder / RECORD, record)
+        return seconds
+
+    def set_aside(self) -> Path | None:
+        """Rename the folder, so that the stage runs anew and nothing is lost."""
+        if not self.folder.exists():
+            return None
+        number = 1
+        while (aside := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
+            number += 1
+        os.rename(self.folder, aside)
+        return aside
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Size of every file but the record, bytes."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != RECORD)
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
+def file_fingerprint(path: str | Path) -> str:
+    """Hash of the content of a file, or of all files of a folder with their names."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and ".git" not in p.parts)
+    digest = hashlib.sha256()
+    hashed = sum(file.stat().st_size for file in files) <= _HASHED_BYTES
+    for file in files:
+        stat = file.stat()
+        digest.update(f"{file.relative_to(path) if path.is_dir() else ''}\0{stat.st_size}\0".encode())
+        if hashed:
+            with file.open("rb") as handle:
+                digest.update(hashlib.file_digest(handle, "sha256").digest())
+        else:
+            digest.update(str(stat.st_mtime_ns).encode())
+    return digest.hexdigest()[:32]
+
+
+def model_source(name: str, revision: str | None = None) -> str:
+    """What a model or adapter is known by: the content of its folder, or its id and commit on the Hub."""
+    if Path(name).is_dir():
+        return file_fingerprint(name)
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+
+    for file in ("config.json", "adapter_config.json"):
+        try:
+            found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{_NO_MODEL.format(name)} ({str(error).splitlines()[0]})") from error
+        if found is not None:
+            return f"{name}@{extract_commit_hash(found, None)}"
+    raise InputError(_NO_MODEL.format(name))
+
+
+def data_source(name: str) -> str:
+    """What a data set is known by: the content of a file or folder; on the Hub its name alone, so that a new version
+    there is read only when asked for (`--from split`)."""
+    if Path(name).exists():
+        return file_fingerprint(name)
+    if Path(name).suffix in BUILDERS:
+        raise InputError(f"dataset_name={name!r}: no such file in {os.getcwd()}")
+    return name

@@ -1,0 +1,484 @@
+"""`selsft run`: which flag decides which stage, what is skipped, what survives a kill, and one run from end to end."""
+
+import importlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from rich.console import Console
+from safetensors.torch import load_file
+
+from selsft.cli import main
+from selsft.errors import InputError
+from selsft.pipeline.plan import Plan
+from selsft.pipeline.recipe import load_recipe
+from selsft.report.run import paired_difference
+from selsft.workflow.run import execute
+from selsft.workflow.stage import Stage
+from tests.support import tiny
+
+RECIPE = {
+    "model_name_or_path": "model",
+    "dataset_name": "rows.jsonl",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
+    "report_to": "none",
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "save_total_limit": 1,
+    "max_steps": 3,
+    "learning_rate": 1.0e-2,
+    "max_length": 32,
+    "use_peft": True,
+    "lora_target_modules": ["q_proj", "v_proj"],
+    "negative_threshold": 0.01,
+    "stages": {
+        "split": {"reference_size": 0.3, "eval_size": 5},
+        "reference": {"learning_rate": 2.0e-2},
+        "evaluate": {"max_new_tokens": 3},
+    },
+}
+
+
+def run_here(command, argv):
+    """A command in this process, where everything is imported."""
+    if status := importlib.import_module(f"selsft.cli.{command}").main(argv):
+        raise InputError(f"selsft {command} ended in status {status}")
+
+
+def console():
+    return Console(file=open(os.devnull, "w"), force_terminal=False)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with `model`, `rows.jsonl` and `recipe.yaml`."""
+    monkeypatch.chdir(tmp_path)
+    tiny.llama().save_pretrained("model")
+    tiny.tokenizer().save_pretrained("model")
+    tiny.prompt_data(48).to_json("rows.jsonl")
+    Path("recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    return tmp_path
+
+
+def plan(*overrides, root="run", run=run_here, source="recipe.yaml"):
+    return Plan(load_recipe(source, list(overrides)), Path(root), run)
+
+
+def keys(found):
+    return {stage.name: stage.key for stage in found.stages}
+
+
+def changed(*overrides):
+    """The stages that an override makes anew."""
+    before, after = keys(plan()), keys(plan(*overrides))
+    assert list(before) == list(after)
+    return [name for name in before if before[name] != after[name]]
+
+
+AFTER_SCORE = ["select", "train", "evaluate-trained"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stages"),
+    [
+        (["--negative_threshold", "2.0"], AFTER_SCORE),
+        (["--neutral_band", "0.1"], AFTER_SCORE),
+        (["--forget_weight", "0.5"], AFTER_SCORE[1:]),
+        (["--forget_weight", "0.0"], AFTER_SCORE),  # negatives become neutral
+        (["--forget_objective", "npo"], AFTER_SCORE),  # which needs the log-probabilities of the start
+        (["--forget_objective", "wga"], AFTER_SCORE[1:]),
+        (["--train.learning_rate", "0.5"], AFTER_SCORE[1:]),
+        (["--learning_rate", "0.5"], AFTER_SCORE[1:]),  # the reference has its own
+        (["--evaluate.max_new_tokens", "5"], ["evaluate-base", "evaluate-reference", "evaluate-trained"]),
+        (["--logging_steps", "3"], []),
+        (["--save_total_limit", "2"], []),
+        (
+            ["--reference.learning_rate", "0.5"],
+            ["reference", "score", *AFTER_SCORE[:2], "evaluate-reference", "evaluate-trained"],
+        ),
+        (["--scoring_batch_size", "2"], ["score", *AFTER_SCORE]),
+    ],
+)  # fmt: skip
+def test_a_flag_decides_the_stages_that_it_concerns(folder, overrides, stages):
+    assert changed(*overrides) == stages
+
+
+def test_another_max_length_leaves_only_the_split(folder):
+    assert changed("--max_length", "16") == list(keys(plan()))[1:]
+
+
+def test_content_decides_not_names_or_times(folder):
+    before = keys(plan())
+    os.utime("rows.jsonl", (0, 0))
+    Path("rows.jsonl").rename("others.jsonl")
+    assert keys(plan("--dataset_name", "others.jsonl")) == before
+    rows = Path("others.jsonl").read_text()
+    Path("others.jsonl").write_text(rows.replace("alpha", "zeta", 1))
+    assert set(keys(plan("--dataset_name", "others.jsonl")).items()).isdisjoint(before.items())
+    torch.manual_seed(5)
+    tiny.llama(seed=9).save_pretrained("model")
+    Path("others.jsonl").write_text(rows)
+    other = keys(plan("--dataset_name", "others.jsonl"))
+    assert other["split"] == before["split"] and other["reference"] != before["reference"]
+
+
+def outputs(root):
+    """What a run has made: weights, token weights, and metrics without times."""
+    found = {}
+    for path in sorted(Path(root).glob("stages/*/**/*")):
+        name = str(path.relative_to(root))
+        if Path(name).parts[1][-2] == ".":  # set aside
+            continue
+        if path.name == "adapter_model.safetensors" and path.parent.name == "model":
+            found[name] = {key: value.numpy() for key, value in load_file(path).items()}
+        elif path.suffix == ".parquet":
+            found[name] = pq.read_table(path).to_pydict()
+        elif path.name == "metrics.json":
+            metrics = json.loads(path.read_text())
+            found[name] = {k: v for k, v in metrics.items() if k not in ("seconds", "model")}
+    return found
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        for key, value in left[name].items():
+            if isinstance(value, np.ndarray):
+                np.testing.assert_array_equal(value, right[name][key], err_msg=name)
+            else:
+                assert value == right[name][key], (name, key)
+
+
+def test_from_data_to_report_and_again(folder):
+    commands = []
+
+    def run(command, argv):
+        commands.append(command)
+        run_here(command, argv)
+
+    first = plan(run=run)
+    execute(first, [], None, console())
+    assert commands == ["train", "score", "train", "evaluate", "evaluate", "evaluate"]
+    train = Path("run/train/model")
+    assert (train / "adapter_model.safetensors").is_file() and Path("run/report.html").is_file()
+    selected = pq.read_table("run/select/selected.parquet").to_pydict()
+    counts = json.loads(Path("run/select/selection.json").read_text())
+    weights = np.concatenate([np.array(row) for row in selected["token_weights"]])
+    assert counts["negative"] == (weights < 0).sum() > 0 and counts["positive"] == (weights > 0).sum() > 0
+    assert [row["score"] for row in counts["worst"]] == sorted(row["score"] for row in counts["worst"])
+    config = yaml.safe_load(Path("run/train/config.yaml").read_text())
+    assert config["dataset_name"].endswith("selected.parquet") and "reference_model" not in config
+    report = json.loads(Path("run/report.json").read_text())
+    assert {row["name"] for row in report["measures"]} >= {"nll", "exact_match", "eos_rate", "kl_to_base"}
+
+    before = outputs("run")
+    commands.clear()
+    execute(plan(run=run), [], None, console())
+    assert commands == []
+    execute(plan("--negative_threshold", "0.02", run=run), [], None, console())  # no model for the selection
+    assert commands == ["train", "evaluate"]
+    assert len(list(Path("run/stages").glob("train-*"))) == 2
+    execute(plan(run=run), [], None, console())  # going back finds the old one
+    assert (
+        commands == ["train", "evaluate"]
+        and {k: v for k, v in outputs("run").items() if k in before}.keys() == before.keys()
+    )
+
+    commands.clear()
+    (Path("run/select") / "selected.parquet").write_bytes(b"cut")
+    execute(plan(run=run), [], None, console())
+    assert commands == [] and pq.read_table("run/select/selected.parquet").to_pydict() == selected
+    assert len(list(Path("run/stages").glob("select-*.1"))) == 1
+
+    execute(plan(run=run), [], "train", console())
+    assert commands == ["train", "evaluate", "evaluate", "evaluate"]
+    kept = outputs("run")
+    for name, value in before.items():
+        if name.startswith("stages/train"):
+            assert_same({name: value}, {name: kept[name]})  # the same seeds, the same weights
+
+
+def test_the_selected_run_is_training_with_the_reference(folder):
+    """The stages split, reference, score, select, train give the model that one `selsft train` gives."""
+    overrides = ["--negative_threshold", "0.02", "--lora_dropout", "0.0"]  # dropout would see other random numbers
+    execute(plan(*overrides), [], None, console())
+    stages = {stage.name: stage.folder for stage in plan(*overrides).stages}
+    flags = {key: value for key, value in RECIPE.items() if key != "stages"}
+    flags |= {
+        "dataset_name": str(stages["split"] / "train.parquet"),
+        "reference_model": str(stages["reference"] / "model"),
+        "output_dir": "direct",
+        "negative_threshold": 0.02,
+        "lora_dropout": 0.0,
+    }
+    Path("direct.yaml").write_text(yaml.safe_dump(flags))
+    assert main(["train", "--config", "direct.yaml"]) == 0
+    direct = load_file("direct/adapter_model.safetensors")
+    staged = load_file(stages["train"] / "model" / "adapter_model.safetensors")
+    for name, value in direct.items():
+        torch.testing.assert_close(staged[name], value, rtol=0, atol=1e-5)
+    start = load_file(stages["reference"] / "model" / "adapter_model.safetensors")
+    assert any((start[name] - direct[name]).abs().max() > 1e-2 for name in direct)
+
+
+def test_killed_at_random_moments_ends_as_if_undisturbed(folder):
+    execute(plan(root="whole"), [], None, console())
+    expected = outputs("whole")
+    rng, kills, started = random.Random(0), 0, time.monotonic()
+    delays = iter([0.2, 0.5, 0.9, 1.3, 0.7, 1.8, 1.1, 2.2, 1.5, 2.6] * 3)
+    while True:
+        child = os.fork()
+        if not child:  # everything is imported here already
+            try:
+                execute(plan(root="killed"), [], None, console())
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc(file=sys.__stderr__)
+                os._exit(1)
+        deadline = time.monotonic() + (next(delays) + rng.random() if kills < 8 else 120)
+        while (done := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if done[0]:
+            assert os.waitstatus_to_exitcode(done[1]) == 0
+            break
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kills += 1
+        assert time.monotonic() - started < 200
+    assert kills >= 3
+    found = outputs("killed")
+    for name, value in expected.items():
+        if "rows.parquet" in name or "metrics.json" in name or "adapter" in name or "select" in name:
+            assert_same({name: value}, {name: found[name]})
+    records = [json.loads(path.read_text()) for path in Path("killed").glob("stages/*/stage.json")]
+    assert all(record["status"] == "finished" for record in records)
+    assert any(record["interrupted"] for record in records)
+
+
+def test_a_checkpoint_that_was_cut_off_is_not_gone_on_from(folder):
+    execute(plan(root="whole"), [], None, console())
+    expected = outputs("whole")
+    calls = []
+
+    def run(command, argv):
+        run_here(command, argv)
+        calls.extend([command] if command == "train" else [])
+        if command == "train" and len(calls) in (
+            1,
+            3,
+        ):  # the end of training, killed while its last checkpoint was written
+            model = Path(argv[1]).parent / "model"
+            last = model / "checkpoint-4"
+            last.mkdir()
+            (last / "adapter_model.safetensors").write_bytes(b"")
+            (last / "trainer_state.json").write_text('{"global_st' if len(calls) == 3 else "")
+            raise InputError("killed")
+
+    for _ in range(2):
+        with pytest.raises(InputError, match="killed"):
+            execute(plan(root="cut", run=run), [], None, console())
+    execute(plan(root="cut", run=run), [], None, console())
+    found = outputs("cut")
+    for name, value in expected.items():
+        if "adapter" in name:
+            assert_same({name: value}, {name: found[name]})
+
+
+def test_self_evolving_moves_the_reference(folder):
+    commands = []
+
+    def run(command, argv):
+        commands.append((command, yaml.safe_load(Path(argv[1]).read_text())))
+        run_here(command, argv)
+
+    overrides = ["--split.parts", "3", "--split.reference_size", "0", "--forget_weight", "0.0"]
+    evolving = plan(*overrides, run=run)
+    names = [stage.name for stage in evolving.stages]
+    assert names == ["split", "train-1", "score-2", "select-2", "train-2", "score-3", "select-3", "train-3",
+                     "evaluate-base", "evaluate-trained"]  # fmt: skip
+    execute(evolving, [], None, console())
+    folders = {stage.name: stage.folder for stage in evolving.stages}
+    configs = [config for command, config in commands if command != "evaluate"]
+    assert [config.get("reference_model") for config in configs] == [
+        None, str(folders["train-1"] / "merged"), None, str(folders["train-2"] / "merged"), None
+    ]  # fmt: skip
+    assert [config["model_name_or_path"] for config in configs] == [
+        "model", "model", str(folders["train-1"] / "merged"), "model", str(folders["train-2"] / "merged")
+    ]  # fmt: skip
+    assert "token_weights" not in pq.read_schema(configs[0]["dataset_name"]).names
+    weights = load_file(folders["train-3"] / "merged" / "model.safetensors")
+    start = load_file("model/model.safetensors")
+    moved = [name for name in start if not torch.equal(start[name], weights[name])]
+    assert moved and all("q_proj" in name or "v_proj" in name for name in moved)
+
+
+def test_two_processes_do_not_share_a_run(folder):
+    seen = []
+
+    def run(command, argv):
+        if not seen:
+            seen.append(command)
+            with pytest.raises(InputError, match="another process is running in it"):
+                execute(plan(), [], None, console())
+        run_here(command, argv)
+
+    execute(plan(run=run), [], None, console())
+    assert seen == ["train"]
+
+
+def test_a_failed_stage_keeps_the_others_and_names_itself(folder):
+    calls = []
+
+    def run(command, argv):
+        calls.append(command)
+        if len(calls) == 2:
+            raise InputError("no such thing")
+        run_here(command, argv)
+
+    with pytest.raises(InputError, match=r"stage score: no such thing\. What was finished is kept"):
+        execute(plan(run=run), [], None, console())
+    execute(plan(run=run), [], None, console())
+    assert calls == ["train", "score", "score", "train", "evaluate", "evaluate", "evaluate"]
+
+
+def cli(*argv):
+    return main(["run", *argv])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nothing"], "recipe 'nothing': no such file (recipes that ship with selsft: demo, domain-lora"),
+        (["recipe.yaml", "--learning_rat", "1"], "unknown argument --learning_rat: did you mean --learning_rate?"),
+        (["recipe.yaml", "--split.eval_sise", "1"], "stages.split.eval_sise is unknown: did you mean eval_size?"),
+        (["recipe.yaml", "--from", "nowhere"], "--from nowhere: the stages of this recipe are split, reference"),
+        (["recipe.yaml", "--dataset_name", "none.jsonl", "--dry_run"], "dataset_name='none.jsonl': no such file"),
+        (["recipe.yaml", "--model_name_or_path", "no-model"], "'no-model' is neither a folder with a model nor"),
+        (["recipe.yaml", "--positive_fraction", "0.5"], "exclude each other"),
+        (["recipe.yaml", "--eval_size", "3"], "eval_size belongs under `stages: split:`"),
+        (["recipe.yaml", "--output_dir", "model"], "exists, is not empty and holds no run.json"),
+        (["recipe.yaml", "stray"], "unexpected argument 'stray'"),
+        (["recipe.yaml", "--dataset_streaming", "true"], "a run splits its data, which a stream cannot be"),
+        (["domain-lora"], "model_name_or_path is missing"),
+        (["broken.yaml"], "is not a YAML file"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_runs(folder, capsys, argv, message):
+    Path("broken.yaml").write_text("a: [1")
+    assert cli(*argv) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("selsft run: error: ") and message in error and "\n" not in error
+    assert not Path("runs").exists() and not Path("model/stages").exists()
+
+
+def test_dry_run_says_what_would_be_done(folder, capsys):
+    assert cli("recipe.yaml", "--output_dir", "run", "--dry_run") == 0
+    assert not Path("run").exists()
+    execute(plan(), [], None, console())
+    capsys.readouterr()
+    assert cli("recipe.yaml", "--output_dir", "run", "--dry_run", "--negative_threshold", "2.0") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "skip" in line or " run" in line]
+    told = {line.split("│")[1].strip(): line.split("│")[4].strip() for line in lines if "│" in line}
+    assert told["score"] == "skip" and told["select"] == told["train"] == "run"
+    assert cli("recipe.yaml", "--output_dir", "run", "--dry_run", "--from", "score") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "run anew" in line]
+    assert len(lines) == 6
+
+
+@pytest.mark.parametrize("name", ["domain-lora", "forgetting-2508.04329", "rho-1", "token-cleaning", "self-evolving"])
+def test_shipped_recipes_parse_and_plan(folder, name):
+    flags = ["--model_name_or_path", "model", "--dataset_name", "rows.jsonl", "--use_cpu", "true", "--bf16", "false"]
+    found = plan(*flags, source=name)
+    found.check()
+    stages = [stage.name for stage in found.stages]
+    assert stages[0] == "split" and stages[-1] == "evaluate-trained"
+    assert ("score" in stages) == (name not in ("rho-1", "self-evolving"))
+
+
+def test_report_escapes_the_text_of_the_data(folder):
+    rows = tiny.prompt_data(48).to_list()
+    for row in rows:
+        row["completion"] = ' <script>alert("x")</script>'
+    Dataset.from_list(rows).to_json("rows.jsonl")
+    execute(plan(), [], None, console())
+    page = Path("run/report.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert "http://" not in page and "https://" not in page
+
+
+def test_paired_difference_is_of_the_same_rows():
+    base = {"row": [0, 1, 2, 3], "tokens": [1, 1, 2, 4], "nll": [1.0, 2.0, 3.0, 4.0], "exact_match": [0, 1, 0, 1]}
+    other = {"row": [3, 2, 0], "tokens": [4, 2, 1], "nll": [2.0, 3.5, 1.0], "exact_match": [1, 1, 0]}
+    found = paired_difference(base, other, "nll")
+    assert found["mean"] == pytest.approx((-2.0 + 0.5 + 0.0) / 7) and found["rows"] == 3
+    assert found["low"] < found["mean"] < found["high"]
+    assert paired_difference(base, other, "exact_match")["mean"] == pytest.approx(1 / 3)
+    assert paired_difference(base, {**other, "row": [9, 8, 7]}, "nll") is None
+
+
+def test_a_stage_is_interrupted_until_its_record_says_finished(tmp_path):
+    def work(folder):
+        (folder / "a").write_text("1")
+        if not (folder / "again").exists():
+            (folder / "again").write_text("")
+            raise RuntimeError("cut")
+
+    stage = Stage("s", {}, {}, work, tmp_path)
+    assert stage.state() == "new"
+    with pytest.raises(RuntimeError):
+        stage.run()
+    assert stage.state() == "interrupted"
+    stage.run()
+    assert stage.state() == "finished" and stage.record["interrupted"] == 1
+    (stage.folder / "a").unlink()
+    assert stage.state() == "changed"
+
+
+@pytest.mark.parametrize(
+    ("flags", "stages"),
+    [
+        (["--score", "excess", "--selection_scope", "batch"], ["split", "reference", "train"]),
+        (["--score", "random"], ["split", "train"]),
+        (
+            ["--selection_scope", "sequence", "--max_negative_share", "0.2"],
+            ["split", "reference", "score", "select", "train"],
+        ),
+        (["--gate_reference_prob", "0.5", "--reference_model", "base"], None),
+    ],
+)  # fmt: skip
+def test_every_scheme_runs(folder, flags, stages):
+    share = ["--negative_threshold", "null", "--positive_fraction", "0.6", "--logging_steps", "1"]
+    if stages is None:
+        with pytest.raises(InputError):
+            execute(plan(*share, *flags), [], None, console())
+        return
+    found = plan(*share, *flags)
+    found.check()
+    assert [stage.name for stage in found.stages if not stage.name.startswith("evaluate")] == stages
+    execute(found, [], None, console())
+    folders = {stage.name: stage.folder for stage in found.stages}
+    state = json.loads((folders["train"] / "model" / "checkpoint-3" / "trainer_state.json").read_text())
+    shares = [log["negative_fraction"] for log in state["log_history"] if "negative_fraction" in log]
+    assert shares and 0 < max(shares) <= 0.61 if "select" not in stages else max(shares) <= 0.21
+
+
+def test_gated_selection_needs_no_other_flag(folder):
+    execute(plan("--gate_reference_prob", "1.0"), [], None, console())
+    open_gate = json.loads(Path("run/select/selection.json").read_text())
+    execute(plan("--gate_reference_prob", "0.000001"), [], None, console())
+    shut = json.loads(Path("run/select/selection.json").read_text())
+    assert open_gate["negative"] > 0 == shut["negative"]
