@@ -153,7 +153,7 @@ def _loss_milliseconds(case: dict, data: dict[str, list]) -> float | None:
     from trl.trainer.utils import add_fused_lm_head
 
     from selsft.bench.measure import measure
-    from selsft.training.collator import active_rows
+    from selsft.data.columns import active_rows
     from selsft.training.head import SelectiveHead, add_selective_head
 
     if case["arm"] not in ("sft", "precomputed"):

@@ -43,9 +43,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from selsft import DataCollatorForSelectiveSFT
 from selsft.data.chunks import TokenBlock
+from selsft.data.scored_folder import ScoredFolder
 from selsft.scoring.batching import BatchBudget, shards
 from selsft.scoring.logprobs import ROW_COLUMNS, forward_logps, score_block
-from selsft.scoring.scored_folder import ScoredFolder
 from selsft.training.head import add_selective_head
 
 ARMS = ("selsft", "plain", "body")

@@ -34,7 +34,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
 from selsft.bench.measure import measure
-from selsft.training.collator import active_rows
+from selsft.data.columns import active_rows
 from selsft.training.head import SelectiveHead, add_selective_head
 
 VOCABULARY, WIDTH, BATCH, LENGTH = 49152, 256, 4, 256

@@ -29,8 +29,8 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, g
 from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
 from selsft.scoring.batching import BatchBudget, shards
 from selsft.scoring.logprobs import ROW_COLUMNS, forward_logps, score_block
-from selsft.scoring.reference import frozen
 from selsft.training.head import add_selective_head
+from selsft.training.model import frozen
 
 RECIPE = Path(__file__).parent.parent / "selsft" / "recipes" / "truthfulqa-smollm2.yaml"
 SYSTEM = "Answer briefly and truthfully."

@@ -14,10 +14,9 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from .training.schedules import FORGET_SCHEDULES
-
 SCORES = ("influence", "excess", "random", "oracle", "given")
 SCOPES = ("global", "sequence", "batch")
+FORGET_SCHEDULES = ("linear", "constant", "cosine")
 FORGET_OBJECTIVES = ("unlikelihood", "probability", "npo", "wga", "gradient_ascent")
 
 # Taheri et al., arXiv 2508.04329, as its code runs: the worst 30 % of the response tokens are negative, whether they

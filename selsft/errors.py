@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator
 
 
-class InputError(Exception):
+class InputError(ValueError):
     """A setting, file or data set that cannot be used; its message names it and what to do."""
 
 

@@ -30,20 +30,13 @@ from ._compat import (
     prepare_fsdp,
 )
 from .config import SelectiveSFTConfig
-from .data.columns import add_message_weights, brings_weights, has_message_weights, token_columns, truncate_and_pack
-from .scoring.annotation import TokenAnnotator, base_model
-from .scoring.reference import Model
+from .data.columns import ACTIVE_ROWS, BASE_LOGPS, REF_LOGPS, SCORE_COLUMNS, TOKEN_COLUMNS, WEIGHTS, token_columns
+from .data.preparation import add_message_weights, brings_weights, has_message_weights, truncate_and_pack
+from .scoring.annotation import TokenAnnotator
 from .selection.excess import ExcessSelector
-from .training.collator import (
-    ACTIVE_ROWS,
-    BASE_LOGPS,
-    REF_LOGPS,
-    SCORE_COLUMNS,
-    TOKEN_COLUMNS,
-    WEIGHTS,
-    DataCollatorForSelectiveSFT,
-)
+from .training.collator import DataCollatorForSelectiveSFT
 from .training.head import STATS, SelectiveCausalLMOutput, SelectiveHead, add_selective_head, read_lm_head
+from .training.model import Model, base_model
 from .training.schedules import forget_weight_at
 from .training.validation import refuse_unsupported
 

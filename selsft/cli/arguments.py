@@ -12,14 +12,15 @@ import dataclasses
 import difflib
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from ..config import SelectiveSFTConfig
+from ..data.loading import DataSource
 from ..errors import InputError, input_errors
+from ..recipes import find_recipe
 
 COMMON = (
     "config", "model_name_or_path", "dataset_name", "dataset_train_split", "dataset_test_split", "output_dir",
@@ -27,7 +28,6 @@ COMMON = (
     "max_length", "packing", "dtype", "bf16", "use_cpu", "use_peft", "lora_r", "lora_alpha", "eval_strategy",
     "report_to", "resume_from_checkpoint", "push_to_hub", "seed",
 )  # fmt: skip
-RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 @dataclass
@@ -47,6 +47,12 @@ class Arguments:
     launch: list[str] = field(default_factory=list)
     own: list[str] = field(default_factory=list)
     extra: Any = None
+
+    @property
+    def source(self) -> DataSource:
+        script = self.script
+        name, config, split = script.dataset_name, script.dataset_config, script.dataset_train_split
+        return DataSource(name, config, split, script.dataset_streaming, self.mixture)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -179,22 +185,6 @@ def _with_config_path(argv: list[str]) -> list[str]:
         raise InputError("--config needs a value: the path of a YAML file")
     parts[position] = str(find_recipe(parts[position], f"--config {parts[position]}"))
     return parts
-
-
-def find_recipe(source: str, named: str) -> Path:
-    """Path of a YAML file, or of the recipe of that name which ships with selsft.
-
-    Raises:
-        `InputError` that begins with `named` when there is neither.
-    """
-    path = Path(source)
-    if path.is_file():
-        return path
-    shipped = {file.stem: file for file in RECIPES.glob("*.yaml")}
-    recipe = shipped.get(source.removesuffix(".yaml"))
-    if recipe is None:
-        raise InputError(f"{named}: no such file (recipes that ship with selsft: {', '.join(sorted(shipped))})")
-    return recipe
 
 
 def _without(parts: list[str], removed: list[str]) -> list[str]:

@@ -11,20 +11,21 @@ import os
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import pyarrow.parquet as pq
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, load_dataset
 from rich.console import Console
 from rich.table import Table
 
-from ..data.loading import BUILDERS, check_source, load_splits
+from ..data.loading import BUILDERS, load_rows
 from ..errors import InputError, input_errors
+from ..evaluation.settings import METRICS, ROWS, EvaluateArguments
+from ..records import now, versions
 from .arguments import Arguments, CommandParser
 from .launch import launched
-from .manifest import NAME, versions
+from .manifest import NAME
 from .train import check_new, init_kwargs, name_missing_model
 
 DESCRIPTION = (
@@ -36,46 +37,6 @@ EXAMPLES = """examples:
   selsft evaluate --model_name_or_path runs/forget --dataset_name heldout.jsonl --evaluation_dir runs/forget-eval
   selsft evaluate --config recipe.yaml --model_name_or_path runs/forget --dataset_name heldout.jsonl \\
       --neutral_text wiki.txt --options_file choices.jsonl --evaluation_dir runs/forget-eval"""
-METRICS, ROWS = "metrics.json", "rows.parquet"
-
-
-@dataclass
-class EvaluateArguments:
-    """Flags of `selsft evaluate` only."""
-
-    evaluation_dir: str | None = field(
-        default=None, metadata={"help": "Folder for the results, which must not exist. Default: output_dir."}
-    )
-    base_model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Model that the KL divergence compares with. Default: the base of an adapter, and no KL "
-            "divergence for a full model."
-        },
-    )
-    max_new_tokens: int = field(
-        default=128, metadata={"help": "Longest answer that is generated. 0 generates nothing."}
-    )
-    eval_rows: int | None = field(
-        default=None, metadata={"help": "Evaluate this many rows, drawn with `seed`. Default: all."}
-    )
-    eval_batch_tokens: int = field(default=8192, metadata={"help": "Tokens of a forward pass, padding included."})
-    neutral_text: str | None = field(
-        default=None,
-        metadata={"help": "Text file, or data file with a column `text`, to take the perplexity of."},
-    )
-    neutral_block: int = field(default=512, metadata={"help": "Tokens of a block of the neutral text."})
-    neutral_tokens: int = field(
-        default=50_000, metadata={"help": "About how many tokens of the neutral text are read."}
-    )
-    options_file: str | None = field(
-        default=None,
-        metadata={"help": "JSONL file of multiple-choice questions (id, prompt, options, gold, split)."},
-    )
-    lm_eval_tasks: str | None = field(
-        default=None, metadata={"help": "Tasks of lm-evaluation-harness, with commas. Needs selsft[lm-eval]."}
-    )
-    lm_eval_limit: int | None = field(default=None, metadata={"help": "Documents of each such task. Default: all."})
 
 
 def main(argv: list[str]) -> int:
@@ -92,7 +53,7 @@ def main(argv: list[str]) -> int:
     _check(extra)
     has_rows = bool(arguments.script.dataset_name or arguments.mixture.datasets)
     if has_rows:
-        check_source(arguments)
+        arguments.source.check()
     elif not (extra.neutral_text or extra.options_file or extra.lm_eval_tasks):
         raise InputError(
             "nothing to evaluate on: give --dataset_name, --neutral_text, --options_file or --lm_eval_tasks"
@@ -176,9 +137,7 @@ def _rows(arguments: Arguments) -> Dataset:
     script, extra = arguments.script, arguments.extra
     # One file is one split, whatever its name; of several splits evaluation takes the test split
     script.dataset_train_split = script.dataset_test_split
-    data, _ = load_splits(arguments, evaluate=False)
-    if isinstance(data, IterableDataset):
-        raise InputError("dataset_streaming=True: evaluation reads its rows several times, leave it out")
+    data = load_rows(arguments.source, arguments.training.dataset_text_field)
     if extra.eval_rows is not None and extra.eval_rows < len(data):
         data = data.shuffle(seed=arguments.training.seed).select(range(extra.eval_rows))
     return data
@@ -220,7 +179,7 @@ def save(folder: Path, metrics: dict[str, Any], tables: dict[str, Any], argument
         record = {
             "command": "evaluate",
             "arguments": arguments.own,
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "finished": now(),
             "versions": versions(),
             "settings": vars(arguments.extra),
         }

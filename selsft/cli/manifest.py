@@ -6,23 +6,19 @@ hides tokens. Rejected: relying on `training_args.bin`, which is a pickle and sa
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
-import time
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
-from ..data.loading import describe
-from ..scoring.cache import write_json
+from ..records import now, versions, write_json
 from ..scoring.logprobs import data_fingerprint, row_lengths
 from ..scoring.reference import model_fingerprint
 from ..trainer import SelectiveSFTTrainer
 from .arguments import Arguments
 
 NAME = "selsft_run.json"
-PACKAGES = ("selsft", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "triton")
 # Hashing reads all weights: a second for a small model, minutes and a gathered copy for a sharded large one
 _HASHED_BYTES = 4e9
 
@@ -32,7 +28,7 @@ def run_manifest(command: str, arguments: Arguments, trainer: SelectiveSFTTraine
     manifest: dict[str, Any] = {
         "command": command,
         "arguments": arguments.own,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "started": now(),
         "python": platform.python_version(),
         "versions": versions(),
         "processes": trainer.accelerator.num_processes,
@@ -50,17 +46,6 @@ def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> None:
     write_json(Path(folder) / NAME, manifest)
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of the packages that results depend on."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # triton exists on Linux only
-            continue
-    return found
-
-
 def _model(arguments: Arguments, trainer: SelectiveSFTTrainer) -> dict[str, Any]:
     model = trainer.model
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -76,7 +61,7 @@ def _model(arguments: Arguments, trainer: SelectiveSFTTrainer) -> dict[str, Any]
 
 
 def _data(arguments: Arguments, dataset) -> dict[str, Any]:
-    found: dict[str, Any] = {"source": describe(arguments), "split": arguments.script.dataset_train_split}
+    found: dict[str, Any] = {"source": arguments.source.description, "split": arguments.script.dataset_train_split}
     if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
         found["rows"] = len(dataset)
         found["tokens"] = int(row_lengths(dataset).sum())

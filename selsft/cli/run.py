@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
 
 from ..errors import InputError, input_errors
+
+if TYPE_CHECKING:
+    from ..pipeline.plan import Plan
+
 
 HELP = """usage: selsft run RECIPE [--output_dir DIR] [--dry_run] [--from STAGE] [--flag value] [--STAGE.flag value]
 
@@ -48,12 +56,33 @@ def main(argv: list[str]) -> int:
     root = Path(output or recipe.common.get("output_dir") or Path("runs") / recipe.name)
     with input_errors():
         plan = Plan(recipe, root)
-        plan.check()
+        check_flags(plan)
     if dry:
         preview(plan, from_stage, Console())
     else:
         execute(plan, rest, from_stage, Console())
     return 0
+
+
+def check_flags(plan: Plan) -> None:
+    """Parse the flags of every command before the first stage runs.
+
+    Raises:
+        `InputError` naming the stage and the flag.
+    """
+    from ..evaluation.settings import EvaluateArguments
+    from ..scoring.settings import ScoreArguments
+    from .arguments import CommandParser
+
+    own: dict[str, type] = {"score": ScoreArguments, "evaluate": EvaluateArguments}
+    for kind, command, flags in plan.commands():
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as handle:
+            yaml.safe_dump(flags, handle)
+            handle.flush()
+            try:
+                CommandParser(command, "", "", own.get(command)).parse(["--config", handle.name])
+            except InputError as error:
+                raise InputError(f"stage {kind}: {error}") from error
 
 
 def _take(flag: str, argv: list[str]) -> tuple[str | None, list[str]]:
@@ -69,7 +98,7 @@ def _take(flag: str, argv: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _recipes() -> str:
-    from .arguments import RECIPES
+    from ..recipes import RECIPES
 
     lines = []
     for path in sorted(RECIPES.glob("*.yaml")):

@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +23,23 @@ from transformers import PreTrainedTokenizerBase
 
 from .._compat import adapter_on_lm_head, end_training
 from ..data.chunks import TokenBlock, trained_mask
-from ..data.columns import token_columns
-from ..data.loading import data_errors, describe
+from ..data.columns import BASE_LOGPS, REF_LOGPS, token_columns
+from ..data.loading import data_errors
+from ..data.scored_folder import ScoredFolder, is_scored, load_scored
+from ..data.tokenizers import tokenizer_sha256
 from ..errors import InputError, input_errors
+from ..records import versions
 from ..report.terminal import print_summary, summarize
-from ..scoring.annotation import base_model
-from ..scoring.batching import TOKENS_PER_SHARD, shards
+from ..scoring.batching import shards
 from ..scoring.imported import ImportedLogps
 from ..scoring.logprobs import ROW_COLUMNS
 from ..scoring.pair import ModelPair
-from ..scoring.scored_folder import ScoredFolder, is_scored, load_scored, tokenizer_sha256
+from ..scoring.settings import ScoreArguments
 from ..trainer import SelectiveSFTTrainer
-from ..training.collator import BASE_LOGPS, REF_LOGPS
+from ..training.model import base_model
 from .arguments import Arguments, CommandParser
 from .launch import launch_command, needs_launch
-from .manifest import run_manifest, versions, write_manifest
+from .manifest import run_manifest, write_manifest
 from .train import build_trainer, check_model_and_data, check_new, name_missing_model
 
 DESCRIPTION = (
@@ -52,39 +53,6 @@ EXAMPLES = """examples:
       --scored_dir runs/scored
   selsft score --config recipe.yaml --scored_dir runs/scored --num_processes 8
   selsft score --config recipe.yaml --ref_logps from-server.parquet --scored_dir runs/scored"""
-
-
-@dataclass
-class ScoreArguments:
-    """Flags of `selsft score` only."""
-
-    scored_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder for the scores: new, or one that this command has begun. Default: output_dir."},
-    )
-    show_tokens: int = field(default=10, metadata={"help": "How many of the most negative tokens to print."})
-    shard_tokens: int = field(
-        default=TOKENS_PER_SHARD,
-        metadata={"help": "Tokens of a part: what is in memory at once, and what an interrupt can cost."},
-    )
-    base_logps: str | None = field(
-        default=None,
-        metadata={
-            "help": "Parquet file or folder with the log-probabilities under the model, computed elsewhere: one row "
-            "per document with input_ids and base_logps or logps."
-        },
-    )
-    ref_logps: str | None = field(
-        default=None, metadata={"help": "The same for the reference, instead of --reference_model."}
-    )
-    mixed_batches: bool = field(
-        default=False,
-        metadata={
-            "help": "Score model and reference in one forward pass where both are LoRA adapters of one model: faster "
-            "for small batches, twice the memory, equal to rounding."
-        },
-    )
-    rescore: bool = field(default=False, metadata={"help": "Remove the scores in the folder, whatever made them."})
 
 
 def main(argv: list[str]) -> int:
@@ -208,7 +176,7 @@ def _facts(arguments: Arguments) -> dict[str, Any]:
     return {
         "model": extra.base_logps or arguments.model.model_name_or_path,
         "reference": extra.ref_logps or arguments.training.reference_model,
-        "data": {"source": describe(arguments), "split": arguments.script.dataset_train_split},
+        "data": {"source": arguments.source.description, "split": arguments.script.dataset_train_split},
         "versions": versions(),
     }
 
@@ -239,7 +207,7 @@ def score_parts(
     world, rank = (1, 0) if pair.sharded else (accelerator.num_processes, accelerator.process_index)
 
     def parts() -> Iterator[tuple[int, TokenBlock, dict[str, np.ndarray], bool]]:
-        with input_errors(), data_errors(arguments):
+        with input_errors(), data_errors(arguments.source):
             for index, block in enumerate(shards(dataset, ROW_COLUMNS, arguments.extra.shard_tokens, documents=True)):
                 _check_block(block, context)
                 done = store.finished(index, block)

@@ -15,6 +15,7 @@ import yaml
 from trl import TrlParser
 
 from ..errors import InputError, input_errors
+from ..records import exclusive
 from ..skills.config import StudyConfig
 from .arguments import _HelpFormatter, _with_config_path
 from .launch import launched
@@ -107,7 +108,7 @@ def main(argv: list[str]) -> int:
     else:
         with contextlib.ExitStack() as stack:
             with input_errors():
-                stack.enter_context(study.folder.lock())
+                stack.enter_context(exclusive(study.folder.path))
                 study.check()
             study.run()
     return 0

@@ -7,23 +7,20 @@ something. Rejected: importing TRL's script and swapping the trainer class in it
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 from trl import get_peft_config, get_quantization_config
 
 from .._compat import end_training
-from ..data.loading import check_source, data_errors, load_splits
+from ..data.loading import data_errors, load_splits
 from ..errors import InputError, input_errors
 from ..scoring.reference import BASE
 from ..trainer import SelectiveSFTTrainer
+from ..training.checkpoints import last_checkpoint
 from .arguments import Arguments, CommandParser
 from .launch import launch_command, launched, needs_launch
 from .manifest import run_manifest, write_manifest
@@ -71,20 +68,6 @@ def check_paths(arguments: Arguments) -> str | None:
     return resume
 
 
-def last_checkpoint(output: Path) -> str | None:
-    """The last checkpoint that is whole. Saving is no single step, and a run that was killed in it leaves a folder
-    that training cannot go on from: `trainer_state.json`, written last, is missing or cut off. Such folders are
-    removed."""
-    while output.is_dir() and (found := get_last_checkpoint(str(output))):
-        try:
-            json.loads((Path(found) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-            return found
-        except (OSError, ValueError):
-            logger.warning(f"{found} is not whole, a run was cut off while it was saved: it is removed")
-            shutil.rmtree(found)
-    return None
-
-
 def check_new(folder: Path, field: str, remedy: str) -> None:
     """Raise when something is in the way of a folder to be written. Of several processes only the launching one looks,
     since the first of the others may have begun to write."""
@@ -97,16 +80,17 @@ def check_new(folder: Path, field: str, remedy: str) -> None:
 def check_model_and_data(arguments: Arguments) -> None:
     if not arguments.model.model_name_or_path:
         raise InputError("model_name_or_path is missing: give --model_name_or_path NAME or FOLDER")
-    check_source(arguments)
+    arguments.source.check()
 
 
 def build_trainer(arguments: Arguments, evaluate: bool, strict: bool = False) -> SelectiveSFTTrainer:
     """Data, model and trainer; with a reference, this scores the data. `strict` is that of `load_splits`."""
     training, model = arguments.training, arguments.model
-    train, test = load_splits(arguments, evaluate, strict)
+    test_split = arguments.script.dataset_test_split if evaluate else None
+    train, test = load_splits(arguments.source, test_split, training.dataset_text_field, strict)
     training.model_init_kwargs = init_kwargs(arguments)
     assert model.model_name_or_path is not None
-    with input_errors(), data_errors(arguments):
+    with input_errors(), data_errors(arguments.source):
         try:
             return SelectiveSFTTrainer(
                 model=model.model_name_or_path,

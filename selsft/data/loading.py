@@ -1,4 +1,4 @@
-"""The data set of a command: a name on the Hub, a local file, a folder of scores or of `save_to_disk`, a TRL mixture.
+"""Loading rows: a name on the Hub, a local file, a folder of scores or of `save_to_disk`, a TRL mixture.
 
 `trl sft` hands `--dataset_name` to `load_dataset`, which takes a folder of files but neither a file nor a saved data
 set nor what `selsft score` writes. Rejected: a flag of our own per kind of file.
@@ -14,6 +14,7 @@ import lzma
 import os
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -21,32 +22,77 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
-from trl import get_dataset
+from trl import DatasetMixtureConfig, get_dataset
 
-from ..cli.arguments import Arguments
 from ..errors import InputError, input_errors
-from ..scoring.scored_folder import is_scored, load_scored
+from .scored_folder import is_scored, load_scored
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 COMPRESSED = {".gz", ".xz", ".zst", ".bz2"}
 Split: TypeAlias = Dataset | IterableDataset
 
 
-def load_splits(arguments: Arguments, evaluate: bool, strict: bool = False) -> tuple[Split, Split | None]:
-    """Train split and, if asked for, test split.
+@dataclass(frozen=True)
+class DataSource:
+    """Where rows come from.
 
     Args:
+        name: a file, a folder of files, of `save_to_disk` or of scores, or a name on the Hub.
+        config: configuration of a data set on the Hub.
+        split: the split that is trained on. A single file is one split, whatever its name.
+        streaming: whether rows are read while they are used.
+        mixture: TRL's mixture of data sets, in the place of `name`.
+    """
+
+    name: str | None = None
+    config: str | None = None
+    split: str = "train"
+    streaming: bool = False
+    mixture: DatasetMixtureConfig | None = None
+
+    @property
+    def description(self) -> str:
+        """What the data is loaded from, in words."""
+        if self._parts:
+            return ", ".join(f"{part.path} {part.data_files or part.name or ''}".strip() for part in self._parts)
+        return self.name or ""
+
+    @property
+    def _parts(self) -> list[Any]:
+        return self.mixture.datasets if self.mixture is not None else []
+
+    def check(self) -> None:
+        """Raise when there is no data set, or a local file that does not exist or is empty. Nothing is read."""
+        if self._parts:
+            return
+        if not self.name:
+            raise InputError(
+                "dataset_name is missing: give --dataset_name NAME, FILE or FOLDER, or `datasets:` in YAML"
+            )
+        if _builder(self.name):
+            if not Path(self.name).is_file():
+                raise InputError(f"dataset_name={self.name!r}: no such file in {os.getcwd()}")
+            if not Path(self.name).stat().st_size:
+                raise InputError(f"dataset_name={self.name!r} is an empty file: it needs at least one row")
+
+
+def load_splits(
+    source: DataSource, test_split: str | None = None, text_field: str = "text", strict: bool = False
+) -> tuple[Split, Split | None]:
+    """Train split and, if it is named, test split.
+
+    Args:
+        text_field: column of plain text that can be trained on.
         strict: refuse rows of the train split that hold nothing, which SFTTrainer drops in silence.
 
     Raises:
         `InputError` for data that is not there, splits that it does not have, and columns that cannot be trained on.
     """
-    script = arguments.script
-    with input_errors(), data_errors(arguments):
-        splits = _load(arguments)
-    wanted = {"dataset_train_split": script.dataset_train_split}
-    if evaluate:
-        wanted["dataset_test_split"] = script.dataset_test_split
+    with input_errors(), data_errors(source):
+        splits = _load(source)
+    wanted = {"dataset_train_split": source.split}
+    if test_split is not None:
+        wanted["dataset_test_split"] = test_split
     for field, name in wanted.items():
         if name not in splits:
             hint = " or set --eval_strategy no" if field == "dataset_test_split" else ""
@@ -54,52 +100,41 @@ def load_splits(arguments: Arguments, evaluate: bool, strict: bool = False) -> t
                 f"{field}={name!r} is not a split of the data, which has {', '.join(map(repr, splits))}: "
                 f"choose one of these{hint}"
             )
-    train = splits[script.dataset_train_split]
-    with data_errors(arguments):
-        names = _check_columns(train, arguments.training.dataset_text_field)
+    train = splits[source.split]
+    with data_errors(source):
+        names = _check_columns(train, text_field)
         train = _check_rows(train, names, strict)
-    return train, splits[script.dataset_test_split] if evaluate else None
+    return train, splits[test_split] if test_split is not None else None
 
 
-def check_source(arguments: Arguments) -> None:
-    """Raise when there is no data set, or a local file that does not exist or is empty. Cheap: nothing is read."""
-    name = arguments.script.dataset_name
-    if arguments.mixture.datasets:
-        return
-    if not name:
-        raise InputError("dataset_name is missing: give --dataset_name NAME, FILE or FOLDER, or `datasets:` in YAML")
-    if _builder(name):
-        if not Path(name).is_file():
-            raise InputError(f"dataset_name={name!r}: no such file in {os.getcwd()}")
-        if not Path(name).stat().st_size:
-            raise InputError(f"dataset_name={name!r} is an empty file: it needs at least one row")
+def load_rows(source: DataSource, text_field: str = "text") -> Dataset:
+    """The rows of one split, mapped into memory.
+
+    Raises:
+        `InputError` as `load_splits`, and for a stream.
+    """
+    data, _ = load_splits(source, text_field=text_field)
+    if isinstance(data, IterableDataset):
+        raise InputError("dataset_streaming=True: these rows are read several times, leave it out")
+    return data
 
 
-def describe(arguments: Arguments) -> str:
-    """What the data was loaded from."""
-    if arguments.mixture.datasets:
-        parts = arguments.mixture.datasets
-        return ", ".join(f"{part.path} {part.data_files or part.name or ''}".strip() for part in parts)
-    return arguments.script.dataset_name or ""
-
-
-def _load(arguments: Arguments) -> DatasetDict | IterableDatasetDict | dict[str, Dataset]:
-    script, name = arguments.script, arguments.script.dataset_name
-    if arguments.mixture.datasets:
-        return get_dataset(arguments.mixture)
-    check_source(arguments)
+def _load(source: DataSource) -> DatasetDict | IterableDatasetDict | dict[str, Dataset]:
+    if source.mixture is not None and source.mixture.datasets:
+        return get_dataset(source.mixture)
+    source.check()
+    name = source.name
     assert name is not None
     path = Path(name)
     scored = is_scored(path)
     if scored or (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        if script.dataset_streaming:
+        if source.streaming:
             raise InputError(f"dataset_streaming=True is not possible with the saved data set {name!r}: leave it out")
         saved = load_scored(name) if scored else load_from_disk(name)
-        return saved if isinstance(saved, DatasetDict) else {script.dataset_train_split: saved}
+        return saved if isinstance(saved, DatasetDict) else {source.split: saved}
     if builder := _builder(name):
-        files = {script.dataset_train_split: name}
-        return load_dataset(builder, data_files=files, streaming=script.dataset_streaming)
-    return load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming)
+        return load_dataset(builder, data_files={source.split: name}, streaming=source.streaming)
+    return load_dataset(name, name=source.config, streaming=source.streaming)
 
 
 def _builder(name: str) -> str | None:
@@ -110,7 +145,7 @@ def _builder(name: str) -> str | None:
 
 
 @contextlib.contextmanager
-def data_errors(arguments: Arguments) -> Iterator[None]:
+def data_errors(source: DataSource) -> Iterator[None]:
     """While data is read: what cannot be read becomes an `InputError` that names the line, where lines can be counted.
     Streamed data is read late, so this goes around whatever iterates over it."""
     try:
@@ -118,8 +153,8 @@ def data_errors(arguments: Arguments) -> Iterator[None]:
     except (DatasetsError, ValueError) as error:  # Arrow's errors and those of decoding are of the latter kind
         if not (isinstance(error, DatasetsError | pa.ArrowException | UnicodeDecodeError) or _from_reader(error)):
             raise
-        name = describe(arguments)
-        place = None if arguments.mixture.datasets or not Path(name).is_file() else _broken_line(Path(name))
+        name = source.description
+        place = _broken_line(Path(name)) if Path(name).is_file() else None
         raise InputError(f"{name!r} cannot be read as data: {place or error.__cause__ or error}") from error
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from ..scoring.reference import Model
-from ..skills.readers import read_jsonl
+from ..training.model import Model
+from .examples import read_examples
 from .options import score_options
 
 
@@ -29,8 +29,9 @@ def option_accuracy(
     Raises:
         `ValueError` for a row that cannot be used, with file and line, and for a file without test questions.
     """
-    task = read_jsonl(Path(path))
-    examples = [*task.train, *task.test] if task.source.get("own_split") else task.test
+    examples, with_split = read_examples(Path(path))
+    if with_split:
+        examples = [example for example in examples if example.split == "test"]
     if not examples:
         raise ValueError(f"options_file={path!r} has no question with split 'test'")
     found = score_options(model, tokenizer, examples, batch_tokens=batch_tokens)

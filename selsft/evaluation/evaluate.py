@@ -17,7 +17,8 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..config import SelectiveSFTConfig
-from ..scoring.reference import Model, use_start
+from ..scoring.reference import use_start
+from ..training.model import Model
 from .generation import exact_match, greedy_answers
 from .likelihood import answer_nll, kl_to_base, text_perplexity
 from .rows import HeldOut, prepare
@@ -107,15 +108,11 @@ class _Base:
     """The base below a model's adapter, called like a model of its own."""
 
     def __init__(self, model: PeftModel):
-        self.model, self.training = model, model.training
+        self.model, self.modules, self.eval = model, model.modules, model.eval
 
     def __call__(self, **inputs):
         with use_start(self.model, at_base=True) as base:
             return base(**inputs)
-
-    def eval(self) -> None: ...
-
-    def train(self, mode: bool = True) -> None: ...
 
 
 def evaluate_text(

@@ -7,15 +7,17 @@ text to TRL for training and to a scorer of its own for evaluation, and hoping t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
-from ..training.collator import WEIGHTS
+from ..data.columns import WEIGHTS
 
 SPLITS = ("train", "test")
 IGNORED = -100
@@ -174,3 +176,53 @@ def training_data(rows: Sequence[dict[str, Any]]) -> Dataset:
     names = list(rows[0]) if rows else ["input_ids", "labels"]
     types = {name: List(Value("float32" if name == WEIGHTS else "int64")) for name in names}
     return Dataset.from_dict({name: [row[name] for row in rows] for name in names}, features=Features(types))
+
+
+_FIELDS = ("id", "prompt", "options", "gold")
+
+
+def read_examples(path: Path) -> tuple[list[MultipleChoiceExample], bool]:
+    """Multiple-choice questions of a JSONL file, and whether its rows say which split they belong to.
+
+    Raises:
+        `ValueError` for the first row that cannot be used, with file and line.
+    """
+    examples: list[MultipleChoiceExample] = []
+    lines: dict[str, int] = {}
+    with_split = 0
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            example = _example(row)
+        except ValueError as error:  # JSONDecodeError is one
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        if example.id in lines:
+            raise ValueError(f"{path}, line {number}: id={example.id!r} is also in line {lines[example.id]}")
+        lines[example.id] = number
+        with_split += "split" in row
+        examples.append(example)
+    if with_split not in (0, len(examples)):
+        raise ValueError(f"{path}: {with_split} of {len(examples)} rows have a 'split': give it to all or to none")
+    if not examples:
+        raise ValueError(f"{path}: no rows")
+    return examples, bool(with_split)
+
+
+def _example(row: Any) -> MultipleChoiceExample:
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be a JSON object, found {type(row).__name__}")
+    missing = [field for field in _FIELDS if field not in row]
+    if missing:
+        raise ValueError(f"missing {', '.join(map(repr, missing))}")
+    texts = {"id": row["id"], "prompt": row["prompt"], "split": row.get("split", "test")}
+    texts |= {field: row[field] for field in ("group", "delimiter") if row.get(field) is not None}
+    for field, value in texts.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{field}={value!r} must be a text")
+    if not isinstance(row["options"], list):
+        raise ValueError(f"options={row['options']!r} must be a list of texts")
+    if not isinstance(row["gold"], int) or isinstance(row["gold"], bool):
+        raise ValueError(f"gold={row['gold']!r} must be the index of an option")
+    return MultipleChoiceExample(options=tuple(row["options"]), gold=row["gold"], **texts)

@@ -16,7 +16,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..scoring.batching import BatchBudget
-from ..scoring.reference import Model, frozen
+from ..training.model import Model, frozen
 from .likelihood import progress
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..scoring.reference import Model
+from ..training.model import Model
 
 
 def run_harness(

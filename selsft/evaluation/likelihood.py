@@ -17,11 +17,10 @@ import torch
 from accelerate.utils import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..scoring.annotation import base_model
 from ..scoring.batching import BatchBudget
 from ..scoring.logprobs import forward_logps
-from ..scoring.reference import Model, frozen
 from ..training.head import add_selective_head
+from ..training.model import Model, base_model, frozen
 from .rows import HeldOut
 
 # Elements of the two logit tensors that the KL divergence holds at once

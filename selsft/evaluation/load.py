@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .._compat import create_model_from_path, find_adapter_config_file
-from ..scoring.reference import Model
+from ..training.model import Model
 
 
 def load_model(

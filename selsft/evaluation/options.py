@@ -11,7 +11,6 @@ the tokens, and a cache would save 46 %.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -26,9 +25,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from selsft_kernels import linear_logprob
 
-from ..scoring.annotation import base_model
-from ..scoring.reference import Model
 from ..training.head import read_lm_head
+from ..training.model import Model, base_model, frozen
 from .examples import MultipleChoiceExample, Pair, encode_pair
 
 NORMALIZATIONS = ("none", "chars", "bytes", "tokens")
@@ -146,7 +144,7 @@ def score_options(
     option_states: list[torch.Tensor] = [torch.empty(0)] * len(requests)
 
     quiet = not progress or bool(os.environ.get("TQDM_DISABLE"))
-    with _evaluating(model), tqdm(total=len(rows), desc=description, leave=False, disable=quiet) as bar:
+    with frozen(model), tqdm(total=len(rows), desc=description, leave=False, disable=quiet) as bar:
         for batch in _batches([len(row) for row in rows], batch_tokens, batch_size):
             width = max(len(rows[row]) for row in batch)
             # Padding on the right, behind everything that a causal model looks at. Any token will do.
@@ -284,15 +282,3 @@ def _forward(
     if not -count <= layer < count:
         raise ValueError(f"layer={layer}: the model has {count} hidden states, so use {-count} to {count - 1}")
     return logps, flat(out.hidden_states[layer])
-
-
-@contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode for all modules; afterwards each is in its own mode again, frozen ones too."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -14,8 +14,8 @@ import numpy as np
 from datasets import Dataset
 
 from ..config import SelectiveSFTConfig
-from ..scoring.reference import Model
 from ..trainer import SelectiveSFTTrainer
+from ..training.model import Model
 
 ANSWERS, ROW = "answers", "selsft_row"
 

@@ -10,28 +10,25 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+from trl import DatasetMixtureConfig
 
-from ..cli.arguments import CommandParser
-from ..cli.evaluate import EvaluateArguments
-from ..cli.score import ScoreArguments
-from ..cli.train import last_checkpoint
+from ..data.loading import DataSource, load_rows
 from ..errors import InputError, input_errors
 from ..selection.stage import SELECTED, select
+from ..training.checkpoints import last_checkpoint
 from ..workflow.stage import Stage, data_source, model_source
 from .recipe import FORGET, SELECTION, SILENT, Recipe
-from .split import load_rows, split
+from .split import split
 
 Run = Callable[[str, list[str]], None]
 # Known by their content, and only to the stage `split`
 _SOURCES = {"dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "datasets", "streaming"}
 _NAMES = {"model_name_or_path", "model_revision", "reference_model", "base_model_name_or_path"}
-_EXTRA: dict[str, type] = {"score": ScoreArguments, "evaluate": EvaluateArguments}
 
 
 def run_command(command: str, argv: list[str]) -> None:
@@ -90,29 +87,18 @@ class Plan:
             self._evaluate("evaluate-reference", self.reference, parts)
         self._evaluate("evaluate-trained", self.trained, parts)
 
-    def check(self) -> None:
-        """Parse the flags of every command before the first stage runs.
-
-        Raises:
-            `InputError` naming the stage and the flag.
-        """
+    def commands(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """Kind of stage, command and flags of everything that this run starts, for whoever can check flags."""
         for kind, command in (
             ("reference", "train"),
             ("score", "score"),
             ("train", "train"),
             ("evaluate", "evaluate"),
         ):
-            if not any(stage.name.split("-")[0] == kind for stage in self.stages):
-                continue
-            flags = {key: value for key, value in self.recipe.flags(kind).items() if value is not None}
-            flags.pop("datasets", None)
-            with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as handle:
-                yaml.safe_dump({**flags, "output_dir": "unused"}, handle)
-                handle.flush()
-                try:
-                    CommandParser(command, "", "", _EXTRA.get(command)).parse(["--config", handle.name])
-                except InputError as error:
-                    raise InputError(f"stage {kind}: {error}") from error
+            if any(stage.name.split("-")[0] == kind for stage in self.stages):
+                flags = {key: value for key, value in self.recipe.flags(kind).items() if value is not None}
+                flags.pop("datasets", None)
+                yield kind, command, {**flags, "output_dir": "unused"}
 
     def _self_evolving(self, parts: Stage, count: int) -> None:
         """Token Cleaning (2502.01968): the model of part t-1 is the reference of part t, and where its training
@@ -168,11 +154,12 @@ class Plan:
         if world is None:
             inputs |= {name: data_source(str(path)) for name, path in given.items()}
         train_split = recipe.get("dataset_train_split", "train")
+        mixture = DatasetMixtureConfig(datasets=recipe.get("datasets") or [])
 
         def work(folder: Path) -> None:
             with input_errors():
-                data = load_rows(sources["data"], train_split, sources["config"], recipe.get("datasets"))
-                others = {name: load_rows(path) for name, path in given.items()}
+                data = load_rows(DataSource(sources["data"], sources["config"], train_split, mixture=mixture))
+                others = {name: load_rows(DataSource(path)) for name, path in given.items()}
                 counts = split(data, settings, others, folder)
             print("  " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
 
@@ -271,7 +258,7 @@ class Plan:
 
         def work(folder: Path) -> None:
             with input_errors():
-                rows = load_rows(str(scored.folder / "scored"))
+                rows = load_rows(DataSource(str(scored.folder / "scored")))
             found = select(rows, self.model, {**flags, **options}, folder, self.recipe.get("trust_remote_code", False))
             trained = max(found["trained"], 1)
             shares = ", ".join(f"{k} {found[k] / trained:.1%}" for k in ("positive", "neutral", "negative"))

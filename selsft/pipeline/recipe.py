@@ -23,11 +23,11 @@ from typing import Any
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
-from ..cli.arguments import find_recipe
-from ..cli.evaluate import EvaluateArguments
-from ..cli.score import ScoreArguments
 from ..config import SelectiveSFTConfig
 from ..errors import InputError
+from ..evaluation.settings import EvaluateArguments
+from ..recipes import find_recipe
+from ..scoring.settings import ScoreArguments
 from .split import SplitSettings
 
 STAGES = ("world", "split", "reference", "score", "select", "train", "evaluate")

@@ -19,13 +19,9 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
-from ..cli.arguments import Arguments
-from ..config import SelectiveSFTConfig
-from ..data.loading import load_splits
 from ..errors import InputError
-from ..scoring.cache import write_json
+from ..records import write_json
 
 TRAINED = ("prompt", "completion", "messages", "conversations", "text", "input_ids", "labels")
 
@@ -126,23 +122,6 @@ def split(data: Dataset, settings: SplitSettings, given: dict[str, Dataset], fol
         counts[name] = len(rows)
     write_json(folder / "split.json", counts)
     return counts
-
-
-def load_rows(
-    name: str | None, split: str = "train", config: str | None = None, mixture: list[dict] | None = None
-) -> Dataset:
-    """A data set as `selsft train --dataset_name` takes it."""
-    data, _ = load_splits(
-        Arguments(
-            ScriptArguments(dataset_name=name, dataset_config=config, dataset_train_split=split),
-            SelectiveSFTConfig(output_dir="unused", use_cpu=True, bf16=False),
-            ModelConfig(),
-            DatasetMixtureConfig(datasets=mixture or []),  # type: ignore[arg-type]
-        ),
-        evaluate=False,
-    )
-    assert isinstance(data, Dataset)
-    return data
 
 
 def group_hashes(data: Dataset, group_column: str | None) -> np.ndarray:

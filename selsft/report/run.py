@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from scipy import stats
 
-from ..cli.evaluate import METRICS, ROWS
-from ..scoring.cache import replaced, write_json
+from ..evaluation.settings import METRICS, ROWS
+from ..records import replaced, write_json
 from ..selection.stage import COUNTS
 
 # name in the tables of the stages -> label, whether more is better, digits

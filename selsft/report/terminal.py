@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import SelectiveSFTConfig
 from ..data.chunks import TokenBlock, token_blocks, trained_mask
-from ..scoring.annotation import special_ids
+from ..data.columns import BASE_LOGPS, REF_LOGPS, WEIGHTS
+from ..data.tokenizers import special_ids
 from ..selection.weights import add_token_weights
-from ..training.collator import BASE_LOGPS, REF_LOGPS, WEIGHTS
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 CONTEXT = 12  # tokens shown before a token, and a third of it after

@@ -17,19 +17,22 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .._compat import get_config_model_id
 from ..config import SelectiveSFTConfig
 from ..data.chunks import with_column
+from ..data.columns import BASE_LOGPS, REF_LOGPS, WEIGHTS
+from ..data.tokenizers import special_ids
 from ..selection.excess import weigh_batches
 from ..selection.weights import add_token_weights, row_weights
-from ..training.collator import BASE_LOGPS, REF_LOGPS, WEIGHTS, DataCollatorForSelectiveSFT
+from ..training.collator import DataCollatorForSelectiveSFT
 from ..training.head import add_selective_head
+from ..training.model import Model, base_model, frozen
 from .batching import BatchBudget
 from .cache import LogpCache
 from .logprobs import cached_logps, forward_logps
-from .reference import Model, Reference, frozen, model_fingerprint, starts_at_base, use_start
+from .reference import Reference, model_fingerprint, starts_at_base, use_start
 
 
 class TokenAnnotator:
@@ -222,17 +225,6 @@ class TokenAnnotator:
             )
         else:
             self._start = self.place(cast(Model, copy.deepcopy(self.model).requires_grad_(False)))
-
-
-def base_model(model: Model) -> PreTrainedModel:
-    """The causal language model below PEFT."""
-    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Ids of EOS, chat markers and all other special tokens, `(n,)` int64."""
-    added = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
-    return np.unique(np.array([*tokenizer.all_special_ids, *added], dtype=np.int64))
 
 
 def _as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:

@@ -13,9 +13,9 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import datasets.config
 import numpy as np
@@ -23,6 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from datasets.table import InMemoryTable
+
+from ..records import replaced
 
 logger = logging.getLogger(__name__)
 
@@ -40,30 +42,6 @@ def data_fingerprint(dataset: Dataset) -> str:
             digest.update(np.asarray(column.value_lengths(), dtype=np.int64).tobytes())
             digest.update(np.asarray(column.flatten(), dtype=np.int64).tobytes())
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def replaced(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which gets its name only when it is complete and on the disk; until then nothing has it."""
-    handle = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False)
-    try:
-        with handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.chmod(handle.name, 0o644)  # a temporary file is readable for its owner only
-        os.replace(handle.name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(handle.name)
-        raise
-
-
-def write_json(path: Path, record: object) -> None:
-    """Write a JSON file that is never seen half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replaced(path) as handle:
-        handle.write((json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n").encode())
 
 
 class LogpCache:

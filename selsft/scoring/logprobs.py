@@ -23,6 +23,7 @@ from datasets import Dataset
 from transformers import DataCollator
 
 from ..data.chunks import TokenBlock
+from ..records import now
 from ..training.head import SelectiveHead
 from .batching import BatchBudget, shards
 from .cache import LogpCache, data_fingerprint
@@ -176,7 +177,7 @@ def cached_logps(
             "tokens": int(lengths.sum()),
             "mixed_precision": precision,
             "seconds": round(time.perf_counter() - start, 3),
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "created": now(),
             "versions": {
                 name: importlib.metadata.version(name) for name in ("selsft", "torch", "transformers", "trl", "peft")
             },

@@ -26,12 +26,12 @@ from transformers import DataCollator, PreTrainedTokenizerBase
 
 from ..config import SelectiveSFTConfig
 from ..data.chunks import TokenBlock
-from ..training.collator import BASE_LOGPS, REF_LOGPS
+from ..data.columns import BASE_LOGPS, REF_LOGPS
 from ..training.head import add_selective_head, read_lm_head
-from .annotation import base_model
+from ..training.model import Model, base_model, frozen
 from .batching import BatchBudget
 from .logprobs import forward_logps, score_block
-from .reference import Model, Reference, frozen, model_fingerprint, starts_at_base, use_start
+from .reference import Reference, model_fingerprint, starts_at_base, use_start
 
 logger = logging.getLogger(__name__)
 

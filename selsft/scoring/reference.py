@@ -17,11 +17,10 @@ from typing import Any, cast
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import PeftType
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .._compat import create_model_from_path, find_adapter_config_file, use_adapter
-
-Model = PreTrainedModel | PeftModel
+from ..training.model import Model, frozen
 
 REFERENCE_ADAPTER = "selsft_reference"
 BASE = "base"
@@ -146,18 +145,6 @@ def _adapter_errors(source: str) -> Iterator[None]:
             f"reference_model={source!r} is an adapter of {base!r} that does not fit the trained model: "
             f"{str(error).splitlines()[0]}"
         ) from error
-
-
-@contextlib.contextmanager
-def frozen(model: torch.nn.Module) -> Iterator[None]:
-    """No gradients and evaluation mode inside, the former mode of the model afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 @contextlib.contextmanager

@@ -22,8 +22,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..config import SelectiveSFTConfig
-from ..training.collator import ACTIVE_ROWS, REF_LOGPS, WEIGHTS, active_rows
-from ..training.head import shift
+from ..data.columns import ACTIVE_ROWS, REF_LOGPS, WEIGHTS, active_rows, shift
 from .quantile import Reduce, boundary_of_fraction
 from .weights import select_token_weights, shared_boundary
 

@@ -15,10 +15,10 @@ from transformers import AutoTokenizer
 
 from ..config import SelectiveSFTConfig
 from ..data.chunks import token_blocks, trained_mask
+from ..data.columns import BASE_LOGPS, REF_LOGPS, WEIGHTS
+from ..data.tokenizers import special_ids
 from ..errors import input_errors
-from ..scoring.annotation import special_ids
-from ..scoring.cache import write_json
-from ..training.collator import BASE_LOGPS, REF_LOGPS, WEIGHTS
+from ..records import write_json
 from .weights import add_token_weights
 
 SELECTED, COUNTS, WORST = "selected.parquet", "selection.json", 200

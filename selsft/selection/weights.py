@@ -22,7 +22,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..data.chunks import ColumnWriter, TokenBlock, token_blocks, trained_mask, with_column
-from ..training.collator import BASE_LOGPS, NEGATIVE_MASK, REF_LOGPS, TOKEN_SCORES, WEIGHTS
+from ..data.columns import BASE_LOGPS, NEGATIVE_MASK, REF_LOGPS, TOKEN_SCORES, WEIGHTS
 from .quantile import Blocks, Reduce, boundary_of_fraction
 from .rules import NEUTRAL, cap_negatives, check_finite, group_boundaries, labels_at
 

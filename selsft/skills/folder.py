@@ -14,15 +14,11 @@ versions of the truth would share with the files themselves.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..records import read_json, remove
 from .plan import Stage
 
 
@@ -65,51 +61,3 @@ class StudyFolder:
         """Take away a stage; its note goes first, so that what is left is not taken for finished."""
         for path in (self.note(stage), self.scores(stage), self.hidden(stage)):
             remove(path)
-
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """One process at a time; the system lifts the lock however the process ends.
-
-        Raises:
-            `ValueError` when another process has it.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"output_dir={str(self.path)!r}: another process works there, wait for it") from None
-            yield
-
-
-def new_folder(path: Path) -> Path:
-    """An empty folder beside `path`, to become it with `os.replace`; leftovers of an earlier attempt are removed."""
-    part = path.with_name(f".{path.name}.part")
-    remove(part)
-    part.mkdir(parents=True)
-    return part
-
-
-def remove(path: Path) -> None:
-    """Take away a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object, empty when the file is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)

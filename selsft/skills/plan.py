@@ -6,13 +6,12 @@ comparing the whole configuration, with which one more method would make every f
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..evaluation.examples import SPLITS
+from ..records import json_sha256
 from .config import StudyConfig, is_random_labels
 from .scoring import Identity
 from .table import ALL_TASKS
@@ -143,7 +142,7 @@ class Plan:
                 names += ["retain_tasks", "retain_ratio"]
                 tasks |= set(config.retain_task_names)
         return {
-            "parent": _digest(self.training_inputs(self.parent(stage))),
+            "parent": json_sha256(self.training_inputs(self.parent(stage))),
             "seed": stage.seed,
             "method": stage.method,
             "label_task": stage.label_task,
@@ -165,7 +164,3 @@ class Plan:
         if stage.kind != "base":
             scoring |= {"score_train": config.score_train, "score_steps": config.score_steps}
         return {"training": self.training_inputs(stage), "scoring": scoring}
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

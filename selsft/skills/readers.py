@@ -14,10 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.examples import SPLITS, MultipleChoiceExample
+from ..evaluation.examples import SPLITS, MultipleChoiceExample, read_examples
 from .tasks import SkillTask, split_by_group
-
-FIELDS = ("id", "prompt", "options", "gold")
 
 
 def read_jsonl(path: Path, name: str | None = None, test_fraction: float = 0.4, seed: int = 0) -> SkillTask:
@@ -26,47 +24,10 @@ def read_jsonl(path: Path, name: str | None = None, test_fraction: float = 0.4, 
     Raises:
         `ValueError` for the first row that cannot be used, with file and line.
     """
-    examples: list[MultipleChoiceExample] = []
-    lines: dict[str, int] = {}
-    with_split = 0
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            example = _example(row)
-        except ValueError as error:  # JSONDecodeError is one
-            raise ValueError(f"{path}, line {number}: {error}") from error
-        if example.id in lines:
-            raise ValueError(f"{path}, line {number}: id={example.id!r} is also in line {lines[example.id]}")
-        lines[example.id] = number
-        with_split += "split" in row
-        examples.append(example)
-    if with_split not in (0, len(examples)):
-        raise ValueError(f"{path}: {with_split} of {len(examples)} rows have a 'split': give it to all or to none")
-    if not examples:
-        raise ValueError(f"{path}: no rows")
+    examples, with_split = read_examples(path)
     if not with_split:
         examples = split_by_group(examples, test_fraction, seed)
     return _task(name or path.stem, examples, {"file": path.name, "own_split": not with_split})
-
-
-def _example(row: Any) -> MultipleChoiceExample:
-    if not isinstance(row, dict):
-        raise ValueError(f"a row must be a JSON object, found {type(row).__name__}")
-    missing = [field for field in FIELDS if field not in row]
-    if missing:
-        raise ValueError(f"missing {', '.join(map(repr, missing))}")
-    texts = {"id": row["id"], "prompt": row["prompt"], "split": row.get("split", "test")}
-    texts |= {field: row[field] for field in ("group", "delimiter") if row.get(field) is not None}
-    for field, value in texts.items():
-        if not isinstance(value, str):
-            raise ValueError(f"{field}={value!r} must be a text")
-    if not isinstance(row["options"], list):
-        raise ValueError(f"options={row['options']!r} must be a list of texts")
-    if not isinstance(row["gold"], int) or isinstance(row["gold"], bool):
-        raise ValueError(f"gold={row['gold']!r} must be the index of an option")
-    return MultipleChoiceExample(options=tuple(row["options"]), gold=row["gold"], **texts)
 
 
 def _task(name: str, examples: Iterable[MultipleChoiceExample], source: dict[str, Any]) -> SkillTask:

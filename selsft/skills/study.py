@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import importlib.metadata
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,18 +22,18 @@ import torch
 from transformers import AutoConfig
 
 from ..evaluation.options import count_tokens, model_max_length, score_options
-from ..scoring.reference import Model, model_fingerprint
+from ..records import now, read_json, remove, replaced_folder, versions, write_json
+from ..scoring.reference import model_fingerprint
+from ..training.model import Model
 from ..workflow.quiet import quiet
 from . import train as training
 from .config import StudyConfig, is_random_labels
-from .folder import StudyFolder, new_folder, read_json, remove, write_json
+from .folder import StudyFolder
 from .plan import VERSION, Plan, Stage
 from .scoring import save_states, score_table, write_examples
 from .suite import load_task
 from .table import write_scores
 from .tasks import SkillTask, prepare, rng
-
-PACKAGES = ("selsft", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
 
 
 class Study:
@@ -128,7 +126,7 @@ class Study:
             the path of the report.
 
         Raises:
-            As `check`, which it calls unless that was done. `folder.lock()` keeps other processes out.
+            As `check`, which it calls unless that was done. `records.exclusive` keeps other processes out.
         """
         from ..report.skills import write_report
 
@@ -155,24 +153,23 @@ class Study:
         model, notes, tables = self._make_model(stage)
         trained = time.perf_counter() - start
         labels, questions = notes.pop("labels", None), 0
-        states_in = new_folder(folder.hidden(stage))
-        for name, split, states in self.plan.evaluations(stage):
-            examples = self.tasks[name].split(split)
-            scores = score_options(
-                model,
-                self.tokenizer,
-                examples,
-                batch_tokens=config.batch_tokens,
-                max_length=config.max_length,
-                layer=config.hidden_layer if states else None,
-                description=f"{stage.name}: {name} {split}",
-            )
-            questions += len(examples)
-            assigned = labels if split == "train" and name == stage.label_task else None
-            tables.append(score_table(stage.identity, name, split, examples, scores, assigned))
-            if states:
-                save_states(states_in, stage.identity, name, split, examples, scores, config.hidden_layer)
-        os.replace(states_in, folder.hidden(stage))
+        with replaced_folder(folder.hidden(stage)) as states_in:
+            for name, split, states in self.plan.evaluations(stage):
+                examples = self.tasks[name].split(split)
+                scores = score_options(
+                    model,
+                    self.tokenizer,
+                    examples,
+                    batch_tokens=config.batch_tokens,
+                    max_length=config.max_length,
+                    layer=config.hidden_layer if states else None,
+                    description=f"{stage.name}: {name} {split}",
+                )
+                questions += len(examples)
+                assigned = labels if split == "train" and name == stage.label_task else None
+                tables.append(score_table(stage.identity, name, split, examples, scores, assigned))
+                if states:
+                    save_states(states_in, stage.identity, name, split, examples, scores, config.hidden_layer)
         write_scores(folder.scores(stage), pa.concat_tables(tables))
         seconds = time.perf_counter() - start
         note = {
@@ -180,8 +177,8 @@ class Study:
             "inputs": self.plan.inputs(stage),
             "notes": notes,
             "seconds": {"training": round(trained, 2), "scoring": round(seconds - trained, 2)},
-            "versions": _versions(),
-            "finished": _now(),
+            "versions": versions(),
+            "finished": now(),
         }
         write_json(folder.note(stage), note)
         del model
@@ -241,13 +238,13 @@ class Study:
         return training.answer_rows(self.tokenizer, self.tasks[name].train, max_length=self.max_length)
 
     def _save_model(self, stage: Stage, model: Model) -> None:
-        part = new_folder(self.folder.model(stage))
-        with quiet():
-            model.save_pretrained(str(part))
-        self.tokenizer.save_pretrained(part)
-        write_json(part / "selsft_stage.json", {"stage": vars(stage), "training": self.plan.training_inputs(stage)})
-        remove(self.folder.model(stage))
-        os.replace(part, self.folder.model(stage))
+        with replaced_folder(self.folder.model(stage)) as part:
+            with quiet():
+                model.save_pretrained(str(part))
+            self.tokenizer.save_pretrained(part)
+            write_json(
+                part / "selsft_stage.json", {"stage": vars(stage), "training": self.plan.training_inputs(stage)}
+            )
 
     def _has_model(self, stage: Stage) -> bool:
         note = self.folder.model(stage) / "selsft_stage.json"
@@ -297,9 +294,9 @@ class Study:
             "model": self._base,
             "tasks": tasks,
             "stages": [stage.name for stage in self.plan.stages],
-            "versions": _versions(),
+            "versions": versions(),
             "device": str(training.device(self.config)),
-            "finished": _now() if finished else None,
+            "finished": now() if finished else None,
         }
         write_json(self.folder.path / "study.json", content)
 
@@ -324,11 +321,3 @@ def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in PACKAGES}

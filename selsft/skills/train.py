@@ -30,8 +30,8 @@ from transformers import (
 from ..config import SelectiveSFTConfig
 from ..evaluation.examples import MultipleChoiceExample, training_data, training_row
 from ..evaluation.options import OptionScores, score_options
-from ..scoring.reference import Model
 from ..trainer import SelectiveSFTTrainer
+from ..training.model import Model
 from ..workflow.quiet import quiet
 from .config import StudyConfig, is_random_labels
 from .randomize import assign_labels, match_rate

@@ -15,13 +15,7 @@ from typing import Any
 import torch
 
 from .._compat import DataCollatorForLanguageModeling, pad
-
-WEIGHTS, BASE_LOGPS, REF_LOGPS = "token_weights", "base_logps", "ref_logps"
-TOKEN_COLUMNS = (WEIGHTS, BASE_LOGPS, REF_LOGPS)
-# Columns of a data set that a score is read from; they become weights before a batch is made
-NEGATIVE_MASK, TOKEN_SCORES = "negative_mask", "token_scores"
-SCORE_COLUMNS = {"oracle": NEGATIVE_MASK, "given": TOKEN_SCORES}
-ACTIVE_ROWS = "active_rows"
+from ..data.columns import ACTIVE_ROWS, TOKEN_COLUMNS, WEIGHTS, active_rows
 
 
 @dataclass
@@ -65,8 +59,3 @@ class DataCollatorForSelectiveSFT(DataCollatorForLanguageModeling):
         if WEIGHTS in batch:
             batch[ACTIVE_ROWS] = active_rows(batch[WEIGHTS])
         return batch
-
-
-def active_rows(token_weights: torch.Tensor) -> torch.Tensor:
-    """Flat indices of the predicting positions whose token has a weight: `(batch, seq_len)` -> `(m,)` int64."""
-    return token_weights[:, 1:].flatten().nonzero().flatten()

@@ -27,6 +27,7 @@ from selsft_kernels import linear_logprob, linear_selective_cross_entropy
 from selsft_kernels.objectives import Objective, token_loss
 
 from .._compat import FusedCausalLMOutput, load_balancing_loss, maybe_gather_lm_head_ctx
+from ..data.columns import shift
 
 # log of the probability under which a negative token counts as forgotten in the metrics
 _FORGOTTEN = -13.815510557964274  # log(1e-6)
@@ -90,22 +91,6 @@ class SelectiveCausalLMOutput(FusedCausalLMOutput):
 
     stats: torch.Tensor | None = None
     broken_rows: torch.Tensor | None = None
-
-
-def shift(column: torch.Tensor, width: int) -> torch.Tensor:
-    """Align a token column with the positions that predict its tokens: the one place where columns are shifted.
-
-    Index t of a column belongs to token t, which position t - 1 predicts, so the first column falls away. Prompt
-    learning (PEFT) puts virtual tokens in front, which have no column: the left is filled with zeros.
-
-    Args:
-        column: `(batch, seq_len)`.
-        width: number of predicting positions, `seq_len - 1` plus the number of virtual tokens.
-
-    Returns:
-        `(batch, width)`.
-    """
-    return nn.functional.pad(column[:, 1:], (width - column.size(1) + 1, 0))
 
 
 def add_selective_head(model: PreTrainedModel) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-FORGET_SCHEDULES = ("linear", "constant", "cosine")
+from ..config import FORGET_SCHEDULES
 
 
 def forget_weight_at(step: int, max_steps: int, forget_weight: float, schedule: str) -> float:

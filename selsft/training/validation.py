@@ -12,8 +12,9 @@ from datasets import IterableDataset
 from trl.data_utils import get_dataset_column_names
 
 from .._compat import DataCollatorForLanguageModeling
-from ..scoring.reference import Model
-from .collator import BASE_LOGPS, REF_LOGPS, SCORE_COLUMNS, WEIGHTS, DataCollatorForSelectiveSFT
+from ..data.columns import BASE_LOGPS, REF_LOGPS, SCORE_COLUMNS, WEIGHTS
+from .collator import DataCollatorForSelectiveSFT
+from .model import Model
 
 if TYPE_CHECKING:
     from ..trainer import SelectiveSFTTrainer

@@ -10,24 +10,18 @@ Rejected: one folder for each call, which would train the reference again for ev
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
 import os
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from ..cli.manifest import versions
 from ..errors import InputError
 from ..pipeline.plan import Plan
 from ..pipeline.recipe import STAGES
+from ..records import exclusive, now, versions, write_json
 from ..report.run import write_report
-from ..scoring.cache import write_json
 
 RUN = "run.json"
 
@@ -45,7 +39,7 @@ def execute(plan: Plan, overrides: list[str], from_stage: str | None, console: C
     _check_folder(root)
     first = _position(plan, from_stage)
     root.mkdir(parents=True, exist_ok=True)
-    with _alone(root):
+    with exclusive(root):
         for stage in plan.stages[first:] if from_stage else []:
             stage.set_aside()
         for stage in plan.stages:
@@ -109,18 +103,6 @@ def _check_folder(root: Path) -> None:
         )
 
 
-@contextlib.contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """Hold the folder against a second process; the system lets go when this one ends, however it ends."""
-    write_json(root / RUN, json.loads((root / RUN).read_text(encoding="utf-8")) if (root / RUN).is_file() else {})
-    with (root / ".lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"output_dir={str(root)!r}: another process is running in it") from error
-        yield
-
-
 def _link(link: Path, folder: Path) -> None:
     temporary = link.with_name(f".{link.name}.link")
     temporary.unlink(missing_ok=True)
@@ -143,7 +125,7 @@ def _record(plan: Plan, overrides: list[str]) -> dict[str, Any]:
         "overrides": overrides,
         "flags": plan.recipe.common,
         "stage_flags": plan.recipe.stages,
-        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "written": now(),
         "versions": versions(),
         "stages": stages,
     }

@@ -18,10 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..cli.manifest import versions
 from ..data.loading import BUILDERS
 from ..errors import InputError
-from ..scoring.cache import write_json
+from ..records import now, versions, write_json
 
 RECORD = "stage.json"
 # Above this, a local folder is known by names, sizes and times of its files: hashing takes a second for each GB
@@ -83,7 +82,7 @@ class Stage:
             "inputs": {
                 name: each.folder.name if isinstance(each, Stage) else each for name, each in self.inputs.items()
             },
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "started": now(),
             "interrupted": before.get("interrupted", 0) + bool(before),
             "versions": versions(),
         }

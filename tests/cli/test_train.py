@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from selsft.cli import main
-from selsft.cli.arguments import RECIPES, CommandParser
+from selsft.cli.arguments import CommandParser
 from selsft.cli.launch import resolve_accelerate_config
+from selsft.data.scored_folder import load_scored
 from selsft.errors import InputError
+from selsft.recipes import RECIPES
 from selsft.report.terminal import printable
-from selsft.scoring.scored_folder import load_scored
 from tests.support import tiny
 
 CPU = {

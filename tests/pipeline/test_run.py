@@ -20,6 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from selsft.cli import main
+from selsft.cli.run import check_flags
 from selsft.errors import InputError
 from selsft.pipeline.plan import Plan
 from selsft.pipeline.recipe import load_recipe
@@ -332,7 +333,7 @@ def test_two_processes_do_not_share_a_run(folder):
     def run(command, argv):
         if not seen:
             seen.append(command)
-            with pytest.raises(InputError, match="another process is running in it"):
+            with pytest.raises(InputError, match="another process is at work in it"):
                 execute(plan(), [], None, console())
         run_here(command, argv)
 
@@ -403,7 +404,7 @@ def test_dry_run_says_what_would_be_done(folder, capsys):
 def test_shipped_recipes_parse_and_plan(folder, name):
     flags = ["--model_name_or_path", "model", "--dataset_name", "rows.jsonl", "--use_cpu", "true", "--bf16", "false"]
     found = plan(*flags, source=name)
-    found.check()
+    check_flags(found)
     stages = [stage.name for stage in found.stages]
     assert stages[0] == "split" and stages[-1] == "evaluate-trained"
     assert ("score" in stages) == (name not in ("rho-1", "self-evolving"))
@@ -467,7 +468,7 @@ def test_every_scheme_runs(folder, flags, stages):
             execute(plan(*share, *flags), [], None, console())
         return
     found = plan(*share, *flags)
-    found.check()
+    check_flags(found)
     assert [stage.name for stage in found.stages if not stage.name.startswith("evaluate")] == stages
     execute(found, [], None, console())
     folders = {stage.name: stage.folder for stage in found.stages}

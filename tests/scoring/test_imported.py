@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from selsft.scoring.scored_folder import load_scored, read_manifest
+from selsft.data.scored_folder import load_scored, read_manifest
 from tests.cli.test_train import models, one_line
 from tests.scoring.test_scored_folder import parts, run
 from tests.support import tiny

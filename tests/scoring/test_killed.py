@@ -15,7 +15,7 @@ import selsft.scoring.cache
 import selsft.scoring.pair
 from selsft.cli import score
 from selsft.cli.arguments import CommandParser
-from selsft.scoring.scored_folder import ScoredFolder, read_manifest
+from selsft.data.scored_folder import ScoredFolder, read_manifest
 from tests.cli.test_train import CPU, models, to_flags
 from tests.scoring.test_scored_folder import parts, run
 from tests.support import tiny

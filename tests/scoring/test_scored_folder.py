@@ -13,7 +13,7 @@ from datasets import Dataset
 import selsft.scoring.cache
 import selsft.scoring.pair
 from selsft.cli import main
-from selsft.scoring.scored_folder import load_scored, read_manifest
+from selsft.data.scored_folder import load_scored, read_manifest
 from tests.cli.test_train import CPU, models, one_line, same, to_flags, weights
 from tests.support import tiny
 from tests.support.oracle import plain_logps

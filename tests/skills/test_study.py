@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from selsft.cli import main
+from selsft.records import exclusive
 from selsft.skills.config import StudyConfig
 from selsft.skills.plan import plan
 from selsft.skills.randomize import assign_labels
@@ -340,9 +341,9 @@ def test_a_method_more_leaves_the_rest_and_recompute_replaces_what_changed(data,
 
 def test_only_one_process_works_in_a_folder(data, whole):
     study = Study(config(data, whole, **SMALL))
-    with study.folder.lock():
-        with pytest.raises(ValueError, match="another process works there"):
-            with Study(config(data, whole, **SMALL)).folder.lock():
+    with exclusive(study.folder.path):
+        with pytest.raises(ValueError, match="another process is at work in it"):
+            with exclusive(Study(config(data, whole, **SMALL)).folder.path):
                 pass
 
 

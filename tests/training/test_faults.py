@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from selsft import DataCollatorForSelectiveSFT, SelectiveSFTConfig, SelectiveSFTTrainer
 from selsft._compat import SUPPORTED, check_versions
-from selsft.data.columns import truncate_and_pack
+from selsft.data.preparation import truncate_and_pack
 from selsft.scoring.cache import LogpCache
 from tests.support import tiny
 

@@ -5,8 +5,8 @@ import pytest
 from datasets import Dataset
 
 from selsft import DataCollatorForSelectiveSFT, SelectiveSFTConfig, SelectiveSFTTrainer
-from selsft.data.columns import message_token_weights
-from selsft.training.head import shift
+from selsft.data.columns import shift
+from selsft.data.preparation import message_token_weights
 from tests.support import tiny
 
 MODES = {

@@ -20,11 +20,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
-from transformers import PreTrainedTokenizerBase
 
-from ..data.chunks import TokenBlock
-from ..training.collator import BASE_LOGPS, REF_LOGPS
-from .cache import replaced
+from ..records import file_sha256, json_sha256, replaced, write_json
+from .chunks import TokenBlock
+from .columns import BASE_LOGPS, REF_LOGPS
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ class ScoredFolder:
 
     def __init__(self, path: str | Path, identity: dict[str, Any]):
         self.path, self.identity = Path(path), identity
-        self._identity_sha256 = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self._identity_sha256 = json_sha256(identity)
 
     def open(self, facts: dict[str, Any], rescore: bool = False) -> None:
         """Create the folder, or take up the one that is there. For one process; the others call `check`.
@@ -155,7 +154,7 @@ class ScoredFolder:
             _verify(there[index])
             parts.append({
                 "file": there[index].name, "first_row": row, "rows": info["rows"], "tokens": info["tokens"],
-                "bytes": there[index].stat().st_size, "sha256": _file_sha256(there[index]),
+                "bytes": there[index].stat().st_size, "sha256": file_sha256(there[index]),
             })  # fmt: skip
             whole.update(bytes.fromhex(info["data_sha256"]))
             row += info["rows"]
@@ -174,8 +173,7 @@ class ScoredFolder:
         return {int(match[1]): path for match, path in found if match}
 
     def _write(self, manifest: dict[str, Any]) -> None:
-        with replaced(self.path / MANIFEST) as handle:
-            handle.write(json.dumps(manifest, indent=2).encode() + b"\n")
+        write_json(self.path / MANIFEST, manifest)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -222,7 +220,7 @@ def load_scored(path: str | Path) -> Dataset:
         )
     for part in manifest["parts"]:
         file = path / part["file"]
-        if not file.is_file() or _file_sha256(file) != part["sha256"]:
+        if not file.is_file() or file_sha256(file) != part["sha256"]:
             state = "is damaged" if file.is_file() else "is missing"
             raise ValueError(
                 f"{str(file)!r} {state}: remove it and run the same `selsft score` command again, which computes this "
@@ -238,20 +236,6 @@ def block_sha256(block: TokenBlock) -> str:
     for name in ("input_ids", "labels"):
         digest.update(np.ascontiguousarray(block.columns[name], np.int64).data)
     return digest.hexdigest()
-
-
-def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> str:
-    """Hash of what a tokenizer makes of text: its vocabulary, rules, special tokens and chat template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
-    if backend is not None:
-        rules = {
-            key: value for key, value in rules.items() if key not in ("truncation", "padding")
-        }  # of the last call
-    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
-    template = chat_template or tokenizer.chat_template or ""
-    parts = [json.dumps(rules, sort_keys=True), special, json.dumps(template)]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def _name(index: int) -> str:
@@ -271,8 +255,3 @@ def _verify(path: Path) -> None:
             f"{str(path)!r} is damaged ({str(error).splitlines()[0]}): remove it and run the same `selsft score` "
             "command again, which computes this part alone"
         ) from error
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,131 @@
+"""Records of what was done: files that are whole or not there, locks, hashes, versions.
+
+Every file that selsft writes besides weights goes through here. A file gets its name when it is complete and synced to
+the disk, so what exists is finished, whatever killed the process that wrote it. Rejected: one writer for each command,
+of which some would sync and some not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from .errors import InputError
+
+PACKAGES = ("selsft", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "triton")
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which gets its name only when it is complete and on the disk; until then nothing has it."""
+    handle = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False)
+    try:
+        with handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(handle.name, 0o666 & ~_umask())  # a temporary file is readable for its owner only
+        os.replace(handle.name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(handle.name)
+        raise
+
+
+@contextlib.contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `path` when it is complete. Leftovers of a killed process go."""
+    part = path.with_name(f".{path.name}.part")
+    remove(part)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        remove(path)
+        os.replace(part, path)
+    except BaseException:
+        remove(part)
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def write_json(path: Path, record: object) -> None:
+    """Write a JSON file that is never seen half-written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(path) as handle:
+        handle.write((json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when the file is missing or holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, FileNotFoundError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def remove(path: Path) -> None:
+    """Take away a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, field: str = "output_dir") -> Iterator[None]:
+    """Hold `folder`, which is created, against other processes, until this one ends, however it ends.
+
+    Raises:
+        `InputError` naming `field` when another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{field}={str(folder)!r}: another process is at work in it. Wait for it, or choose another folder"
+            ) from None
+        yield
+
+
+def json_sha256(content: object) -> str:
+    """Hash of JSON values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of the content of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that results depend on."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # triton exists on Linux only
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def now() -> str:
+    """The time as records have it: UTC, ISO 8601, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,40 @@
+"""Flags of `selsft score`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .batching import TOKENS_PER_SHARD
+
+
+@dataclass
+class ScoreArguments:
+    """Flags of `selsft score` only."""
+
+    scored_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the scores: new, or one that this command has begun. Default: output_dir."},
+    )
+    show_tokens: int = field(default=10, metadata={"help": "How many of the most negative tokens to print."})
+    shard_tokens: int = field(
+        default=TOKENS_PER_SHARD,
+        metadata={"help": "Tokens of a part: what is in memory at once, and what an interrupt can cost."},
+    )
+    base_logps: str | None = field(
+        default=None,
+        metadata={
+            "help": "Parquet file or folder with the log-probabilities under the model, computed elsewhere: one row "
+            "per document with input_ids and base_logps or logps."
+        },
+    )
+    ref_logps: str | None = field(
+        default=None, metadata={"help": "The same for the reference, instead of --reference_model."}
+    )
+    mixed_batches: bool = field(
+        default=False,
+        metadata={
+            "help": "Score model and reference in one forward pass where both are LoRA adapters of one model: faster "
+            "for small batches, twice the memory, equal to rounding."
+        },
+    )
+    rescore: bool = field(default=False, metadata={"help": "Remove the scores in the folder, whatever made them."})
