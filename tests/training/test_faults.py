@@ -164,7 +164,7 @@ import sys, time
 from datasets import Dataset
 from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
 import selsft.scoring.cache
-from tests import tiny
+from tests.support import tiny
 folder, slow_cache = sys.argv[1], sys.argv[2] == "slow"
 if slow_cache:  # the moment between writing the file and giving it its name
     selsft.scoring.cache.os.replace = lambda source, target: (print("WRITING", flush=True), time.sleep(60))
