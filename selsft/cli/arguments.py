@@ -21,6 +21,7 @@ from ..config import SelectiveSFTConfig
 from ..data.loading import DataSource
 from ..errors import InputError, input_errors
 from ..recipes import find_recipe
+from ..secrets import to_environment
 
 COMMON = (
     "config", "model_name_or_path", "dataset_name", "dataset_train_split", "dataset_test_split", "output_dir",
@@ -152,6 +153,8 @@ class CommandParser(TrlParser):
         # A sequence of its own: the same string may be a value of ours elsewhere
         own = _without(argv, in_line)
         script, training, model, mixture = parsed[:4]
+        for part in parsed:
+            to_environment(vars(part))
         launch = [*in_file, *in_line]
         self._check_unknown(launch)
         return Arguments(script, training, model, mixture, launch, own, parsed[4] if self._extra else None)
