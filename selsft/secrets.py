@@ -18,23 +18,10 @@ from typing import Any
 from .errors import InputError
 
 HIDDEN = "<hidden>"
-_WORDS = {
-    "token",
-    "secret",
-    "password",
-    "passwd",
-    "passphrase",
-    "credential",
-    "credentials",
-    "apikey",
-    "authorization",
-}
-_ENDINGS = ("_token", "_secret", "_password", "_passwd", "_passphrase", "_credentials", "_api_key", "_access_key")
-_ENDINGS += ("_secret_key", "_private_key", "_auth_key")
+_WORDS = {"token", "secret", "password", "passwd", "passphrase", "credential", "credentials", "api_key", "apikey"}
+_ENDINGS = tuple(f"_{word}" for word in (*_WORDS, "access_key", "secret_key", "private_key", "auth_key"))
 # Fields that end like a secret and are text of a vocabulary
-_PUBLIC = re.compile(
-    r"(eos|bos|pad|unk|sep|cls|mask|image|video|audio|decoder_start|special|per|bytes_per|next)_token"
-)
+_PUBLIC = re.compile(r"(eos|bos|pad|unk|sep|cls|mask|image|video|audio|decoder_start|special|per|next)_token")
 _IN_TEXT = re.compile(r"""(["']?)([A-Za-z_]*[A-Za-z])\1(\s*[:=]\s*)(["'])((?:(?!\4).)+)\4""")
 _SHORTEST = 8  # characters; hiding each "1" of an environment variable would garble every record
 

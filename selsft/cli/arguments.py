@@ -154,7 +154,7 @@ class CommandParser(TrlParser):
         own = _without(argv, in_line)
         script, training, model, mixture = parsed[:4]
         for part in parsed:
-            to_environment(vars(part))
+            to_environment(part.__dict__)
         launch = [*in_file, *in_line]
         self._check_unknown(launch)
         return Arguments(script, training, model, mixture, launch, own, parsed[4] if self._extra else None)
