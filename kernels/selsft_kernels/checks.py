@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .objectives import FORGET, POSITIVE, Objective
+from .objectives import FORGET, FORGET_OBJECTIVES, POSITIVE_OBJECTIVES, Objective
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OUTPUTS = ("logprob", "entropy", "is_top1")
@@ -89,17 +89,17 @@ def lora(a: Tensor | None, b: Tensor | None, weight: Tensor) -> None:
 
 
 def objective(positive: str, forget: str, beta: float, floor: float | None, reference: Tensor | None) -> Objective:
-    if positive not in POSITIVE:
-        raise ValueError(f"positive={positive!r} is not one of {POSITIVE}")
-    if forget not in FORGET:
-        raise ValueError(f"forget={forget!r} is not one of {FORGET}")
+    if positive not in POSITIVE_OBJECTIVES:
+        raise ValueError(f"positive={positive!r} is not one of {POSITIVE_OBJECTIVES}")
+    if forget not in FORGET_OBJECTIVES:
+        raise ValueError(f"forget={forget!r} is not one of {FORGET_OBJECTIVES}")
     if not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"beta={beta} must be a finite number above 0")
     if floor is not None and not (math.isfinite(floor) and floor < 0):
         raise ValueError(f"floor={floor} is a log-probability and must be finite and below 0, for example -10.0")
-    if forget == "npo" and reference is None:
+    if FORGET[forget].needs_reference and reference is None:
         raise ValueError(
-            "reference_logprob is None; forget='npo' needs the reference's log-probability of the targets"
+            f"reference_logprob is None; forget={forget!r} needs the reference's log-probability of the targets"
         )
     return Objective(positive, forget, float(beta), floor)
 

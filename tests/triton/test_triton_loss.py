@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from selsft_kernels import backend, linear_selective_cross_entropy
+from selsft_kernels import FORGET_OBJECTIVES, POSITIVE_OBJECTIVES, backend, linear_selective_cross_entropy
 from tests.support import kernel_call as call
 from tests.support import kernel_oracle as oracle
 from tests.support.kernel_oracle import Problem, problem, relative
@@ -19,6 +19,11 @@ OBJECTIVES = [
     {"forget": "wga", "beta": 3.0},
     {"forget": "gradient_ascent"},
 ]
+
+
+def test_the_list_of_objectives_is_complete() -> None:
+    assert {o.get("positive", "nll") for o in OBJECTIVES} == set(POSITIVE_OBJECTIVES)
+    assert {o["forget"] for o in OBJECTIVES} == set(FORGET_OBJECTIVES)
 
 
 def assert_matches(p: Problem, actual: dict) -> None:
