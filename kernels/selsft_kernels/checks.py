@@ -3,6 +3,9 @@
 Shapes, dtypes, devices and option names are checked on every call, from what the host knows already. The *contents*
 of `target` and `active_rows` are checked on CPU tensors only: on a GPU that would make the host wait for the device.
 There, a target outside the vocabulary makes the loss NaN, which is loud, and reads no memory that is not ours.
+
+Numbers are compared and not passed to `math.isfinite`: under `torch.compile(dynamic=True)` they are symbols, which it
+does not take. A NaN fails every comparison.
 """
 
 import math
@@ -93,9 +96,9 @@ def objective(positive: str, forget: str, beta: float, floor: float | None, refe
         raise ValueError(f"positive={positive!r} is not one of {POSITIVE_OBJECTIVES}")
     if forget not in FORGET_OBJECTIVES:
         raise ValueError(f"forget={forget!r} is not one of {FORGET_OBJECTIVES}")
-    if not (math.isfinite(beta) and beta > 0):
+    if not 0 < beta < math.inf:
         raise ValueError(f"beta={beta} must be a finite number above 0")
-    if floor is not None and not (math.isfinite(floor) and floor < 0):
+    if floor is not None and not -math.inf < floor < 0:
         raise ValueError(f"floor={floor} is a log-probability and must be finite and below 0, for example -10.0")
     if FORGET[forget].needs_reference and reference is None:
         raise ValueError(
@@ -105,9 +108,9 @@ def objective(positive: str, forget: str, beta: float, floor: float | None, refe
 
 
 def head_options(softcap: float | None, logit_scale: float) -> None:
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap={softcap} must be None or a finite number above 0")
-    if not math.isfinite(logit_scale):
+    if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"logit_scale={logit_scale} must be finite")
 
 

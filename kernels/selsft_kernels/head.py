@@ -26,7 +26,10 @@ class Head(NamedTuple):
 
 
 class Work(NamedTuple):
-    """The rows to compute: `rows` [M] into the flattened input, None = all of them in order."""
+    """The rows to compute: `rows` [M] into the flattened input, None = all of them in order.
+
+    The numbers per row lie side by side, whatever the caller's strides: kernels go along them with step 1.
+    """
 
     rows: Tensor | None
     size: int
@@ -48,7 +51,7 @@ def make_head(
     lora = None
     if lora_a is not None and lora_b is not None:
         lora = Lora(lora_a.to(dtype), lora_b.to(dtype), lora_scale)
-    bias = None if bias is None else bias.float()
+    bias = None if bias is None else bias.float().contiguous()
     return Head(weight.to(dtype), lora, Transform(bias, logit_scale, softcap))
 
 
@@ -65,8 +68,16 @@ def select_rows(
         count = index.shape[0]
         target, token_weight = target[index], token_weight[index]
         reference = None if reference is None else reference[index]
+    elif reference is not None:
+        reference = reference.contiguous()
+    target, token_weight = without_ignored(target, token_weight, ignore_index)
+    return Work(index, count, target, token_weight, reference)
+
+
+def without_ignored(target: Tensor, token_weight: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Target and weight [n] with ignored rows at weight 0, compact in memory."""
     ignored = target == ignore_index
-    return Work(index, count, target.masked_fill(ignored, 0), token_weight.masked_fill(ignored, 0.0), reference)
+    return target.masked_fill(ignored, 0).contiguous(), token_weight.masked_fill(ignored, 0.0).contiguous()
 
 
 def spread(values: Tensor | None, index: Tensor | None, target: Tensor) -> Tensor:

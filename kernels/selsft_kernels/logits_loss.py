@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backend, checks
+from .head import without_ignored
 from .linear_loss import SelectiveLossOutput, new_stats
 from .objectives import Objective
 from .rows import Targets, Transform
@@ -55,9 +56,10 @@ def logits_loss_op(
     """
     vocab, device = logits.shape[1], logits.device
     checks.contents(target, None, vocab, ignore_index)
-    target, weight = usable(target, token_weight, ignore_index)
+    target, weight = without_ignored(target, token_weight, ignore_index)
     inside = (target >= 0) & (target < vocab)
     z_y = logits.gather(1, target.clamp(0, vocab - 1).unsqueeze(1)).squeeze(1).float()
+    reference = None if reference is None else reference.contiguous()
     targets = Targets(target, z_y.masked_fill_(~inside, torch.nan), weight, reference)
     transform = Transform(None, logit_scale, softcap)
     objective = Objective(positive, forget, beta, floor)
@@ -85,12 +87,6 @@ def _(
     return new(()), new(n), new(n if entropy else 0), top1, new(n), new(n), new(n)
 
 
-def usable(target: Tensor, token_weight: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Target and weight with ignored rows at weight 0."""
-    ignored = target == ignore_index
-    return target.masked_fill(ignored, 0), token_weight.masked_fill(ignored, 0.0)
-
-
 def write_grad(
     out: Tensor,  # [N, V], may be `logits`
     logits: Tensor,  # [N, V]
@@ -105,7 +101,7 @@ def write_grad(
     ignore_index: int,
 ) -> None:
     """Writes `factor` times the gradient with respect to the logits into `out`; the rest is as in `logits_loss_op`."""
-    target, weight = usable(target, token_weight, ignore_index)
+    target, weight = without_ignored(target, token_weight, ignore_index)
     transform = Transform(None, logit_scale, softcap)
     targets = Targets(target, target_logit, weight, None)
     grad = grad * factor

@@ -33,12 +33,16 @@ class Targets(NamedTuple):
     """What is known of each row before its logits; all [n]."""
 
     column: Tensor  # int64
-    logit: Tensor  # fp32, raw (bias included)
+    logit: Tensor  # fp32, raw (bias included); NaN where the column is outside of the vocabulary
     weight: Tensor  # fp32, signed, 0 = skip
     reference: Tensor | None  # fp32 log-probabilities
 
     def part(self, start: int, end: int) -> "Targets":
         return Targets(*(None if t is None else t[start:end] for t in self))  # type: ignore[arg-type]
+
+    def inside(self, vocab: int) -> "Targets":
+        """With columns that may be indexed. The NaN logit of a target outside has said that it was one."""
+        return self._replace(column=self.column.clamp(0, vocab - 1))
 
 
 class RowStats(NamedTuple):
@@ -92,6 +96,7 @@ def loss_rows(
 
     `padding`: columns to the right of `raw`, in the same memory, that may be read and written; for the Triton kernels.
     """
+    targets = targets.inside(raw.shape[1])
     for start, end in row_blocks(raw):
         _loss_rows(raw[start:end], targets.part(start, end), t, objective, stats.part(start, end), want_grad)
 
@@ -160,6 +165,7 @@ def _store(
 
 def grad_rows(out: Tensor, raw: Tensor, targets: Targets, t: Transform, lse: Tensor, grad: Tensor) -> None:
     """Gradient of each row from its `lse` and `grad` [n], as `loss_rows` kept them, into `out` (may be `raw`)."""
+    targets = targets.inside(raw.shape[1])
     for start, end in row_blocks(raw):
         part = targets.part(start, end)
         z = transform(raw[start:end].to(torch.float32, copy=True), t, with_bias=True)

@@ -7,6 +7,7 @@ from selsft_kernels import FORGET_OBJECTIVES, POSITIVE_OBJECTIVES, backend, line
 from tests.support import kernel_call as call
 from tests.support import kernel_oracle as oracle
 from tests.support.kernel_oracle import Problem, problem, relative
+from tests.support.kernel_targets import OUTSIDE, check_outside
 
 TOLERANCE = 2e-5
 
@@ -256,6 +257,13 @@ def test_logits_are_left_alone_in_the_forward_pass(device: torch.device) -> None
 
     selective_cross_entropy(z, target, weight).loss.backward()
     assert torch.equal(z.detach(), before)
+
+
+@pytest.mark.parametrize("bad", OUTSIDE)
+def test_a_target_outside_the_vocabulary_is_nan(
+    bad: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_outside(bad, device, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
