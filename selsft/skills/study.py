@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 from ..evaluation.options import count_tokens, model_max_length, score_options
 from ..records import now, read_json, remove, replaced_folder, versions, write_json
-from ..scoring.reference import model_fingerprint
+from ..training.fingerprint import model_fingerprint
 from ..training.model import Model
 from ..workflow.quiet import quiet
 from . import train as training
