@@ -25,7 +25,15 @@ def main(argv: list[str]) -> int:
     if not torch.cuda.is_available():
         print("gpu_check: there is no CUDA device here, so nothing was tested or measured", file=sys.stderr)
         return 2
-    tests = [sys.executable, "-m", "pytest", "-q", "tests/triton", "tests/kernels", "tests/test_device_step.py"]
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "tests/triton",
+        "tests/kernels",
+        "tests/training/test_device_step.py",
+    ]
     if subprocess.run(tests, check=False).returncode != 0:
         print("gpu_check: the tests failed, so nothing was measured", file=sys.stderr)
         return 1
@@ -52,6 +60,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    # Python puts this folder on the path, where transformers would take `kernels.py` for the package of that name.
-    sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
     raise SystemExit(main(sys.argv[1:]))

@@ -283,6 +283,4 @@ def _versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    # Python puts this folder on the path, where transformers would take `kernels.py` for the package of that name.
-    sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
     raise SystemExit(main(sys.argv[1:]))

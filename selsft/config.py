@@ -14,10 +14,11 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import SFTConfig
 
+from selsft_kernels.objectives import FORGET, FORGET_OBJECTIVES
+
 SCORES = ("influence", "excess", "random", "oracle", "given")
 SCOPES = ("global", "sequence", "batch")
 FORGET_SCHEDULES = ("linear", "constant", "cosine")
-FORGET_OBJECTIVES = ("unlikelihood", "probability", "npo", "wga", "gradient_ascent")
 
 # Taheri et al., arXiv 2508.04329, as its code runs: the worst 30 % of the response tokens are negative, whether they
 # are noise or not, and their log-likelihood is descended without a bound, with a weight that grows to 0.25.
@@ -52,6 +53,8 @@ TOKEN_CLEANING_2502_01968: dict[str, Any] = {
     "protect_special_tokens": False,
     "forget_weight": 0.0,
 }
+
+_FORGET_HELP = ", ".join(f"'{name}' {(each.loss.__doc__ or '').split('`')[1]}" for name, each in FORGET.items())
 
 
 @dataclass
@@ -253,8 +256,7 @@ class SelectiveSFTConfig(SFTConfig):
     forget_objective: str = field(
         default="unlikelihood",
         metadata={
-            "help": "Term of a negative token with probability p: 'unlikelihood' -log(1-p), 'probability' p, 'npo', "
-            "'wga' p^beta/beta, or 'gradient_ascent' log p (the paper; no bound).",
+            "help": f"Term of a negative token with probability p: {_FORGET_HELP}.",
             "choices": list(FORGET_OBJECTIVES),
         },
     )
@@ -290,6 +292,11 @@ class SelectiveSFTConfig(SFTConfig):
         super().__post_init__()
         self._validate_selection()
 
+    @property
+    def needs_start_logps(self) -> bool:
+        """Whether the forgetting term compares with the model at the start of training."""
+        return FORGET[self.forget_objective].needs_reference
+
     def _validate_selection(self) -> None:
         """Check the fields of this class; also called for a config that was made from an `SFTConfig`."""
         if self.negative_threshold is not None and self.positive_fraction is not None:
@@ -323,11 +330,11 @@ class SelectiveSFTConfig(SFTConfig):
         for name in ("scoring_batch_size", "scoring_batch_tokens"):
             if (given := getattr(self, name)) is not None and given < 1:
                 raise ValueError(f"{name}={given} must be at least 1")
-        if self.forget_objective == "gradient_ascent" and self.forget_floor is None and self.forget_weight > 0:
+        if not FORGET[self.forget_objective].bounded and self.forget_floor is None and self.forget_weight > 0:
             warnings.warn(
-                "forget_objective='gradient_ascent' has no bound: the loss of a forgotten token runs to minus "
-                "infinity and its gradient is largest where nothing is left to forget. Use 'unlikelihood', or set "
-                "forget_floor (for example -10).",
+                f"forget_objective={self.forget_objective!r} has no bound: the loss of a forgotten token runs to "
+                "minus infinity and its gradient is largest where nothing is left to forget. Use 'unlikelihood', or "
+                "set forget_floor (for example -10).",
                 UserWarning,
                 stacklevel=4,
             )

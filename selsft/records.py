@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .errors import InputError
+from .secrets import redact
 
 PACKAGES = ("selsft", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "triton")
 LOCK = ".lock"
@@ -65,10 +66,10 @@ def _umask() -> int:
 
 
 def write_json(path: Path, record: object) -> None:
-    """Write a JSON file that is never seen half-written."""
+    """Write a JSON file that is never seen half-written and has no secrets in it (`secrets.redact`)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as handle:
-        handle.write((json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n").encode())
+        handle.write((json.dumps(redact(record), indent=2, ensure_ascii=False, default=str) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,22 +1,23 @@
 """Which implementation a tensor takes: the Triton kernels or their twins in torch.
 
-Triton on every GPU that has it (CUDA, ROCm, XPU), and on CPU tensors when `TRITON_INTERPRET=1` is in the environment
-from the start, which is how the kernels are tested without a GPU. Torch everywhere else.
+Every module of kernels `x_triton.py` has a twin `x.py` with functions of the same names. Triton on every GPU that has
+it (CUDA, ROCm, XPU), and on CPU tensors when `TRITON_INTERPRET=1` is in the environment from the start, which is how
+the kernels are tested without a GPU. Torch everywhere else.
+
+Triton is imported when a kernel is first needed, so that whoever wants the names of the objectives or the CPU path
+does not wait for a compiler.
 """
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-try:
-    import triton  # noqa: F401
-except ImportError:  # Triton ships for Linux (and partly Windows) only
-    HAS_TRITON = False
-else:
-    HAS_TRITON = True
-
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # Triton ships for Linux (and partly Windows) only
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -24,6 +25,11 @@ def use_triton(device: torch.device) -> bool:
     if device.type in ("cuda", "xpu"):
         return HAS_TRITON
     return INTERPRETED and device.type == "cpu"
+
+
+def implementation(name: str, device: torch.device) -> Any:
+    """The module `name` (`"rows"`, `"fold"` or `"target_dot"`) that works on tensors of `device`."""
+    return importlib.import_module(f".{name}_triton" if use_triton(device) else f".{name}", __package__)
 
 
 @contextmanager

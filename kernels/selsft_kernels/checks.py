@@ -3,6 +3,9 @@
 Shapes, dtypes, devices and option names are checked on every call, from what the host knows already. The *contents*
 of `target` and `active_rows` are checked on CPU tensors only: on a GPU that would make the host wait for the device.
 There, a target outside the vocabulary makes the loss NaN, which is loud, and reads no memory that is not ours.
+
+Numbers are compared and not passed to `math.isfinite`: under `torch.compile(dynamic=True)` they are symbols, which it
+does not take. A NaN fails every comparison.
 """
 
 import math
@@ -11,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .objectives import FORGET, POSITIVE, Objective
+from .objectives import FORGET, FORGET_OBJECTIVES, POSITIVE_OBJECTIVES, Objective
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OUTPUTS = ("logprob", "entropy", "is_top1")
@@ -89,25 +92,25 @@ def lora(a: Tensor | None, b: Tensor | None, weight: Tensor) -> None:
 
 
 def objective(positive: str, forget: str, beta: float, floor: float | None, reference: Tensor | None) -> Objective:
-    if positive not in POSITIVE:
-        raise ValueError(f"positive={positive!r} is not one of {POSITIVE}")
-    if forget not in FORGET:
-        raise ValueError(f"forget={forget!r} is not one of {FORGET}")
-    if not (math.isfinite(beta) and beta > 0):
+    if positive not in POSITIVE_OBJECTIVES:
+        raise ValueError(f"positive={positive!r} is not one of {POSITIVE_OBJECTIVES}")
+    if forget not in FORGET_OBJECTIVES:
+        raise ValueError(f"forget={forget!r} is not one of {FORGET_OBJECTIVES}")
+    if not 0 < beta < math.inf:
         raise ValueError(f"beta={beta} must be a finite number above 0")
-    if floor is not None and not (math.isfinite(floor) and floor < 0):
+    if floor is not None and not -math.inf < floor < 0:
         raise ValueError(f"floor={floor} is a log-probability and must be finite and below 0, for example -10.0")
-    if forget == "npo" and reference is None:
+    if FORGET[forget].needs_reference and reference is None:
         raise ValueError(
-            "reference_logprob is None; forget='npo' needs the reference's log-probability of the targets"
+            f"reference_logprob is None; forget={forget!r} needs the reference's log-probability of the targets"
         )
     return Objective(positive, forget, float(beta), floor)
 
 
 def head_options(softcap: float | None, logit_scale: float) -> None:
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap={softcap} must be None or a finite number above 0")
-    if not math.isfinite(logit_scale):
+    if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"logit_scale={logit_scale} must be finite")
 
 

@@ -1,17 +1,13 @@
-"""`logprob_op.fold_tile` in Triton: one program a row folds a tile of logits into the running statistics."""
-
-from typing import TYPE_CHECKING
+"""`fold.fold` in Triton: one program a row folds a tile of logits into the running statistics."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .blocks_triton import LN2, LOG2E, LOWEST, fold_block, load_logit, load_logits
+from .fold import FoldState
 from .rows import Transform
 from .rows_triton import last_stride_one, launch_shape
-
-if TYPE_CHECKING:
-    from .logprob_op import FoldState
 
 
 @triton.jit
@@ -66,7 +62,7 @@ def fold_kernel(
             tl.store(own_ptr + row, own)
 
 
-def fold(raw: Tensor, column: Tensor, t: Transform, state: "FoldState", padding: int = 0) -> None:
+def fold(raw: Tensor, column: Tensor, t: Transform, state: FoldState, padding: int = 0) -> None:
     """See the twin. Leaves `raw` alone."""
     rows, width = raw.shape
     raw = last_stride_one(raw)

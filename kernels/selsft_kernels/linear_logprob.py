@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import checks
-from .linear_op import linear_loss_op
-from .logprob_op import linear_logprob_op
+from . import backend, checks, chunking, rows
+from .fold import FoldState, finish
+from .gemm import product_fp32
+from .head import Head, Work, make_head, raw_logits, select_rows, spread, target_logit
+from .linear_loss import linear_loss_op
 
 
 class LogprobOutput(NamedTuple):
@@ -33,7 +35,7 @@ class LogprobOutput(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    """The arguments of the operator that are not tensors; see `logprob_op.linear_logprob_op`."""
+    """The arguments of `linear_logprob_op` that are not tensors."""
 
     softcap: float | None
     logit_scale: float
@@ -43,6 +45,75 @@ class _Settings(NamedTuple):
     chunk_size: int | None
     compute_dtype: torch.dtype
     ignore_index: int
+
+
+# The names and defaults are those of `linear_logprob`; tensors are flattened to N rows.
+@torch.library.custom_op("selsft::linear_logprob", mutates_args=())
+def linear_logprob_op(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    target: Tensor,
+    active_rows: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    lora_scale: float,
+    entropy: bool,
+    is_top1: bool,
+    chunk_size: int | None,
+    compute_dtype: torch.dtype,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(logprob, entropy, is_top1)`, each [N]; [0] where not wanted."""
+    checks.contents(target, active_rows, weight.shape[0], ignore_index)
+    with backend.computing_on(input.device):
+        head = make_head(weight, bias, lora_a, lora_b, softcap, logit_scale, lora_scale, compute_dtype)
+        # The same rule as in training, with weight 1 for every row.
+        work = select_rows(target, torch.ones_like(target, dtype=torch.float32), None, active_rows, ignore_index)
+        state = FoldState.start(work.size, input.device, entropy=entropy, is_top1=is_top1)
+        z_y = tile_loop(input, head, work, state, chunk_size)
+        results = finish(state, rows.transform(z_y, head.transform, with_bias=False), work.weight == 0)
+        logprob, entropies, top1 = (spread(t, work.rows, target) for t in results)
+    return logprob, entropies, top1
+
+
+@linear_logprob_op.register_fake
+def _(
+    input, weight, bias, lora_a, lora_b, target, active_rows, softcap, logit_scale, lora_scale, entropy, is_top1,
+    chunk_size, compute_dtype, ignore_index,
+):  # fmt: skip
+    n = target.shape
+    return (
+        input.new_empty(n, dtype=torch.float32),
+        input.new_empty(n if entropy else 0, dtype=torch.float32),
+        input.new_empty(n if is_top1 else 0, dtype=torch.bool),
+    )
+
+
+def tile_loop(input: Tensor, head: Head, work: Work, state: FoldState, chunk_size: int | None) -> Tensor:
+    """Runs every tile of [rows, columns] through the head and folds it; returns the raw target logits [M] fp32."""
+    vocab = head.weight.shape[0]
+    dtype, device = head.weight.dtype, input.device
+    height, width = chunking.scoring_tile(work.size, vocab, dtype.itemsize, device)
+    width = min(chunk_size or width, vocab)
+    buffer = torch.empty(height, chunking.padded(width), device=device, dtype=dtype)
+    fold = backend.implementation("fold", device).fold
+    z_y = torch.empty(work.size, device=device, dtype=torch.float32)
+    for start in range(0, work.size, height):
+        end = min(start + height, work.size)
+        x = (input[start:end] if work.rows is None else input[work.rows[start:end]]).to(dtype)
+        lora_hidden = None if head.lora is None else product_fp32(x, head.lora.a.t())
+        target = work.target[start:end]
+        z_y[start:end] = target_logit(x, head, target, lora_hidden)
+        for left in range(0, vocab, width):
+            columns = slice(left, min(left + width, vocab))
+            raw = raw_logits(buffer[: end - start, : columns.stop - left], x, head, lora_hidden, columns)
+            bias = None if head.transform.bias is None else head.transform.bias[columns]
+            padding = chunking.padded(raw.shape[1]) - raw.shape[1]
+            fold(raw, target - left, head.transform._replace(bias=bias), state.part(start, end), padding)
+    return z_y
 
 
 class _LinearLogprob(torch.autograd.Function):

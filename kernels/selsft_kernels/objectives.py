@@ -6,19 +6,91 @@ and returns `(L, dL/dm)`, so that the two cannot drift apart. Log-odds and not l
 hides the gradient of exactly the tokens that are memorised best. `log p = -softplus(-m)` and
 `log(1 - p) = -softplus(m)` are exact on both sides.
 
-Autograd through the values was the alternative to the handwritten derivatives; it cannot give them inside a forward
-pass, where the fused loss needs them. The Triton twin of this file is `objectives_triton.py`.
+The tables at the end of the formulas are the only list of objectives: names, checks and command lines come from them.
+To add an objective, write its formula here and enter it in a table, write its twin in `objectives_triton.py`, and add
+its plain form to the oracle of the tests.
+
+Rejected: autograd through the values instead of handwritten derivatives; it cannot give them inside a forward pass,
+where the fused loss needs them.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-POSITIVE = ("nll", "dft")
-FORGET = ("unlikelihood", "probability", "npo", "wga", "gradient_ascent")
+
+def nll(m: Tensor, reference: Tensor | None, beta: float) -> tuple[Tensor, Tensor]:
+    """`-log p`, the likelihood."""
+    return F.softplus(-m), -torch.sigmoid(-m)
+
+
+def dft(m: Tensor, reference: Tensor | None, beta: float) -> tuple[Tensor, Tensor]:
+    """`-sg(p) log p` (Dynamic Fine-Tuning, arXiv 2508.05629); `sg` stops the gradient, so dL/dm = -p (1 - p)."""
+    p = torch.sigmoid(m)
+    return p * F.softplus(-m), -p * torch.sigmoid(-m)
+
+
+def unlikelihood(m: Tensor, reference: Tensor | None, beta: float) -> tuple[Tensor, Tensor]:
+    """`-log(1 - p)` (arXiv 1908.04319). Its gradient fades with p."""
+    return F.softplus(m), torch.sigmoid(m)
+
+
+def probability(m: Tensor, reference: Tensor | None, beta: float) -> tuple[Tensor, Tensor]:
+    """`p`: value and gradient are bounded."""
+    p = torch.sigmoid(m)
+    return p, p * torch.sigmoid(-m)
+
+
+def npo(m: Tensor, reference: Tensor | None, beta: float) -> tuple[Tensor, Tensor]:
+    """`(2 / beta) softplus(beta (log p - reference))` (arXiv 2404.05868), token by token."""
+    assert reference is not None  # `checks.objective` has made sure
+    x = beta * (-F.softplus(-m) - reference)
+    return (2 / beta) * F.softplus(x), 2 * torch.sigmoid(x) * torch.sigmoid(-m)
+
+
+def wga(m: Tensor, reference: Tensor | None, beta: float) -> tuple[Tensor, Tensor]:
+    """`sg(p^beta) log p` (weighted gradient ascent, arXiv 2502.19301), reported as `p^beta / beta`.
+
+    The surrogate has the same gradient, `p^beta (1 - p)`, and is bounded; `sg(p^beta) log p` itself has its minimum
+    at a middle p, which would make a falling curve of it look like learning.
+    """
+    p_beta = torch.exp(-beta * F.softplus(-m))
+    return p_beta / beta, p_beta * torch.sigmoid(-m)
+
+
+def gradient_ascent(m: Tensor, reference: Tensor | None, beta: float) -> tuple[Tensor, Tensor]:
+    """`log p`. Unbounded below: its gradient grows as the token is forgotten. Kept to reproduce published runs."""
+    return -F.softplus(-m), torch.sigmoid(-m)
+
+
+class Formula(NamedTuple):
+    """An objective: its function of the log-odds, the arguments that it looks at, and whether its value has a bound.
+
+    loss: `(m [n], reference [n] or None, beta) -> (L [n], dL/dm [n])`, all tensors fp32.
+    bounded: whether forgetting, which lowers the value, stops somewhere. A positive objective is bounded below by 0.
+    """
+
+    loss: Callable[[Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
+    needs_reference: bool = False
+    needs_beta: bool = False
+    bounded: bool = True
+
+
+POSITIVE = {"nll": Formula(nll), "dft": Formula(dft)}
+FORGET = {
+    "unlikelihood": Formula(unlikelihood),
+    "probability": Formula(probability),
+    "npo": Formula(npo, needs_reference=True, needs_beta=True),
+    "wga": Formula(wga, needs_beta=True),
+    "gradient_ascent": Formula(gradient_ascent, bounded=False),
+}
+
+POSITIVE_OBJECTIVES: tuple[str, ...] = tuple(POSITIVE)
+FORGET_OBJECTIVES: tuple[str, ...] = tuple(FORGET)
 
 
 class Objective(NamedTuple):
@@ -41,49 +113,6 @@ class Objective(NamedTuple):
         return self.floor - math.log(-math.expm1(self.floor))
 
 
-def nll(m: Tensor) -> tuple[Tensor, Tensor]:
-    """`-log p`, the likelihood."""
-    return F.softplus(-m), -torch.sigmoid(-m)
-
-
-def dft(m: Tensor) -> tuple[Tensor, Tensor]:
-    """`-sg(p) log p` (Dynamic Fine-Tuning, arXiv 2508.05629); `sg` stops the gradient, so dL/dm = -p (1 - p)."""
-    p = torch.sigmoid(m)
-    return p * F.softplus(-m), -p * torch.sigmoid(-m)
-
-
-def unlikelihood(m: Tensor) -> tuple[Tensor, Tensor]:
-    """`-log(1 - p)` (arXiv 1908.04319). Its gradient fades with p."""
-    return F.softplus(m), torch.sigmoid(m)
-
-
-def probability(m: Tensor) -> tuple[Tensor, Tensor]:
-    """`p`: value and gradient are bounded."""
-    p = torch.sigmoid(m)
-    return p, p * torch.sigmoid(-m)
-
-
-def npo(m: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """`(2 / beta) softplus(beta (log p - reference))` (arXiv 2404.05868), token by token."""
-    x = beta * (-F.softplus(-m) - reference)
-    return (2 / beta) * F.softplus(x), 2 * torch.sigmoid(x) * torch.sigmoid(-m)
-
-
-def wga(m: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """`sg(p^beta) log p` (weighted gradient ascent, arXiv 2502.19301), reported as `p^beta / beta`.
-
-    The surrogate has the same gradient, `p^beta (1 - p)`, and is bounded; `sg(p^beta) log p` itself has its minimum
-    at a middle p, which would make a falling curve of it look like learning.
-    """
-    p_beta = torch.exp(-beta * F.softplus(-m))
-    return p_beta / beta, p_beta * torch.sigmoid(-m)
-
-
-def gradient_ascent(m: Tensor) -> tuple[Tensor, Tensor]:
-    """`log p`. Unbounded below: its gradient grows as the token is forgotten. Kept to reproduce published runs."""
-    return -F.softplus(-m), torch.sigmoid(-m)
-
-
 def token_loss(
     m: Tensor,  # [n] fp32 log-odds
     weight: Tensor,  # [n] fp32, signed
@@ -91,27 +120,12 @@ def token_loss(
     objective: Objective,
 ) -> tuple[Tensor, Tensor]:
     """`(|w| L(m), |w| dL/dm)` of each token, both [n]; exactly 0 where the weight is 0, whatever `m` is."""
-    keep, keep_grad = nll(m) if objective.positive == "nll" else dft(m)
+    keep, keep_grad = POSITIVE[objective.positive].loss(m, reference, objective.beta)
     # `clamp` keeps a NaN, which has to reach the loss.
-    drop, drop_grad = _forget(m.clamp(min=objective.floor_log_odds), reference, objective)
+    lifted = m.clamp(min=objective.floor_log_odds)
+    drop, drop_grad = FORGET[objective.forget].loss(lifted, reference, objective.beta)
     drop_grad = drop_grad.masked_fill(m < objective.floor_log_odds, 0.0)
     value = torch.where(weight > 0, keep, drop) * weight.abs()
     grad = torch.where(weight > 0, keep_grad, drop_grad) * weight.abs()
     skip = weight == 0
     return value.masked_fill(skip, 0.0), grad.masked_fill(skip, 0.0)
-
-
-def _forget(m: Tensor, reference: Tensor | None, objective: Objective) -> tuple[Tensor, Tensor]:
-    match objective.forget:
-        case "unlikelihood":
-            return unlikelihood(m)
-        case "probability":
-            return probability(m)
-        case "npo":
-            assert reference is not None  # `checks.objective` has made sure
-            return npo(m, reference, objective.beta)
-        case "wga":
-            return wga(m, objective.beta)
-        case "gradient_ascent":
-            return gradient_ascent(m)
-    raise ValueError(f"forget={objective.forget!r} is not one of {FORGET}")

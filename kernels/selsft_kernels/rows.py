@@ -33,9 +33,16 @@ class Targets(NamedTuple):
     """What is known of each row before its logits; all [n]."""
 
     column: Tensor  # int64
-    logit: Tensor  # fp32, raw (bias included)
+    logit: Tensor  # fp32, raw (bias included); NaN where the column is outside of the vocabulary
     weight: Tensor  # fp32, signed, 0 = skip
     reference: Tensor | None  # fp32 log-probabilities
+
+    def part(self, start: int, end: int) -> "Targets":
+        return Targets(*(None if t is None else t[start:end] for t in self))  # type: ignore[arg-type]
+
+    def inside(self, vocab: int) -> "Targets":
+        """With columns that may be indexed. The NaN logit of a target outside has said that it was one."""
+        return self._replace(column=self.column.clamp(0, vocab - 1))
 
 
 class RowStats(NamedTuple):
@@ -76,7 +83,7 @@ def entropy_from(m: Tensor, rest: Tensor) -> Tensor:
 
 
 def loss_rows(
-    raw: Tensor,  # [n, V], any row stride; overwritten with the gradient if `want_grad`, else scratch
+    raw: Tensor,  # [n, V], any strides; overwritten with the gradient if `want_grad`
     targets: Targets,
     t: Transform,
     objective: Objective,
@@ -89,9 +96,9 @@ def loss_rows(
 
     `padding`: columns to the right of `raw`, in the same memory, that may be read and written; for the Triton kernels.
     """
+    targets = targets.inside(raw.shape[1])
     for start, end in row_blocks(raw):
-        part = Targets(*(t[start:end] if isinstance(t, Tensor) else None for t in targets))  # type: ignore[arg-type]
-        _loss_rows(raw[start:end], part, t, objective, stats.part(start, end), want_grad)
+        _loss_rows(raw[start:end], targets.part(start, end), t, objective, stats.part(start, end), want_grad)
 
 
 def row_blocks(raw: Tensor) -> list[tuple[int, int]]:
@@ -104,7 +111,7 @@ def row_blocks(raw: Tensor) -> list[tuple[int, int]]:
 def _loss_rows(
     raw: Tensor, targets: Targets, t: Transform, objective: Objective, stats: RowStats, want_grad: bool
 ) -> None:
-    z = raw if raw.dtype == torch.float32 else raw.float()
+    z = raw.to(torch.float32, copy=not want_grad)
     column = targets.column.unsqueeze(1)
     transform(z, t, with_bias=True)
     z_y = transform(targets.logit.clone(), t, with_bias=False)
@@ -154,6 +161,19 @@ def _store(
         stats.lse.copy_(lse)
     if stats.grad is not None:
         stats.grad.copy_(grad)
+
+
+def grad_rows(out: Tensor, raw: Tensor, targets: Targets, t: Transform, lse: Tensor, grad: Tensor) -> None:
+    """Gradient of each row from its `lse` and `grad` [n], as `loss_rows` kept them, into `out` (may be `raw`)."""
+    targets = targets.inside(raw.shape[1])
+    for start, end in row_blocks(raw):
+        part = targets.part(start, end)
+        z = transform(raw[start:end].to(torch.float32, copy=True), t, with_bias=True)
+        slope = None if t.softcap is None else z.div(t.softcap).square_().neg_().add_(1.0)
+        z_y = transform(part.logit.clone(), t, with_bias=False)
+        e = z.sub_(lse[start:end].unsqueeze(1)).exp_()
+        grad_in_place(e, torch.ones_like(z_y), part, t, grad[start:end], z_y, slope)
+        out[start:end].copy_(e)
 
 
 def top1(others: Tensor, own: Tensor, largest: Tensor, column: Tensor) -> Tensor:

@@ -19,10 +19,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from selsft_kernels.objectives import FORGET_OBJECTIVES
+
 STAGES = ("base", "finetuned", "forgotten")
 RANDOM_LABELS = ("uniform", "flip", "uniform_wrong", "shuffle")
-OBJECTIVES = ("unlikelihood", "npo", "wga", "probability", "gradient_ascent")
-METHODS = RANDOM_LABELS + OBJECTIVES
+METHODS = RANDOM_LABELS + FORGET_OBJECTIVES
 SPLITS = ("train", "test")
 END = -1
 """`step` of the scores at the end of a stage."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from selsft_kernels import linear_logprob, linear_selective_cross_entropy, selective_cross_entropy
+from tests.support.kernel_targets import OUTSIDE, check_outside
 
 
 def arguments() -> dict[str, Any]:
@@ -98,3 +99,9 @@ def test_logits(change: dict, message: str) -> None:
 
 def test_the_arguments_themselves_are_accepted() -> None:
     linear_selective_cross_entropy(**arguments())
+
+
+@pytest.mark.parametrize("bad", OUTSIDE)
+def test_a_target_outside_the_vocabulary_is_nan_on_a_device(bad: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices without Triton run the torch path too, and nobody looks at their targets on the host."""
+    check_outside(bad, torch.device("cpu"), monkeypatch)

@@ -48,3 +48,51 @@ def test_no_grad_compiles() -> None:
 
     with torch.no_grad():
         assert torch.allclose(score(p.input, p.weight), linear_logprob(p.input, p.weight, p.target).logprob)
+
+
+@pytest.mark.parametrize("function", ["linear_loss", "logprob", "logits"])
+def test_dynamic_shapes_and_numbers(function: str) -> None:
+    """Rows, vocabulary and every number change from call to call; other shapes alone need no other graph."""
+    torch._dynamo.reset()
+
+    def step(hidden, weight, target, token_weight, reference, beta, floor, softcap, scale):  # type: ignore[no-untyped-def]
+        objective = {"reference_logprob": reference, "forget": "npo", "beta": beta, "floor": floor}
+        transform = {"softcap": softcap, "logit_scale": scale}
+        if function == "linear_loss":
+            return linear_selective_cross_entropy(
+                hidden * 2, weight, target, token_weight, **objective, **transform
+            ).loss
+        if function == "logprob":
+            return linear_logprob(hidden * 2, weight, target, **transform).logprob.sum()
+        return selective_cross_entropy(hidden * 2 @ weight.T, target, token_weight, **objective, **transform).loss
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    graphs = []
+    for rows, vocab, numbers in [
+        (9, 37, (1.0, -2.0, 4.0, 1.5)),
+        (5, 64, (1.0, -2.0, 4.0, 1.5)),
+        (12, 21, (1.0, -2.0, 4.0, 1.5)),
+        (12, 21, (0.5, -3.0, 7.0, -0.5)),
+    ]:
+        p = problem(rows=rows, vocab=vocab)
+        given = (p.input, p.weight, p.target, p.token_weight, p.reference, *numbers)
+        actual, expected = compiled(*given), step(*given)
+        graphs.append(counter.frame_count)
+        assert torch.allclose(actual, expected, atol=1e-5)
+        for a, b in zip(*(torch.autograd.grad(x, (p.input, p.weight)) for x in (actual, expected)), strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+    assert graphs[0] == graphs[2]
+
+
+@pytest.mark.parametrize("numbers", [{"beta": 0.0}, {"floor": 1.0}, {"softcap": float("nan")}])
+def test_bad_numbers_are_refused_under_the_compiler_too(numbers: dict) -> None:
+    p = problem(rows=3)
+    torch._dynamo.reset()
+
+    @torch.compile(dynamic=True, backend="eager")
+    def step(hidden, weight):  # type: ignore[no-untyped-def]
+        return linear_selective_cross_entropy(hidden, weight, p.target, p.token_weight, **numbers).loss
+
+    with pytest.raises(ValueError, match=next(iter(numbers))):
+        step(p.input, p.weight)

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from selsft_kernels import backend
-from selsft_kernels.objectives import FORGET, POSITIVE
+from selsft_kernels import FORGET_OBJECTIVES, POSITIVE_OBJECTIVES, backend
 
 if not backend.HAS_TRITON:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -75,7 +74,10 @@ def test_row_kernel(target: GPUTarget, dtype: str) -> None:
         assert build(rows_triton.loss_rows_kernel, target, dtype, num_warps, BLOCK=block, **constants).asm
 
 
-@pytest.mark.parametrize(("positive", "forget"), [(p, FORGET[0]) for p in POSITIVE] + [("nll", f) for f in FORGET[1:]])
+@pytest.mark.parametrize(
+    ("positive", "forget"),
+    [(p, "unlikelihood") for p in POSITIVE_OBJECTIVES] + [("nll", f) for f in FORGET_OBJECTIVES[1:]],
+)
 def test_objectives(positive: str, forget: str) -> None:
     constants = row_constants(POSITIVE=positive, FORGET=forget, HAS_REFERENCE=forget == "npo")
     assert build(rows_triton.loss_rows_kernel, HOPPER, "bf16", 8, BLOCK=1024, **constants).asm

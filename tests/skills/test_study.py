@@ -25,7 +25,8 @@ from selsft.skills.config import StudyConfig
 from selsft.skills.plan import plan
 from selsft.skills.randomize import assign_labels
 from selsft.skills.study import Study
-from selsft.skills.table import ALL_TASKS, OBJECTIVES, read_scores
+from selsft.skills.table import ALL_TASKS, read_scores
+from selsft_kernels import FORGET_OBJECTIVES
 from tests.support import skill_world as world
 
 
@@ -192,8 +193,9 @@ def test_hidden_states_lie_beside_their_examples(study):
 def test_token_objectives_with_a_retain_set_from_a_shared_reference(data, tmp_path):
     """Forgetting the answers makes their probability fall, and the retained task keeps what it had."""
     settings = {
-        "tasks": "hot_yes,size", "label_tasks": "hot_yes", "methods": ",".join(OBJECTIVES), "reference": "shared",
-        "retain_tasks": "others", "hidden_states": "none", "forget_floor": -4.0, "forget_num_train_epochs": 2.0,
+        "tasks": "hot_yes,size", "label_tasks": "hot_yes", "methods": ",".join(FORGET_OBJECTIVES),
+        "reference": "shared", "retain_tasks": "others", "hidden_states": "none", "forget_floor": -4.0,
+        "forget_num_train_epochs": 2.0,
     }  # fmt: skip
     run(data, tmp_path / "run", **settings)
     found = answers(tmp_path / "run")
@@ -201,7 +203,7 @@ def test_token_objectives_with_a_retain_set_from_a_shared_reference(data, tmp_pa
     table = read_scores(tmp_path / "run")
     gold = table[table["is_gold"] & (table["split"] == "train") & (table["eval_task"] == "hot_yes")]
     before = gold[gold["stage"] == "finetuned"]["logprob"].mean()
-    for method in OBJECTIVES:
+    for method in FORGET_OBJECTIVES:
         after = gold[gold["method"] == method]["logprob"].mean()
         assert after < before - 0.5, method
         assert accuracy(found, method=method, eval_task="hot_yes", split="train") < 0.9, method

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from selsft_kernels import backend, linear_selective_cross_entropy
+from selsft_kernels import FORGET_OBJECTIVES, POSITIVE_OBJECTIVES, backend, linear_selective_cross_entropy
 from tests.support import kernel_call as call
 from tests.support import kernel_oracle as oracle
 from tests.support.kernel_oracle import Problem, problem, relative
+from tests.support.kernel_targets import OUTSIDE, check_outside
 
 TOLERANCE = 2e-5
 
@@ -19,6 +20,11 @@ OBJECTIVES = [
     {"forget": "wga", "beta": 3.0},
     {"forget": "gradient_ascent"},
 ]
+
+
+def test_the_list_of_objectives_is_complete() -> None:
+    assert {o.get("positive", "nll") for o in OBJECTIVES} == set(POSITIVE_OBJECTIVES)
+    assert {o["forget"] for o in OBJECTIVES} == set(FORGET_OBJECTIVES)
 
 
 def assert_matches(p: Problem, actual: dict) -> None:
@@ -251,6 +257,13 @@ def test_logits_are_left_alone_in_the_forward_pass(device: torch.device) -> None
 
     selective_cross_entropy(z, target, weight).loss.backward()
     assert torch.equal(z.detach(), before)
+
+
+@pytest.mark.parametrize("bad", OUTSIDE)
+def test_a_target_outside_the_vocabulary_is_nan(
+    bad: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_outside(bad, device, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

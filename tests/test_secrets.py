@@ -1,0 +1,83 @@
+"""Secrets: what counts as one, that records have none, and that the door empties the flags."""
+
+import json
+import os
+
+import pytest
+
+from selsft import secrets
+from selsft.errors import InputError
+from selsft.records import write_json
+from selsft.secrets import HIDDEN, is_secret, redact, to_environment
+
+MARK = "hf_marked-secret-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    for name in [name for name in os.environ if is_secret(name)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.delenv("HF_TOKEN")
+
+
+@pytest.mark.parametrize(
+    "name", ["token", "hub_token", "--hub_token", "HF_TOKEN", "WANDB_API_KEY", "api-key", "password", "a.b.secret"]
+)
+def test_secret_names(name):
+    assert is_secret(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["eos_token", "pad_token", "token_weights", "tokens", "max_new_tokens", "tokenizer_sha256", "key", "shard_tokens"],
+)
+def test_public_names(name):
+    assert not is_secret(name)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"hub_token": MARK},
+        {"config": {"init_kwargs": {"token": MARK, "dtype": "float32"}}},
+        {"arguments": ["--hub_token", MARK, "--seed", "0"]},
+        {"arguments": [f"--hub_token={MARK}"]},
+        {"arguments": ["--model_init_kwargs", json.dumps({"token": MARK})]},
+        {"text": f"token: '{MARK}'", "again": f"https://user:{MARK}@host"},
+        {"command": f"selsft train --hub_token {MARK}", "hub_token": MARK},
+        [{"nested": [{"password": MARK}, f"said {MARK} aloud"]}],
+    ],
+)
+def test_records_have_no_secrets(record, tmp_path):
+    write_json(tmp_path / "record.json", record)
+    text = (tmp_path / "record.json").read_text()
+    assert MARK not in text and HIDDEN in text
+
+
+def test_the_environment_counts(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", MARK)
+    monkeypatch.setenv("SHORT_TOKEN", "1")
+    assert redact({"log": f"x{MARK}y", "one": "1"}) == {"log": f"x{HIDDEN}y", "one": "1"}
+
+
+def test_everything_else_is_unchanged():
+    record = {
+        "eos_token": "</s>", "max_new_tokens": 5, "list": [1, None, True, 2.5], "arguments": ["--eos_token", "</s>"],
+        "token": None, "text": "key: 'value' and token_weights = 'x'", "hub_token": "",
+    }  # fmt: skip
+    assert redact(record) == record
+
+
+def test_the_door_moves_tokens_to_the_environment(monkeypatch):
+    monkeypatch.setattr(secrets.os, "environ", dict(os.environ))
+    flags = {
+        "hub_token": MARK, "model_init_kwargs": {"token": MARK, "dtype": "float32"}, "seed": 3,
+        "reference_model_init_kwargs": json.dumps({"token": MARK, "revision": "x"}), "eos_token": "</s>",
+    }  # fmt: skip
+    to_environment(flags)
+    assert secrets.os.environ["HF_TOKEN"] == MARK and MARK not in str(flags)
+    assert flags["model_init_kwargs"] == {"dtype": "float32"} and flags["eos_token"] == "</s>"
+    assert json.loads(flags["reference_model_init_kwargs"]) == {"revision": "x"}
+    with pytest.raises(InputError, match=r"hub_token and model_init_kwargs\.token are different tokens"):
+        to_environment({"hub_token": MARK, "model_init_kwargs": {"token": MARK + "2"}})
