@@ -129,6 +129,7 @@ class Study:
             As `check`, which it calls unless that was done. `records.exclusive` keeps other processes out.
         """
         from ..report.skills import write_report
+        from .results import compute
 
         if not self._base:
             self.check()
@@ -141,7 +142,7 @@ class Study:
             self.echo(f"[{number:3}/{len(stages)}] {stage.name}: {what}")
             self._clean_models()
         self._write_manifest(finished=True)
-        report = write_report(folder)
+        report = write_report(folder, compute(folder))
         self.echo(f"Report: {report}")
         return report
 
