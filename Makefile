@@ -6,24 +6,21 @@ STAMP := $(VENV)/.installed
 
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-first test-second test-compat lint gpu-check clean
+.PHONY: demo test test-fast test-compat lint gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/selsft demo
 
-# Two processes side by side. The Triton kernels need the interpreter, which everything else would crawl under; tests
-# that launch several processes are all in the second half, so that no two of them want the same port.
-FIRST := tests/kernels tests/skills tests/evaluation tests/pipeline tests/report
+# Two processes side by side. The Triton kernels run in the interpreter, under which everything else would crawl.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test: $(STAMP)
-	$(MAKE) --no-print-directory -j2 test-first test-second
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton
+	$(PYTEST) tests --ignore tests/triton
 
-test-first:
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(FIRST)
-
-test-second:
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests --ignore tests/triton $(addprefix --ignore ,$(FIRST))
+# What one wants while editing, in two minutes.
+test-fast: $(STAMP)
+	$(PYTEST) -m "not slow" tests --ignore tests/triton
 
 # The core tests with the oldest supported versions; `make test` has the newest tested ones.
 OLDEST := .venv-oldest

@@ -11,7 +11,7 @@ Llama, in turn, so that whatever else the machine does falls on all of them:
 
 Tokens per second count tokens of the data, not padding. On a CPU seconds are processor seconds of one thread, which
 hardly depend on other programs; wall seconds are in the table too. Memory is the growth of the peak resident set of a
-process that scores and does nothing else, on a GPU the peak of the allocator. `scale` runs the whole way to parts on
+process that scores and does nothing else, on a GPU the peak of the allocator. `scale` runs the whole way to shards on
 disk, for both models, at 1e4 and 1e6 tokens, with a small model. Rejected: rows of equal length, on which padding,
 which is half of the matter, does not exist.
 
@@ -42,10 +42,10 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from selsft import DataCollatorForSelectiveSFT
-from selsft.data.chunks import TokenBlock
+from selsft.data.chunks import TokenChunk
 from selsft.data.scored_folder import ScoredFolder
-from selsft.scoring.batching import BatchBudget, shards
-from selsft.scoring.logprobs import ROW_COLUMNS, forward_logps, score_block
+from selsft.scoring.batching import BatchBudget, shard_chunks
+from selsft.scoring.logprobs import ROW_COLUMNS, forward_logps, score_chunk
 from selsft.training.head import add_selective_head
 
 ARMS = ("selsft", "plain", "body")
@@ -80,9 +80,9 @@ def rows(tokens: int, vocab: int, seed: int = 0) -> Dataset:
     return Dataset.from_dict({"input_ids": ids, "labels": labels})
 
 
-def one_block(data: Dataset) -> TokenBlock:
-    (block,) = shards(data, ROW_COLUMNS)
-    return block
+def one_chunk(data: Dataset) -> TokenChunk:
+    (chunk,) = shard_chunks(data, ROW_COLUMNS)
+    return chunk
 
 
 def accelerator_of(options: argparse.Namespace) -> SimpleNamespace:
@@ -92,50 +92,50 @@ def accelerator_of(options: argparse.Namespace) -> SimpleNamespace:
 # ---------------------------------------------------------------- the arms
 
 
-def score_selsft(model, block: TokenBlock, options: argparse.Namespace) -> np.ndarray:
+def score_selsft(model, chunk: TokenChunk, options: argparse.Namespace) -> np.ndarray:
     collator, budget = DataCollatorForSelectiveSFT(pad_token_id=0), BatchBudget(options.budget)
     with torch.no_grad():
-        (flat,) = score_block(block, lambda x: [forward_logps(model, x)], collator, accelerator_of(options), budget)
+        (flat,) = score_chunk(chunk, lambda x: [forward_logps(model, x)], collator, accelerator_of(options), budget)
     return flat
 
 
-def score_plain(model, block: TokenBlock, options: argparse.Namespace) -> np.ndarray:
-    ids, labels = (np.asarray(block.columns[name], np.int64) for name in ROW_COLUMNS)
-    ends = np.cumsum(block.lengths)
-    starts = ends - block.lengths
+def score_plain(model, chunk: TokenChunk, options: argparse.Namespace) -> np.ndarray:
+    ids, labels = (np.asarray(chunk.columns[name], np.int64) for name in ROW_COLUMNS)
+    ends = np.cumsum(chunk.lengths)
+    starts = ends - chunk.lengths
     flat = np.zeros(len(ids), np.float32)
     batches, current = [], []
-    for row, length in enumerate(block.lengths):
-        longest = max([length, *(block.lengths[index] for index in current)])
+    for row, length in enumerate(chunk.lengths):
+        longest = max([length, *(chunk.lengths[index] for index in current)])
         if current and longest * (len(current) + 1) > options.budget:
             batches.append(current)
             current = []
         current.append(row)
     batches.append(current)
     for batch in batches:
-        width = max(block.lengths[row] for row in batch)
+        width = max(chunk.lengths[row] for row in batch)
         tokens = torch.zeros(len(batch), width, dtype=torch.long)
         mask = torch.zeros(len(batch), width, dtype=torch.long)
         for index, row in enumerate(batch):
-            tokens[index, : block.lengths[row]] = torch.from_numpy(ids[starts[row] : ends[row]])
-            mask[index, : block.lengths[row]] = 1
+            tokens[index, : chunk.lengths[row]] = torch.from_numpy(ids[starts[row] : ends[row]])
+            mask[index, : chunk.lengths[row]] = 1
         tokens, mask = tokens.to(options.device), mask.to(options.device)
         with torch.no_grad():
             logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, :-1]
             logps = torch.log_softmax(logits.float(), -1).gather(2, tokens[:, 1:, None])[..., 0].cpu().numpy()
         for index, row in enumerate(batch):
-            flat[starts[row] + 1 : ends[row]] = logps[index, : block.lengths[row] - 1]
+            flat[starts[row] + 1 : ends[row]] = logps[index, : chunk.lengths[row] - 1]
     return np.where(labels == -100, 0, flat)
 
 
-def score_body(model, block: TokenBlock, options: argparse.Namespace) -> np.ndarray:
+def score_body(model, chunk: TokenChunk, options: argparse.Namespace) -> np.ndarray:
     def forward(inputs):
         hidden = model.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         return [hidden.last_hidden_state[..., 0].float()]
 
     collator, budget = DataCollatorForSelectiveSFT(pad_token_id=0), BatchBudget(options.budget)
     with torch.no_grad():
-        (flat,) = score_block(block, forward, collator, accelerator_of(options), budget)
+        (flat,) = score_chunk(chunk, forward, collator, accelerator_of(options), budget)
     return flat
 
 
@@ -155,8 +155,8 @@ def timed(run, device: str) -> tuple[float, float]:
 
 
 def throughput(options: argparse.Namespace) -> list[dict]:
-    model, block = make_model(options), one_block(rows(options.tokens, options.vocab))
-    small = one_block(rows(2 * options.budget, options.vocab, seed=1))
+    model, chunk = make_model(options), one_chunk(rows(options.tokens, options.vocab))
+    small = one_chunk(rows(2 * options.budget, options.vocab, seed=1))
     for arm in ARMS:
         SCORE[arm](model, small, options)  # kernels, allocator
     difference = np.abs(score_selsft(model, small, options) - score_plain(model, small, options)).max()
@@ -164,26 +164,26 @@ def throughput(options: argparse.Namespace) -> list[dict]:
     found = [row("throughput", "selsft", 0, "max_difference", float(difference))]
     for repeat in range(options.repeats):
         for arm in ARMS if repeat % 2 == 0 else ARMS[::-1]:
-            wall, processor = timed(lambda arm=arm: SCORE[arm](model, block, options), options.device)
+            wall, processor = timed(lambda arm=arm: SCORE[arm](model, chunk, options), options.device)
             seconds = processor if options.device == "cpu" else wall
-            found.append(row("throughput", arm, repeat, "tokens_per_s", block.size / seconds))
-            found.append(row("throughput", arm, repeat, "wall_tokens_per_s", block.size / wall))
-            print(f"{arm:7s} {block.size / seconds:10.0f} tokens/s ({wall:.1f} s wall)", flush=True)
+            found.append(row("throughput", arm, repeat, "tokens_per_s", chunk.size / seconds))
+            found.append(row("throughput", arm, repeat, "wall_tokens_per_s", chunk.size / wall))
+            print(f"{arm:7s} {chunk.size / seconds:10.0f} tokens/s ({wall:.1f} s wall)", flush=True)
     return found
 
 
 def peak_bytes(arm: str, options: argparse.Namespace) -> int:
     """Growth of the peak while one arm scores a few batches. Runs in a process of its own."""
-    model, block = make_model(options), one_block(rows(4 * options.budget, options.vocab))
+    model, chunk = make_model(options), one_chunk(rows(4 * options.budget, options.vocab))
     if options.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        SCORE[arm](model, block, options)
+        SCORE[arm](model, chunk, options)
         return torch.cuda.max_memory_allocated() - before
-    SCORE["body"](model, one_block(rows(100, options.vocab)), options)
+    SCORE["body"](model, one_chunk(rows(100, options.vocab)), options)
     Path("/proc/self/clear_refs").write_text("5")
     before = _peak_kib()
-    SCORE[arm](model, block, options)
+    SCORE[arm](model, chunk, options)
     return (_peak_kib() - before) * 1024
 
 
@@ -203,7 +203,7 @@ def memory(options: argparse.Namespace) -> list[dict]:
 
 
 def scale(options: argparse.Namespace) -> list[dict]:
-    """Seconds per token of the whole way from memory-mapped rows to parts on disk, base and reference."""
+    """Seconds per token of the whole way from memory-mapped rows to shards on disk, base and reference."""
     small = argparse.Namespace(**{**vars(options), "vocab": 8192, "width": 128, "layers": 2, "budget": 2048})
     models = [make_model(small, seed) for seed in (0, 1)]
     collator, budget, where = DataCollatorForSelectiveSFT(pad_token_id=0), BatchBudget(2048), accelerator_of(options)
@@ -213,12 +213,12 @@ def scale(options: argparse.Namespace) -> list[dict]:
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             store = ScoredFolder(folder, {})
             store.open({})
-            for count, block in enumerate(shards(data, ROW_COLUMNS), start=1):
+            for count, chunk in enumerate(shard_chunks(data, ROW_COLUMNS), start=1):
                 logps = [
-                    score_block(block, lambda x, m=model: [forward_logps(m, x)], collator, where, budget)[0]
+                    score_chunk(chunk, lambda x, m=model: [forward_logps(m, x)], collator, where, budget)[0]
                     for model in models
                 ]
-                store.write(count - 1, block, *logps)
+                store.write(count - 1, chunk, *logps)
             store.finish(count)
 
     sizes = {size: rows(size, 8192) for size in (10_000, 1_000_000)}

@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
-from selsft.data.chunks import token_blocks, trained_mask
+from selsft.data.chunks import supervised_mask, token_chunks
 from selsft.selection.weights import add_token_weights
 
 ROWS = 10_000  # written at a time
@@ -103,9 +103,9 @@ class Peak(threading.Thread):
 
 def peer(dataset: Dataset, fraction: float) -> np.ndarray:
     """All scores in one array: what fits in memory and is simplest."""
-    blocks = token_blocks(dataset, ["labels", "base_logps", "ref_logps"])
+    chunks = token_chunks(dataset, ["labels", "base_logps", "ref_logps"])
     scores = np.concatenate(
-        [(b.columns["ref_logps"] - b.columns["base_logps"])[trained_mask(b, padding_free=False)] for b in blocks]
+        [(b.columns["ref_logps"] - b.columns["base_logps"])[supervised_mask(b, padding_free=False)] for b in chunks]
     )
     keep = int(fraction * scores.size + 1e-9)
     boundary = np.partition(scores, scores.size - keep)[scores.size - keep]
@@ -115,7 +115,7 @@ def peer(dataset: Dataset, fraction: float) -> np.ndarray:
 def measure(folder: Path, case: str, results) -> None:
     dataset = load(folder)
     args = SimpleNamespace(**SETTINGS | CASES[case])
-    next(token_blocks(dataset, ["labels"]))  # imports and first touches are not what is measured
+    next(token_chunks(dataset, ["labels"]))  # imports and first touches are not what is measured
     peak = Peak()
     peak.start()
     start, processor = time.perf_counter(), time.process_time()
@@ -128,8 +128,8 @@ def measure(folder: Path, case: str, results) -> None:
         done = add_token_weights(dataset, args, SPECIAL, False)  # type: ignore[arg-type]
         seconds, processor = time.perf_counter() - start, time.process_time() - processor
         growth = peak.stop()
-        blocks = token_blocks(done, ["token_weights"])
-        positives = sum(int((block.columns["token_weights"] > 0).sum()) for block in blocks)
+        chunks = token_chunks(done, ["token_weights"])
+        positives = sum(int((chunk.columns["token_weights"] > 0).sum()) for chunk in chunks)
     found = {"case": case, "seconds": round(seconds, 2), "processor_seconds": round(processor, 2)}
     results.put({**found, "growth_bytes": growth, "positives": positives})
 
@@ -147,7 +147,7 @@ def main() -> int:
         if not (folder / "ref_logps.arrow").exists():
             make(folder, int(options.tokens))
         dataset = load(folder)
-        tokens = sum(block.size for block in token_blocks(dataset, ["labels"]))
+        tokens = sum(chunk.size for chunk in token_chunks(dataset, ["labels"]))
         print(json.dumps({"rows": len(dataset), "tokens": tokens, "cpus": os.cpu_count()}))
         context = multiprocessing.get_context("spawn")
         for case in options.cases:

@@ -27,8 +27,8 @@ from datasets import Dataset
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
-from selsft.scoring.batching import BatchBudget, shards
-from selsft.scoring.logprobs import ROW_COLUMNS, forward_logps, score_block
+from selsft.scoring.batching import BatchBudget, shard_chunks
+from selsft.scoring.logprobs import ROW_COLUMNS, forward_logps, score_chunk
 from selsft.training.head import add_selective_head
 from selsft.training.model import frozen
 
@@ -138,12 +138,12 @@ def evaluate(trainer: SelectiveSFTTrainer) -> dict[str, list]:
     model, dataset = trainer.model, trainer.eval_dataset
     rows: list[np.ndarray] = []
     with frozen(model):
-        for block in shards(dataset, ROW_COLUMNS):
-            (flat,) = score_block(
-                block, lambda inputs: [forward_logps(model, inputs)], trainer.data_collator, trainer.accelerator,
+        for chunk in shard_chunks(dataset, ROW_COLUMNS):
+            (flat,) = score_chunk(
+                chunk, lambda inputs: [forward_logps(model, inputs)], trainer.data_collator, trainer.accelerator,
                 BatchBudget.of(trainer.args, model),
             )  # fmt: skip
-            rows += np.split(flat, np.cumsum(block.lengths)[:-1])
+            rows += np.split(flat, np.cumsum(chunk.lengths)[:-1])
     masks = answer_masks(dataset, set(trainer.processing_class.all_special_ids))
     return {"mean_logp": mean_by_row(rows, masks), "tokens": [int(mask.sum()) for mask in masks]}
 

@@ -174,13 +174,13 @@ class SelectiveSFTTrainer(SFTTrainer):
             self.accelerator,
             self.data_collator,
             self._tokenizer,
-            self._place,
+            self._prepare_frozen,
             self._online,
         )
         if isinstance(self.train_dataset, Dataset) and not self._online:
             self.train_dataset = self._annotator.annotate(self.train_dataset, given)
         elif WEIGHTS in given:
-            self.train_dataset = self._annotator.shield(self.train_dataset)
+            self.train_dataset = self._annotator.mask_special_tokens(self.train_dataset)
         elif self.args.score in SCORE_COLUMNS:
             self.train_dataset = self._annotator.weigh_stream(cast(IterableDataset, self.train_dataset))
         if self.args.score == "excess":
@@ -189,7 +189,7 @@ class SelectiveSFTTrainer(SFTTrainer):
             )
             self.add_callback(self._excess)
 
-    def _place(self, model: Model) -> Model:
+    def _prepare_frozen(self, model: Model) -> Model:
         """Put a frozen model where the accelerator wants it, as TRL's DPO trainer does with its reference."""
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(model, self.accelerator)

@@ -18,17 +18,28 @@ import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from ..config import SelectiveSFTConfig
-from ..data.loading import DataSource
+from ..data.loading import DataSource, parse_columns
 from ..errors import InputError, input_errors
 from ..recipes import find_recipe
 from ..secrets import to_environment
 
 COMMON = (
-    "config", "model_name_or_path", "dataset_name", "dataset_train_split", "dataset_test_split", "output_dir",
-    "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "max_length", "packing", "dtype", "bf16", "use_cpu", "use_peft", "lora_r", "lora_alpha", "eval_strategy",
+    "config", "model_name_or_path", "dataset_name", "dataset_train_split", "dataset_test_split", "columns",
+    "output_dir", "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "max_length", "packing", "dtype", "bf16", "use_cpu", "use_peft", "lora_r",
+    "lora_alpha", "eval_strategy",
     "report_to", "resume_from_checkpoint", "push_to_hub", "seed",
 )  # fmt: skip
+
+
+@dataclass
+class DataArguments(ScriptArguments):
+    """TRL's flags of the data set, and names for its columns."""
+
+    columns: str | None = field(
+        default=None,
+        metadata={"help": "New names of the data's columns, as in prompt=question,completion=answer."},
+    )
 
 
 @dataclass
@@ -41,7 +52,7 @@ class Arguments:
         extra: an instance of the command's own dataclass, if it has one.
     """
 
-    script: ScriptArguments
+    script: DataArguments
     training: SelectiveSFTConfig
     model: ModelConfig
     mixture: DatasetMixtureConfig
@@ -53,7 +64,8 @@ class Arguments:
     def source(self) -> DataSource:
         script = self.script
         name, config, split = script.dataset_name, script.dataset_config, script.dataset_train_split
-        return DataSource(name, config, split, script.dataset_streaming, self.mixture)
+        columns = parse_columns(script.columns)
+        return DataSource(name, config, split, script.dataset_streaming, self.mixture, columns)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -78,7 +90,7 @@ class CommandParser(TrlParser):
 
     def __init__(self, command: str, description: str, examples: str, extra: type | None = None):
         self._extra = extra
-        types: list[Any] = [ScriptArguments, SelectiveSFTConfig, ModelConfig, DatasetMixtureConfig]
+        types: list[Any] = [DataArguments, SelectiveSFTConfig, ModelConfig, DatasetMixtureConfig]
         if extra:
             types.append(extra)
         super().__init__(

@@ -22,7 +22,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .._compat import adapter_on_lm_head, end_training
-from ..data.chunks import TokenBlock, trained_mask
+from ..data.chunks import TokenChunk, supervised_mask
 from ..data.columns import BASE_LOGPS, REF_LOGPS, token_columns
 from ..data.loading import data_errors
 from ..data.scored_folder import ScoredFolder, is_scored, load_scored
@@ -30,7 +30,7 @@ from ..data.tokenizers import tokenizer_sha256
 from ..errors import InputError, input_errors
 from ..records import versions
 from ..report.terminal import print_summary, summarize
-from ..scoring.batching import shards
+from ..scoring.batching import shard_chunks
 from ..scoring.imported import ImportedLogps
 from ..scoring.logprobs import ROW_COLUMNS
 from ..scoring.pair import ModelPair
@@ -44,7 +44,7 @@ from .train import build_trainer, check_model_and_data, check_new, name_missing_
 
 DESCRIPTION = (
     "Score every token of a data set: its log-probability under --reference_model minus that under the model. Saves "
-    "the rows with both log-probabilities as Parquet parts, which `selsft train --dataset_name FOLDER` takes in the "
+    "the rows with both log-probabilities as Parquet shards, which `selsft train --dataset_name FOLDER` takes in the "
     "place of the data and the reference, and prints a summary with the most negative tokens. A run that was cut off "
     "goes on when the same command is given again."
 )
@@ -78,10 +78,10 @@ def main(argv: list[str]) -> int:
         accelerator.wait_for_everyone()
         store.check()
     try:
-        count = score_parts(arguments, trainer, pair, imported, store)
+        count = score_shards(arguments, trainer, pair, imported, store)
     except KeyboardInterrupt:
         if main_process:
-            print(f"Finished parts are kept in {folder}: the same command goes on from there.", file=sys.stderr)
+            print(f"Finished shards are kept in {folder}: the same command goes on from there.", file=sys.stderr)
         raise
     if main_process:
         while store.missing(count):  # the other processes are at work on them; if one fails, the launcher ends all
@@ -134,7 +134,7 @@ def _prepare(arguments: Arguments, folder: Path) -> tuple[SelectiveSFTTrainer, M
         try:
             pair = ModelPair(
                 trainer.model, reference, trainer._tokenizer, training, trainer.accelerator, trainer.data_collator,
-                trainer._place, base=extra.base_logps is None, mixed=extra.mixed_batches,
+                trainer._prepare_frozen, base=extra.base_logps is None, mixed=extra.mixed_batches,
             )  # fmt: skip
         except OSError as error:
             name_missing_model("reference_model", reference, error)
@@ -186,52 +186,54 @@ def _tokenizer_sha256(trainer: SelectiveSFTTrainer) -> str:
     return tokenizer_sha256(tokenizer, trainer.chat_template)
 
 
-def score_parts(
+def score_shards(
     arguments: Arguments,
     trainer: SelectiveSFTTrainer,
     pair: ModelPair,
     imported: dict[str, ImportedLogps],
     store: ScoredFolder,
 ) -> int:
-    """Score the parts that are not there, each process in turn, and return the number of all parts.
+    """Score the shards that are not there, each process in turn, and return the number of all shards.
 
-    Parts are independent, so processes do not talk to each other; with sharded weights all of them score every part
+    Shards are independent, so processes do not talk to each other; with sharded weights all of them score every shard
     together. Memory-mapped rows are checked before the first forward pass, streamed ones as they come.
 
     Raises:
-        `InputError` for a row without tokens or longer than the model's context, for parts of other rows, and for
+        `InputError` for a row without tokens or longer than the model's context, for shards of other rows, and for
         imported values that do not fit.
     """
     accelerator, dataset = trainer.accelerator, trainer.train_dataset
     context = getattr(base_model(trainer.model).config.get_text_config(), "max_position_embeddings", None)
     world, rank = (1, 0) if pair.sharded else (accelerator.num_processes, accelerator.process_index)
 
-    def parts() -> Iterator[tuple[int, TokenBlock, dict[str, np.ndarray], bool]]:
+    def shards() -> Iterator[tuple[int, TokenChunk, dict[str, np.ndarray], bool]]:
         with input_errors(), data_errors(arguments.source):
-            for index, block in enumerate(shards(dataset, ROW_COLUMNS, arguments.extra.shard_tokens, documents=True)):
-                _check_block(block, context)
-                done = store.finished(index, block)
-                given = {} if done else {name: source.take(block) for name, source in imported.items()}
-                yield index, block, given, done
+            for index, chunk in enumerate(
+                shard_chunks(dataset, ROW_COLUMNS, arguments.extra.shard_tokens, documents=True)
+            ):
+                _check_chunk(chunk, context)
+                done = store.finished(index, chunk)
+                given = {} if done else {name: source.take(chunk) for name, source in imported.items()}
+                yield index, chunk, given, done
 
     total = None
     if isinstance(dataset, Dataset):
-        total = sum(block.size for index, block, _, done in parts() if not done and index % world == rank)
-    # Sharded weights: all processes must agree which parts are missing, and the first to write would make them differ
+        total = sum(chunk.size for index, chunk, _, done in shards() if not done and index % world == rank)
+    # Sharded weights: all processes must agree which shards are missing, and the first to write would make them differ
     accelerator.wait_for_everyone()
     count = rows = 0
     bar = tqdm(
         total=total, desc="Scoring", unit="token", unit_scale=True, disable=bool(os.environ.get("TQDM_DISABLE"))
     )
     with bar, pair.ready() as score:
-        for index, block, given, done in parts():
-            count, rows = index + 1, rows + len(block.lengths)
+        for index, chunk, given, done in shards():
+            count, rows = index + 1, rows + len(chunk.lengths)
             if done or index % world != rank:
                 continue
-            values = {**score(block, bar.update), **given}
-            _check_finite(block, values)
+            values = {**score(chunk, bar.update), **given}
+            _check_finite(chunk, values)
             if not pair.sharded or accelerator.is_main_process:
-                store.write(index, block, values[BASE_LOGPS], values[REF_LOGPS])
+                store.write(index, chunk, values[BASE_LOGPS], values[REF_LOGPS])
             if pair.sharded:
                 accelerator.wait_for_everyone()
     if not count:
@@ -242,23 +244,23 @@ def score_parts(
     return count
 
 
-def _check_block(block: TokenBlock, context: int | None) -> None:
-    if (empty := np.flatnonzero(block.lengths == 0)).size:
-        raise InputError(f"row {block.first_row + int(empty[0])} of the prepared data has no tokens: remove it")
-    if context is not None and (long := np.flatnonzero(block.lengths > context)).size:
+def _check_chunk(chunk: TokenChunk, context: int | None) -> None:
+    if (empty := np.flatnonzero(chunk.lengths == 0)).size:
+        raise InputError(f"row {chunk.first_row + int(empty[0])} of the prepared data has no tokens: remove it")
+    if context is not None and (long := np.flatnonzero(chunk.lengths > context)).size:
         raise InputError(
-            f"row {block.first_row + int(long[0])} of the prepared data has {block.lengths[long[0]]} tokens, more "
+            f"row {chunk.first_row + int(long[0])} of the prepared data has {chunk.lengths[long[0]]} tokens, more "
             f"than the model's context of {context}: set --max_length {context}"
         )
 
 
-def _check_finite(block: TokenBlock, values: dict[str, np.ndarray]) -> None:
-    trained = trained_mask(dataclasses.replace(block, documents=None), padding_free=False)
+def _check_finite(chunk: TokenChunk, values: dict[str, np.ndarray]) -> None:
+    trained = supervised_mask(dataclasses.replace(chunk, documents=None), padding_free=False)
     for name, flat in values.items():
         if (broken := np.flatnonzero(trained & ~np.isfinite(flat))).size:
             token = int(broken[0])
             side = "the model" if name == BASE_LOGPS else "the reference"
             raise InputError(
-                f"row {block.row_of(token)}: {side} returned a log-probability of {flat[token]}: score in float32 "
+                f"row {chunk.row_of(token)}: {side} returned a log-probability of {flat[token]}: score in float32 "
                 "(--dtype float32, --reference_model_init_kwargs) or repair the model"
             )

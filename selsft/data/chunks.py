@@ -1,4 +1,4 @@
-"""Token columns of a data set as flat arrays, a block of rows at a time, and columns written back the same way.
+"""Token columns of a data set as flat arrays, a chunk of rows at a time, and columns written back the same way.
 
 A data set of 1e8 tokens lies in memory-mapped Arrow files; what works on its tokens sees views of about a million of
 them, so that memory does not grow with the data and no Python loop runs over rows. Rejected: `with_format("numpy")`,
@@ -19,12 +19,12 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.fingerprint import get_temporary_cache_files_directory
 
-TOKENS_PER_BLOCK = 2**20
+TOKENS_PER_CHUNK = 2**20
 _ROWS_PER_READ = 4096
 
 
 @dataclass
-class TokenBlock:
+class TokenChunk:
     """Consecutive rows: `lengths` is `(rows,)` int64, every column `(tokens,)` with the rows one after another.
 
     `documents` holds the lengths of the documents that packed rows consist of, `(documents,)` int64, else `None`.
@@ -40,12 +40,12 @@ class TokenBlock:
         return int(self.lengths.sum())
 
     def row_of(self, token: int) -> int:
-        """Row of the data set that flat token `token` of this block belongs to."""
+        """Row of the data set that flat token `token` of this chunk belongs to."""
         return self.first_row + int(np.searchsorted(np.cumsum(self.lengths), token, side="right"))
 
 
-def token_blocks(dataset: Dataset, names: Sequence[str]) -> Iterator[TokenBlock]:
-    """The rows of `dataset` in order, in blocks of at most `TOKENS_PER_BLOCK` tokens (or one longer row).
+def token_chunks(dataset: Dataset, names: Sequence[str]) -> Iterator[TokenChunk]:
+    """The rows of `dataset` in order, in chunks of at most `TOKENS_PER_CHUNK` tokens (or one longer row).
 
     Args:
         names: list columns with one value per token.
@@ -70,16 +70,16 @@ def token_blocks(dataset: Dataset, names: Sequence[str]) -> Iterator[TokenBlock]
         start = 0
         while start < len(lengths):
             done = int(ends[start - 1]) if start else 0
-            stop = max(start + 1, int(np.searchsorted(ends, done + TOKENS_PER_BLOCK, side="right")))
+            stop = max(start + 1, int(np.searchsorted(ends, done + TOKENS_PER_CHUNK, side="right")))
             part = {name: column.slice(start, stop - start) for name, column in columns.items()}
             documents = part.pop("seq_lengths", None)
-            block = TokenBlock(
+            chunk = TokenChunk(
                 first + start,
                 lengths[start:stop],
                 {name: _flat(column) for name, column in part.items()},
                 None if documents is None else _document_lengths(documents, lengths[start:stop], first + start),
             )
-            yield block
+            yield chunk
             start = stop
         first += len(lengths)
 
@@ -103,22 +103,22 @@ def _document_lengths(column: pa.Array, lengths: np.ndarray, first: int) -> np.n
     return documents
 
 
-def trained_mask(block: TokenBlock, padding_free: bool) -> np.ndarray:
+def supervised_mask(chunk: TokenChunk, padding_free: bool) -> np.ndarray:
     """Which tokens the collator leaves a label and a past to be predicted from: `(tokens,)` bool.
 
     Args:
-        block: with the column `labels`.
+        chunk: with the column `labels`.
         padding_free: whether documents of a packed row are kept apart, so that the first token of each has no past.
     """
-    mask = block.columns["labels"] != -100
-    lengths = block.documents if padding_free and block.documents is not None else block.lengths
+    mask = chunk.columns["labels"] != -100
+    lengths = chunk.documents if padding_free and chunk.documents is not None else chunk.lengths
     starts = np.cumsum(lengths) - lengths
     mask[starts[lengths > 0]] = False
     return mask
 
 
 class ColumnWriter:
-    """Writes one list column to a temporary Arrow file, block by block; `dataset` maps it into memory.
+    """Writes one list column to a temporary Arrow file, chunk by chunk; `dataset` maps it into memory.
 
     The file lies in the temporary folder of `datasets`, which is removed when the process ends.
     """

@@ -13,8 +13,8 @@ import json
 import lzma
 import os
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -42,6 +42,7 @@ class DataSource:
         split: the split that is trained on. A single file is one split, whatever its name.
         streaming: whether rows are read while they are used.
         mixture: TRL's mixture of data sets, in the place of `name`.
+        columns: new name -> name in the data, for data whose columns are called otherwise (`parse_columns`).
     """
 
     name: str | None = None
@@ -49,6 +50,7 @@ class DataSource:
     split: str = "train"
     streaming: bool = False
     mixture: DatasetMixtureConfig | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def description(self) -> str:
@@ -93,18 +95,50 @@ def load_splits(
     wanted = {"dataset_train_split": source.split}
     if test_split is not None:
         wanted["dataset_test_split"] = test_split
-    for field, name in wanted.items():
+    for flag, name in wanted.items():
         if name not in splits:
-            hint = " or set --eval_strategy no" if field == "dataset_test_split" else ""
+            hint = " or set --eval_strategy no" if flag == "dataset_test_split" else ""
             raise InputError(
-                f"{field}={name!r} is not a split of the data, which has {', '.join(map(repr, splits))}: "
+                f"{flag}={name!r} is not a split of the data, which has {', '.join(map(repr, splits))}: "
                 f"choose one of these{hint}"
             )
-    train = splits[source.split]
+    train = _renamed(splits[source.split], source.columns)
     with data_errors(source):
         names = _check_columns(train, text_field)
-        train = _check_rows(train, names, strict)
-    return train, splits[test_split] if test_split is not None else None
+        train = _check_rows(train, names, text_field, strict)
+    return train, _renamed(splits[test_split], source.columns) if test_split is not None else None
+
+
+def parse_columns(text: str | None) -> dict[str, str]:
+    """`"prompt=question,completion=answer"` as new name -> name in the data.
+
+    Raises:
+        `InputError` for a part that is not of this form, and for a name that occurs twice.
+    """
+    columns: dict[str, str] = {}
+    for part in text.split(",") if text else []:
+        new, equals, old = (piece.strip() for piece in part.partition("="))
+        if not (equals and new and old) or new in columns or old in columns.values():
+            raise InputError(f"columns={text!r}: write it as prompt=question,completion=answer, each name once")
+        columns[new] = old
+    return columns
+
+
+def _renamed(data: Split, columns: Mapping[str, str]) -> Split:
+    if not columns:
+        return data
+    there = data.column_names or list(next(iter(data), {}))
+    for new, old in columns.items():
+        if old not in there:
+            raise InputError(
+                f"columns: {old!r} is not a column of the data, which has {', '.join(map(repr, there))}: correct "
+                f"{new}={old}"
+            )
+        if new in there and new not in columns.values():
+            raise InputError(
+                f"columns: {new}={old} would hide the column {new!r} of the data: rename or drop it there"
+            )
+    return data.rename_columns({old: new for new, old in columns.items()})
 
 
 def load_rows(source: DataSource, text_field: str = "text") -> Dataset:
@@ -203,36 +237,69 @@ def _check_columns(data: Split, text_field: str) -> list[str]:
     used = [name for name in ("input_ids", "messages", "conversations", text_field) if name in names]
     if used:
         return used[:1]
+    pair = next((pair for pair in _PAIRS if set(pair) <= set(names)), None)
+    hint = (
+        f". Give --columns prompt={pair[0]},completion={pair[1]}" if pair else ", or --columns to rename what it has"
+    )
     raise InputError(
         f"the data has the columns {', '.join(map(repr, names))} and none that can be trained on: it needs "
-        f"{text_field!r} (see --dataset_text_field), 'messages', 'prompt' and 'completion', or 'input_ids'"
+        f"{text_field!r} (see --dataset_text_field), 'messages', 'prompt' and 'completion', or 'input_ids'{hint}"
     )
 
 
-def _check_rows(data: Split, names: list[str], strict: bool) -> Split:
-    """Raise for the first row without a value; with `strict` also for one without tokens or messages."""
+# Columns of question and answer in widespread formats
+_PAIRS = (
+    ("question", "answer"), ("instruction", "output"), ("instruction", "response"), ("query", "response"),
+    ("input", "output"), ("question", "response"), ("prompt", "response"), ("prompt", "answer"),
+)  # fmt: skip
 
-    def refuse(row: int, name: str, null: bool) -> None:
-        what = f"has no {name!r}" if null else f"is empty: {name!r} has no {'tokens' if 'ids' in name else 'messages'}"
-        raise InputError(f"row {row} of the data {what}: repair or remove it")
+
+def _check_rows(data: Split, names: list[str], text_field: str, strict: bool) -> Split:
+    """Raise for the first row without a value or with one of a wrong type; with `strict` also for one without tokens
+    or messages."""
+
+    def fault(name: str, value: Any, row: Mapping[str, Any]) -> str | None:
+        others = [other for other in ("messages", "prompt", text_field) if other not in names and row.get(other)]
+        if value is None and others:
+            return f"has {others[0]!r} where others have {name!r}: bring all rows into one form"
+        if value is None:
+            return f"has no {name!r}: repair or remove it"
+        if not isinstance(value, list):
+            if name == "input_ids" or not isinstance(value, str):
+                wanted = "token ids" if name == "input_ids" else "text or messages"
+                return f"holds {value!r} as {name!r}, which is {type(value).__name__}: it needs {wanted}"
+            return None
+        if strict and not value:
+            return f"is empty: {name!r} has no {'tokens' if name == 'input_ids' else 'messages'}: repair or remove it"
+        if name != "input_ids" and not all(isinstance(message, dict) for message in value):
+            return (
+                f"holds a list as {name!r} that is not one of messages (role and content): it needs text or messages"
+            )
+        return None
 
     def check(example: dict[str, Any], row: int) -> bool:
         for name in names:
-            value = example.get(name)
-            if value is None or (strict and isinstance(value, list) and not value):
-                refuse(row, name, value is None)
+            if found := fault(name, example.get(name), example):
+                raise InputError(f"row {row} of the data {found}")
         return True
 
     if not isinstance(data, Dataset):
         return data.filter(check, with_indices=True)
     first = 0
-    for block in data.select_columns(names).with_format("arrow").iter(batch_size=10_000):
+    for chunk in data.select_columns(names).with_format("arrow").iter(batch_size=10_000):
         for name in names:
-            column = block[name].combine_chunks()
-            lists = strict and (pa.types.is_list(column.type) or pa.types.is_large_list(column.type))
-            wrong = pc.or_kleene(pc.is_null(column), pc.equal(pc.list_value_length(column), 0)) if lists else None
-            found = pc.index(column.is_null() if wrong is None else wrong, True).as_py()
+            column = chunk[name].combine_chunks()
+            column.validate(full=True)  # texts that are not UTF-8 would fail far from here
+            suspect = column.is_null()
+            if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+                wrong_type = not (name == "input_ids" or pa.types.is_struct(column.type.value_type))
+                if strict:
+                    suspect = pc.or_kleene(suspect, pc.equal(pc.list_value_length(column), 0))
+            else:
+                text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+                wrong_type = name == "input_ids" or not text
+            found = 0 if wrong_type and len(column) else pc.index(suspect, True).as_py()
             if found >= 0:
-                refuse(first + found, name, not column[found].is_valid)
-        first += len(block)
+                check(data[first + found], first + found)
+        first += len(chunk)
     return data

@@ -1,10 +1,10 @@
-"""A folder of scores: Parquet parts of consecutive rows and a manifest that says what made them.
+"""A folder of scores: Parquet shards of consecutive rows and a manifest that says what made them.
 
-A part appears by a rename when it is whole, so what exists is finished, whatever killed the process that was at work.
-Parts carry a hash of their rows and of the settings, and are taken over only where both still hold. Nothing in a part
-depends on time or on the process that wrote it: an interrupted run ends in the same bytes as one in peace. Rejected:
-one Arrow data set written at the end, which loses hours to an interrupt, and a list of finished parts in the manifest
-while they are made, which several processes would have to lock.
+A shard appears by a rename when it is whole, so what exists is finished, whatever killed the process that was at
+work. Shards carry a hash of their rows and of the settings, and are taken over only where both still hold. Nothing in
+a shard depends on time or on the process that wrote it: a resumed run ends in the same bytes as an uninterrupted one.
+Rejected: one Arrow data set written at the end, which loses hours to an interrupt, and a list of finished shards in
+the manifest while they are made, which several processes would have to lock.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 
 from ..records import file_sha256, json_sha256, replaced, write_json
-from .chunks import TokenBlock
+from .chunks import TokenChunk
 from .columns import BASE_LOGPS, REF_LOGPS
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "selsft_scores.json"
-FORMAT = 1
-_PART = re.compile(r"part-(\d{5,})\.parquet")
+FORMAT = 2
+_SHARD = re.compile(r"shard-(\d{5,})\.parquet")
 _TYPES = {"input_ids": pa.int32(), "labels": pa.int32(), BASE_LOGPS: pa.float32(), REF_LOGPS: pa.float32()}
 _REMEDY = "go on with the former settings, choose another scored_dir, or compute everything anew with --rescore true"
 
@@ -56,13 +56,13 @@ class ScoredFolder:
             `ValueError` when the folder was made by something else, naming what differs.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        for name in (".part-*.parquet.*", f".{MANIFEST}.*"):
+        for name in (".shard-*.parquet.*", f".{MANIFEST}.*"):
             for leftover in self.path.glob(name):  # of a process that was killed
                 leftover.unlink(missing_ok=True)
         if rescore:
             (self.path / MANIFEST).unlink(missing_ok=True)
-            for part in self._parts().values():
-                part.unlink()
+            for shard in self._shards().values():
+                shard.unlink()
         if (self.path / MANIFEST).exists():
             self.check()
             versions, before = facts.get("versions"), read_manifest(self.path).get("versions")
@@ -83,8 +83,8 @@ class ScoredFolder:
         if changed:
             raise ValueError(f"scored_dir={str(self.path)!r} was made with {'; '.join(changed)}: {_REMEDY}")
 
-    def finished(self, index: int, block: TokenBlock) -> bool:
-        """Whether part `index` is there and was made from the rows of `block`.
+    def finished(self, index: int, chunk: TokenChunk) -> bool:
+        """Whether shard `index` is there and was made from the rows of `chunk`.
 
         Raises:
             `ValueError` when it was made from other rows.
@@ -98,29 +98,29 @@ class ScoredFolder:
             logger.warning(f"{path} cannot be read ({error}): it is computed again.")
             return False
         if found["identity_sha256"] != self._identity_sha256:
-            raise ValueError(f"{path} was made by another run than the other parts: {_REMEDY}")
-        if found["data_sha256"] != block_sha256(block):
-            last = block.first_row + len(block.lengths) - 1
+            raise ValueError(f"{path} was made by another run than the other shards: {_REMEDY}")
+        if found["data_sha256"] != chunk_sha256(chunk):
+            last = chunk.first_row + len(chunk.lengths) - 1
             raise ValueError(
-                f"the data has changed: {path} was made from other rows than the rows {block.first_row} to {last} of "
+                f"the data has changed: {path} was made from other rows than the rows {chunk.first_row} to {last} of "
                 f"this run (or from the same, tokenised in another way): {_REMEDY}"
             )
         return True
 
-    def write(self, index: int, block: TokenBlock, base: np.ndarray, ref: np.ndarray) -> None:
-        """Write part `index`: the rows of `block` and flat `(tokens,)` log-probabilities."""
-        offsets = pa.array(np.concatenate([[0], np.cumsum(block.lengths)]).astype(np.int32))
-        flat = {**block.columns, BASE_LOGPS: base, REF_LOGPS: ref}
+    def write(self, index: int, chunk: TokenChunk, base: np.ndarray, ref: np.ndarray) -> None:
+        """Write shard `index`: the rows of `chunk` and flat `(tokens,)` log-probabilities."""
+        offsets = pa.array(np.concatenate([[0], np.cumsum(chunk.lengths)]).astype(np.int32))
+        flat = {**chunk.columns, BASE_LOGPS: base, REF_LOGPS: ref}
         columns = {
             name: pa.ListArray.from_arrays(offsets, pa.array(np.asarray(flat[name]), type=kind, safe=True))
             for name, kind in _TYPES.items()
         }
         info = {
             "index": index,
-            "first_row": block.first_row,
-            "rows": len(block.lengths),
-            "tokens": block.size,
-            "data_sha256": block_sha256(block),
+            "first_row": chunk.first_row,
+            "rows": len(chunk.lengths),
+            "tokens": chunk.size,
+            "data_sha256": chunk_sha256(chunk),
             "identity_sha256": self._identity_sha256,
         }
         metadata = {"selsft": json.dumps(info)}
@@ -131,28 +131,28 @@ class ScoredFolder:
             pq.write_table(table, handle, compression="zstd", write_page_checksum=True)
 
     def missing(self, count: int) -> list[int]:
-        """Which of the parts `0 ... count - 1` are not there."""
-        there = self._parts()
+        """Which of the shards `0 ... count - 1` are not there."""
+        there = self._shards()
         return [index for index in range(count) if index not in there]
 
     def finish(self, count: int) -> dict[str, Any]:
-        """Write the manifest of a whole folder of `count` parts, and return it.
+        """Write the manifest of a whole folder of `count` shards, and return it.
 
         Raises:
-            `ValueError` when there are more parts, since then the data has fewer rows than before.
+            `ValueError` when there are more shards, since then the data has fewer rows than before.
         """
-        there = self._parts()
+        there = self._shards()
         if extra := sorted(set(there) - set(range(count))):
             raise ValueError(
                 f"the data has changed: it ends before {there[extra[0]]}, which was made from more rows: {_REMEDY}"
             )
-        parts, row = [], 0
+        shards, row = [], 0
         whole = hashlib.sha256()
         for index in range(count):
             info = _metadata(there[index])
             assert info["first_row"] == row and info["identity_sha256"] == self._identity_sha256
             _verify(there[index])
-            parts.append({
+            shards.append({
                 "file": there[index].name, "first_row": row, "rows": info["rows"], "tokens": info["tokens"],
                 "bytes": there[index].stat().st_size, "sha256": file_sha256(there[index]),
             })  # fmt: skip
@@ -161,15 +161,15 @@ class ScoredFolder:
         manifest = read_manifest(self.path) | {
             "finished": True,
             "rows": row,
-            "tokens": sum(part["tokens"] for part in parts),
+            "tokens": sum(shard["tokens"] for shard in shards),
             "data_sha256": whole.hexdigest(),
-            "parts": parts,
+            "shards": shards,
         }
         self._write(manifest)
         return manifest
 
-    def _parts(self) -> dict[int, Path]:
-        found = ((_PART.fullmatch(path.name), path) for path in self.path.iterdir())
+    def _shards(self) -> dict[int, Path]:
+        found = ((_SHARD.fullmatch(path.name), path) for path in self.path.iterdir())
         return {int(match[1]): path for match, path in found if match}
 
     def _write(self, manifest: dict[str, Any]) -> None:
@@ -208,38 +208,38 @@ def load_scored(path: str | Path) -> Dataset:
     """The rows of a finished folder, mapped into memory: `input_ids`, `labels`, `base_logps`, `ref_logps`.
 
     Raises:
-        `ValueError` for a folder that is not finished, and for a part that is missing or damaged.
+        `ValueError` for a folder that is not finished, and for a shard that is missing or damaged.
     """
     path = Path(path)
     manifest = read_manifest(path)
     if not manifest["finished"]:
-        there = len([name for name in path.iterdir() if _PART.fullmatch(name.name)])
+        there = len([name for name in path.iterdir() if _SHARD.fullmatch(name.name)])
         raise ValueError(
-            f"{str(path)!r} holds scores that are not finished ({there} parts so far): run the same `selsft score` "
+            f"{str(path)!r} holds scores that are not finished ({there} shards so far): run the same `selsft score` "
             "command again, which goes on where it stopped"
         )
-    for part in manifest["parts"]:
-        file = path / part["file"]
-        if not file.is_file() or file_sha256(file) != part["sha256"]:
+    for shard in manifest["shards"]:
+        file = path / shard["file"]
+        if not file.is_file() or file_sha256(file) != shard["sha256"]:
             state = "is damaged" if file.is_file() else "is missing"
             raise ValueError(
                 f"{str(file)!r} {state}: remove it and run the same `selsft score` command again, which computes this "
-                "part alone"
+                "shard alone"
             )
-    files = [str(path / part["file"]) for part in manifest["parts"]]
+    files = [str(path / shard["file"]) for shard in manifest["shards"]]
     return load_dataset("parquet", data_files=files, split="train")
 
 
-def block_sha256(block: TokenBlock) -> str:
+def chunk_sha256(chunk: TokenChunk) -> str:
     """Hash of the lengths, token ids and labels of consecutive rows."""
-    digest = hashlib.sha256(np.asarray(block.lengths, np.int64).tobytes())
+    digest = hashlib.sha256(np.asarray(chunk.lengths, np.int64).tobytes())
     for name in ("input_ids", "labels"):
-        digest.update(np.ascontiguousarray(block.columns[name], np.int64).data)
+        digest.update(np.ascontiguousarray(chunk.columns[name], np.int64).data)
     return digest.hexdigest()
 
 
 def _name(index: int) -> str:
-    return f"part-{index:05d}.parquet"
+    return f"shard-{index:05d}.parquet"
 
 
 def _metadata(path: Path) -> dict[str, Any]:
@@ -247,11 +247,11 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 def _verify(path: Path) -> None:
-    """Read the part with its checksums; it may come from an earlier run."""
+    """Read the shard with its checksums; it may come from an earlier run."""
     try:
         pq.read_table(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
             f"{str(path)!r} is damaged ({str(error).splitlines()[0]}): remove it and run the same `selsft score` "
-            "command again, which computes this part alone"
+            "command again, which computes this shard alone"
         ) from error

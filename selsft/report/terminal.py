@@ -19,7 +19,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from ..config import SelectiveSFTConfig
-from ..data.chunks import TokenBlock, token_blocks, trained_mask
+from ..data.chunks import TokenChunk, supervised_mask, token_chunks
 from ..data.columns import BASE_LOGPS, REF_LOGPS, WEIGHTS
 from ..data.tokenizers import special_ids
 from ..selection.weights import add_token_weights
@@ -89,17 +89,17 @@ def summarize(scored: Dataset, tokenizer: PreTrainedTokenizerBase, args: Selecti
     weighted = add_token_weights(scored, args, special, padding_free=False)
     histogram, tokens, signs = ScoreHistogram(), 0, np.zeros(3, np.int64)
     worst: list[tuple[float, TokenInContext]] = []
-    for block in token_blocks(weighted, [*names, WEIGHTS]):
-        mask = trained_mask(block, padding_free=False)
-        scores = block.columns[REF_LOGPS] - block.columns[BASE_LOGPS]
+    for chunk in token_chunks(weighted, [*names, WEIGHTS]):
+        mask = supervised_mask(chunk, padding_free=False)
+        scores = chunk.columns[REF_LOGPS] - chunk.columns[BASE_LOGPS]
         histogram.add(scores[mask])
-        tokens += block.size
-        signs += [(block.columns[WEIGHTS][mask] * sign > 0).sum() for sign in (1, 0, -1)]
-        candidates = np.flatnonzero(mask & ~np.isin(block.columns["input_ids"], special))
+        tokens += chunk.size
+        signs += [(chunk.columns[WEIGHTS][mask] * sign > 0).sum() for sign in (1, 0, -1)]
+        candidates = np.flatnonzero(mask & ~np.isin(chunk.columns["input_ids"], special))
         if len(worst) == show and show:
             candidates = candidates[scores[candidates] < worst[-1][0]]
         lowest = candidates[np.argsort(scores[candidates], kind="stable")[:show]]
-        worst += [(float(scores[token]), _in_context(block, int(token), tokenizer)) for token in lowest]
+        worst += [(float(scores[token]), _in_context(chunk, int(token), tokenizer)) for token in lowest]
         worst = sorted(worst, key=lambda pair: pair[0])[:show]
     signs[1] = histogram.total - signs[0] - signs[2]
     share = signs / max(histogram.total, 1)
@@ -114,15 +114,15 @@ def summarize(scored: Dataset, tokenizer: PreTrainedTokenizerBase, args: Selecti
     return Summary(numbers, [token for _, token in worst])
 
 
-def _in_context(block: TokenBlock, token: int, tokenizer: PreTrainedTokenizerBase) -> TokenInContext:
-    """A token of a block with the text around it, within its row."""
-    row = block.row_of(token)
-    start = int(block.lengths[: row - block.first_row].sum())
-    end = start + int(block.lengths[row - block.first_row])
-    ids = block.columns["input_ids"]
+def _in_context(chunk: TokenChunk, token: int, tokenizer: PreTrainedTokenizerBase) -> TokenInContext:
+    """A token of a chunk with the text around it, within its row."""
+    row = chunk.row_of(token)
+    start = int(chunk.lengths[: row - chunk.first_row].sum())
+    end = start + int(chunk.lengths[row - chunk.first_row])
+    ids = chunk.columns["input_ids"]
     parts = ids[max(start, token - CONTEXT) : token], ids[token : token + 1], ids[token + 1 : end][: CONTEXT // 3]
     before, itself, after = (str(tokenizer.decode(part.tolist())) for part in parts)
-    base, reference = (float(block.columns[name][token]) for name in (BASE_LOGPS, REF_LOGPS))
+    base, reference = (float(chunk.columns[name][token]) for name in (BASE_LOGPS, REF_LOGPS))
     return TokenInContext(row, token - start, reference - base, base, reference, before, itself, after)
 
 

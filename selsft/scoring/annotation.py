@@ -43,7 +43,7 @@ class TokenAnnotator:
         source: see `SelectiveSFTConfig.reference_model`; `None` when the rows bring their own scores or weights.
         collator: the collator that training uses.
         tokenizer: of the policy.
-        place: puts a frozen model where the accelerator wants it (sharded, on the device) and returns it.
+        prepare: puts a frozen model where the accelerator wants it (sharded, on the device) and returns it.
         online: whether batches are scored one by one; then the reference stays in memory.
 
     Raises:
@@ -58,7 +58,7 @@ class TokenAnnotator:
         accelerator: Accelerator,
         collator: DataCollatorForSelectiveSFT,
         tokenizer: PreTrainedTokenizerBase,
-        place: Callable[[Model], Model],
+        prepare: Callable[[Model], Model],
         online: bool = False,
     ):
         self.model, self.args, self.accelerator, self.collator = model, args, accelerator, collator
@@ -75,13 +75,13 @@ class TokenAnnotator:
                 add_selective_head(base_model(self.reference.model))
                 if not online:
                     self._reference_digest = self.reference.fingerprint(self.reference.model)  # before it is sharded
-                self.reference.model = place(self.reference.model)
+                self.reference.model = prepare(self.reference.model)
         if self.sharded and self.reference is not None and self.reference.injected:
             raise ValueError(
                 "a LoRA reference of a model that is trained in full cannot be sharded: merge the adapter into a "
                 "model of its own, or train with peft_config"
             )
-        self.place = place
+        self.prepare = prepare
         if online:
             self._prepare_online()
 
@@ -97,7 +97,7 @@ class TokenAnnotator:
         policy = self.model
         if self.sharded and (needs_base or (reference is not None and reference.model is None)):
             # The policy is sharded when training starts, so until then a sharded copy stands in for it
-            policy = self.place(copy.deepcopy(self.model))
+            policy = self.prepare(copy.deepcopy(self.model))
         if needs_base:
             digest = model_fingerprint(self.model, adapter=None if self.at_base else "*")
             with use_start(policy, self.at_base) as model:
@@ -112,7 +112,7 @@ class TokenAnnotator:
             dataset = with_column(dataset, REF_LOGPS, rows)
             reference.release(self.model)
         if WEIGHTS in given:
-            return self.shield(dataset)
+            return self.mask_special_tokens(dataset)
         if self.args.score == "excess":  # its weights are made in every step
             return dataset
         return add_token_weights(dataset, self.args, self.special_ids, self.collator.padding_free)
@@ -155,20 +155,20 @@ class TokenAnnotator:
             lambda row: {WEIGHTS: row_weights(row, self.args, self.special_ids, self.collator.padding_free)}
         )
 
-    def shield(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    def mask_special_tokens(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
         """Keep given weights, but neither forget nor learn a special token of a negative span; with `forget_weight=0`
         no token is negative."""
         ignore = self.args.forget_weight == 0
         if not ignore and not self.special_ids.size:
             return dataset
 
-        def shielded(row):
+        def masked(row):
             weights = np.asarray(row[WEIGHTS], dtype=np.float32)
             safe = np.isin(row["input_ids"], self.special_ids) | ignore
             return {WEIGHTS: np.where(safe, np.maximum(weights, 0), weights)}
 
         options = {"desc": "Protecting special tokens"} if isinstance(dataset, Dataset) else {}
-        return dataset.map(shielded, **options)
+        return dataset.map(masked, **options)
 
     def _forward(self, model: Model, inputs: dict[str, Any]) -> torch.Tensor:
         with self.accelerator.autocast():
@@ -224,7 +224,7 @@ class TokenAnnotator:
                 "precompute_scores=True, or merge the adapter first"
             )
         else:
-            self._start = self.place(cast(Model, copy.deepcopy(self.model).requires_grad_(False)))
+            self._start = self.prepare(cast(Model, copy.deepcopy(self.model).requires_grad_(False)))
 
 
 def _as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:

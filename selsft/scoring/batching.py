@@ -18,7 +18,7 @@ from datasets import Dataset, IterableDataset
 
 from .._compat import uses_flash_attention
 from ..config import SelectiveSFTConfig
-from ..data.chunks import TokenBlock, token_blocks
+from ..data.chunks import TokenChunk, token_chunks
 
 TOKENS_PER_SHARD = 2**20
 _ALIKE, _LEAST = 0.9, 8
@@ -84,9 +84,9 @@ class BatchBudget:
         return min(most, max(alike, -(-self.tokens // (_LEAST * longest))))
 
 
-def shards(
+def shard_chunks(
     dataset: Dataset | IterableDataset, names: list[str], tokens: int = TOKENS_PER_SHARD, documents: bool = False
-) -> Iterator[TokenBlock]:
+) -> Iterator[TokenChunk]:
     """Consecutive rows of at most `tokens` tokens together (or one longer row), in order.
 
     Args:
@@ -94,40 +94,40 @@ def shards(
         names: the columns to read, one value per token.
         documents: whether the documents of packed rows count as rows.
     """
-    blocks = token_blocks(dataset, names) if isinstance(dataset, Dataset) else _streamed(dataset, names)
+    chunks = token_chunks(dataset, names) if isinstance(dataset, Dataset) else _streamed(dataset, names)
     if documents:
-        blocks = _as_rows(blocks)
-    waiting: list[TokenBlock] = []
+        chunks = _as_rows(chunks)
+    waiting: list[TokenChunk] = []
     size = 0
-    for block in blocks:
-        while len(block.lengths):
-            ends = np.cumsum(block.lengths)
+    for chunk in chunks:
+        while len(chunk.lengths):
+            ends = np.cumsum(chunk.lengths)
             fits = int(np.searchsorted(ends, tokens - size, side="right"))
             if not waiting and not fits:
                 fits = 1  # a row longer than a shard
             if fits:
-                part, block = _cut(block, fits)
+                part, chunk = _cut(chunk, fits)
                 waiting.append(part)
                 size += part.size
-            if len(block.lengths):
+            if len(chunk.lengths):
                 yield _join(waiting)
                 waiting, size = [], 0
     if waiting:
         yield _join(waiting)
 
 
-def _streamed(dataset: IterableDataset, names: list[str]) -> Iterator[TokenBlock]:
+def _streamed(dataset: IterableDataset, names: list[str]) -> Iterator[TokenChunk]:
     first, rows = 0, []
     for row in dataset:
         rows.append(row)
         if len(rows) == _STREAMED_ROWS:
-            yield _block(rows, names, first)
+            yield _chunk(rows, names, first)
             first, rows = first + len(rows), []
     if rows:
-        yield _block(rows, names, first)
+        yield _chunk(rows, names, first)
 
 
-def _block(rows: list[Mapping[str, Any]], names: list[str], first: int) -> TokenBlock:
+def _chunk(rows: list[Mapping[str, Any]], names: list[str], first: int) -> TokenChunk:
     lengths = np.array([len(row[names[0]]) for row in rows], np.int64)
     for index, row in enumerate(rows):
         for name in names:
@@ -138,41 +138,41 @@ def _block(rows: list[Mapping[str, Any]], names: list[str], first: int) -> Token
                 )
     columns = {name: _concatenated([row[name] for row in rows]) for name in names}
     packed = "seq_lengths" in rows[0]
-    return TokenBlock(first, lengths, columns, _concatenated([r["seq_lengths"] for r in rows]) if packed else None)
+    return TokenChunk(first, lengths, columns, _concatenated([r["seq_lengths"] for r in rows]) if packed else None)
 
 
 def _concatenated(parts: Iterable[list[int]]) -> np.ndarray:
     return np.concatenate([np.asarray(part, np.int64) for part in parts])
 
 
-def _as_rows(blocks: Iterable[TokenBlock]) -> Iterator[TokenBlock]:
+def _as_rows(chunks: Iterable[TokenChunk]) -> Iterator[TokenChunk]:
     first = 0
-    for block in blocks:
-        lengths = block.lengths if block.documents is None else block.documents
-        yield TokenBlock(first, lengths, block.columns, None)
+    for chunk in chunks:
+        lengths = chunk.lengths if chunk.documents is None else chunk.documents
+        yield TokenChunk(first, lengths, chunk.columns, None)
         first += len(lengths)
 
 
-def _cut(block: TokenBlock, rows: int) -> tuple[TokenBlock, TokenBlock]:
+def _cut(chunk: TokenChunk, rows: int) -> tuple[TokenChunk, TokenChunk]:
     """The first `rows` rows, and the rest."""
-    tokens = int(block.lengths[:rows].sum())
+    tokens = int(chunk.lengths[:rows].sum())
     inner: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
-    if block.documents is not None:
-        split = int(np.searchsorted(np.cumsum(block.documents), tokens, side="right"))
-        inner = block.documents[:split], block.documents[split:]
-    heads = {name: values[:tokens] for name, values in block.columns.items()}
-    tails = {name: values[tokens:] for name, values in block.columns.items()}
+    if chunk.documents is not None:
+        split = int(np.searchsorted(np.cumsum(chunk.documents), tokens, side="right"))
+        inner = chunk.documents[:split], chunk.documents[split:]
+    heads = {name: values[:tokens] for name, values in chunk.columns.items()}
+    tails = {name: values[tokens:] for name, values in chunk.columns.items()}
     return (
-        TokenBlock(block.first_row, block.lengths[:rows], heads, inner[0]),
-        TokenBlock(block.first_row + rows, block.lengths[rows:], tails, inner[1]),
+        TokenChunk(chunk.first_row, chunk.lengths[:rows], heads, inner[0]),
+        TokenChunk(chunk.first_row + rows, chunk.lengths[rows:], tails, inner[1]),
     )
 
 
-def _join(blocks: list[TokenBlock]) -> TokenBlock:
-    first = blocks[0]
-    if len(blocks) == 1:
+def _join(chunks: list[TokenChunk]) -> TokenChunk:
+    first = chunks[0]
+    if len(chunks) == 1:
         return first
-    columns = {name: np.concatenate([block.columns[name] for block in blocks]) for name in first.columns}
-    documents = [block.documents for block in blocks if block.documents is not None]
-    lengths = np.concatenate([block.lengths for block in blocks])
-    return TokenBlock(first.first_row, lengths, columns, np.concatenate(documents) if documents else None)
+    columns = {name: np.concatenate([chunk.columns[name] for chunk in chunks]) for name in first.columns}
+    documents = [chunk.documents for chunk in chunks if chunk.documents is not None]
+    lengths = np.concatenate([chunk.lengths for chunk in chunks])
+    return TokenChunk(first.first_row, lengths, columns, np.concatenate(documents) if documents else None)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..data.chunks import TokenBlock
+from ..data.chunks import TokenChunk
 
 
 class ImportedLogps:
@@ -67,35 +67,35 @@ class ImportedLogps:
         self.rows, self.sha256 = starts[-1], digest.hexdigest()
         self._read: tuple[int, pa.Table] | None = None  # the last row group
 
-    def take(self, block: TokenBlock) -> np.ndarray:
-        """Flat `(tokens,)` float32 values of the rows of `block`, 0 where nothing is trained.
+    def take(self, chunk: TokenChunk) -> np.ndarray:
+        """Flat `(tokens,)` float32 values of the rows of `chunk`, 0 where nothing is trained.
 
         Args:
-            block: with the columns `input_ids` and `labels`.
+            chunk: with the columns `input_ids` and `labels`.
 
         Raises:
             `ValueError` for rows that are not there or have other tokens or labels, for a wrong number of values, and
             for a value that is missing, not finite or positive where a token is trained.
         """
-        stop = block.first_row + len(block.lengths)
+        stop = chunk.first_row + len(chunk.lengths)
         if stop > self.rows:
             raise ValueError(f"{self._where()} has {self.rows} rows, the data has more: it needs one for each row")
-        table = self._rows(block.first_row, stop)
-        ids = self._equal(block, table["input_ids"].combine_chunks(), "input_ids", "token")
+        table = self._rows(chunk.first_row, stop)
+        ids = self._equal(chunk, table["input_ids"].combine_chunks(), "input_ids", "token")
         if self._labels:
-            self._equal(block, table["labels"].combine_chunks(), "labels", "label")
+            self._equal(chunk, table["labels"].combine_chunks(), "labels", "label")
         column = table[self._column].combine_chunks()
-        self._same_lengths(block, column, self._column)
+        self._same_lengths(chunk, column, self._column)
         values = column.flatten().cast(pa.float64()).to_numpy(zero_copy_only=False)
-        starts = np.cumsum(block.lengths) - block.lengths
-        trained = np.asarray(block.columns["labels"]) != -100
-        trained[starts[block.lengths > 0]] = False
+        starts = np.cumsum(chunk.lengths) - chunk.lengths
+        trained = np.asarray(chunk.columns["labels"]) != -100
+        trained[starts[chunk.lengths > 0]] = False
         with np.errstate(invalid="ignore"):
             broken = np.flatnonzero(trained & ~(np.isfinite(values) & (values <= 0)))
         if broken.size:
             token = int(broken[0])
-            row = block.row_of(token)
-            position = token - int(starts[row - block.first_row])
+            row = chunk.row_of(token)
+            position = token - int(starts[row - chunk.first_row])
             raise ValueError(
                 f"{self._where()}, row {row}: {self._column}[{position}] is {values[token]}, for token "
                 f"{ids[token]}: a log-probability is finite and at most 0"
@@ -132,23 +132,23 @@ class ImportedLogps:
             parts.append(self._read[1].slice(max(start - low, 0), stop - max(start, low)))
         return pa.concat_tables(parts)
 
-    def _same_lengths(self, block: TokenBlock, column: pa.Array, name: str) -> None:
+    def _same_lengths(self, chunk: TokenChunk, column: pa.Array, name: str) -> None:
         lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy(zero_copy_only=False)
-        if (wrong := np.flatnonzero(lengths != block.lengths)).size:
+        if (wrong := np.flatnonzero(lengths != chunk.lengths)).size:
             row = int(wrong[0])
             found = "nothing" if lengths[row] < 0 else f"{lengths[row]} values"
             raise ValueError(
-                f"{self._where()}, row {block.first_row + row}: {name} has {found}, the row has "
-                f"{block.lengths[row]} tokens"
+                f"{self._where()}, row {chunk.first_row + row}: {name} has {found}, the row has "
+                f"{chunk.lengths[row]} tokens"
             )
 
-    def _equal(self, block: TokenBlock, column: pa.Array, name: str, what: str) -> np.ndarray:
-        self._same_lengths(block, column, name)
-        found, wanted = column.flatten().to_numpy(zero_copy_only=False), np.asarray(block.columns[name])
+    def _equal(self, chunk: TokenChunk, column: pa.Array, name: str, what: str) -> np.ndarray:
+        self._same_lengths(chunk, column, name)
+        found, wanted = column.flatten().to_numpy(zero_copy_only=False), np.asarray(chunk.columns[name])
         if (wrong := np.flatnonzero(found != wanted)).size:
             token = int(wrong[0])
-            row = block.row_of(token)
-            position = token - int(block.lengths[: row - block.first_row].sum())
+            row = chunk.row_of(token)
+            position = token - int(chunk.lengths[: row - chunk.first_row].sum())
             raise ValueError(
                 f"{self._where()}, row {row}: {what} {position} is {found[token]}, in the data {wanted[token]}: it "
                 "was made from other rows or with another tokenizer"

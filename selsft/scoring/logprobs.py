@@ -22,10 +22,10 @@ from accelerate.utils import tqdm
 from datasets import Dataset
 from transformers import DataCollator
 
-from ..data.chunks import TokenBlock
+from ..data.chunks import TokenChunk
 from ..records import now
 from ..training.head import SelectiveHead
-from .batching import BatchBudget, shards
+from .batching import BatchBudget, shard_chunks
 from .cache import LogpCache, data_fingerprint
 
 # Forward pass of one batch: log-probabilities of `(batch, seq_len)`, 0 where the label is -100, one tensor per model
@@ -51,8 +51,8 @@ def forward_logps(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
     return torch.nn.functional.pad(logps[:, logps.size(1) - (width - 1) :], (1, 0)).float()
 
 
-def score_block(
-    block: TokenBlock,
+def score_chunk(
+    chunk: TokenChunk,
     forward: Forward,
     collator: DataCollator,
     accelerator: Accelerator,
@@ -67,14 +67,14 @@ def score_block(
     Rows without a label never meet the model.
 
     Args:
-        block: with the columns `input_ids` and `labels`; packed rows with `documents` are scored document by document.
+        chunk: with the columns `input_ids` and `labels`; packed rows with `documents` are scored document by document.
         models: how many tensors `forward` returns.
-        joint: whether all processes score this block together: each takes every `num_processes`-th batch, runs as many
+        joint: whether all processes score this chunk together: each takes every `num_processes`-th batch, runs as many
             forward passes as the others (sharded weights need all of them) and gets all results.
         progress: told the number of tokens of each batch.
     """
-    ids, labels = (np.asarray(block.columns[name], np.int64) for name in ROW_COLUMNS)
-    lengths = block.lengths if block.documents is None else block.documents
+    ids, labels = (np.asarray(chunk.columns[name], np.int64) for name in ROW_COLUMNS)
+    lengths = chunk.lengths if chunk.documents is None else chunk.documents
     ends = np.cumsum(lengths)
     starts = ends - lengths
     counted = np.concatenate([[0], np.cumsum(labels != -100)])
@@ -159,14 +159,14 @@ def cached_logps(
     split = getattr(collator, "padding_free", False)
     bar = tqdm(total=int(lengths.sum()), desc=description, unit="token", unit_scale=True, disable=_quiet())
 
-    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for block in shards(dataset.with_format(None), ROW_COLUMNS):
+    def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for chunk in shard_chunks(dataset.with_format(None), ROW_COLUMNS):
             if not split:
-                block.documents = None  # the collator of training does not keep them apart either
-            (flat,) = score_block(
-                block, lambda x: [forward(x)], collator, accelerator, budget, joint=True, progress=bar.update
+                chunk.documents = None  # the collator of training does not keep them apart either
+            (flat,) = score_chunk(
+                chunk, lambda x: [forward(x)], collator, accelerator, budget, joint=True, progress=bar.update
             )
-            yield flat, block.lengths
+            yield flat, chunk.lengths
 
     def manifest() -> dict:
         return {
@@ -185,9 +185,9 @@ def cached_logps(
 
     with bar:
         if writes:
-            rows = cache.write(key, blocks(), manifest)
+            rows = cache.write(key, chunks(), manifest)
         else:
-            for _ in blocks():  # takes part in every forward pass
+            for _ in chunks():  # takes part in every forward pass
                 pass
     accelerator.wait_for_everyone()
     if rows is None or not writes:

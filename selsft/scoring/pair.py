@@ -25,12 +25,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import DataCollator, PreTrainedTokenizerBase
 
 from ..config import SelectiveSFTConfig
-from ..data.chunks import TokenBlock
+from ..data.chunks import TokenChunk
 from ..data.columns import BASE_LOGPS, REF_LOGPS
 from ..training.head import add_selective_head, read_lm_head
 from ..training.model import Model, base_model, frozen
 from .batching import BatchBudget
-from .logprobs import forward_logps, score_block
+from .logprobs import forward_logps, score_chunk
 from .reference import Reference, model_fingerprint, starts_at_base, use_start
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ BASE_ROWS = "__base__"  # PEFT's name for rows without an adapter
 
 # Scores one shard: flat `(tokens,)` float32, `base_logps` under the model and `ref_logps` under the reference, as far
 # as they were asked for. The second argument is told the number of tokens of each batch.
-Score = Callable[[TokenBlock, Callable[[int], object] | None], dict[str, np.ndarray]]
+Score = Callable[[TokenChunk, Callable[[int], object] | None], dict[str, np.ndarray]]
 
 
 class ModelPair:
@@ -48,7 +48,7 @@ class ModelPair:
         policy: the model as it is at the start of training, on its device; it must not be sharded yet.
         source: see `SelectiveSFTConfig.reference_model`; `None` when the reference's side is not asked for.
         base: whether the model's side is asked for.
-        place: puts a frozen model where the accelerator wants it (sharded, on the device) and returns it.
+        prepare: puts a frozen model where the accelerator wants it (sharded, on the device) and returns it.
         mixed: one forward pass for both sides, where PEFT can do that; else two on the same rows.
 
     Attributes:
@@ -68,12 +68,12 @@ class ModelPair:
         args: SelectiveSFTConfig,
         accelerator: Accelerator,
         collator: DataCollator,
-        place: Callable[[Model], Model],
+        prepare: Callable[[Model], Model],
         *,
         base: bool = True,
         mixed: bool = False,
     ):
-        self._policy, self._args, self._accelerator, self._place = policy, args, accelerator, place
+        self._policy, self._args, self._accelerator, self._prepare_frozen = policy, args, accelerator, prepare
         self._collator, self._with_base, self._mixed = collator, base, mixed
         self.sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         self._at_base = starts_at_base(policy)
@@ -91,7 +91,7 @@ class ModelPair:
         if (own := self.reference.model) is not None:
             add_selective_head(base_model(own))
             self.ref_sha256 = self.reference.fingerprint(own)
-            self.reference.model = place(own)
+            self.reference.model = prepare(own)
         else:
             with self.reference.use(policy) as model:
                 self.ref_sha256 = self.reference.fingerprint(model)
@@ -115,7 +115,7 @@ class ModelPair:
         with contextlib.ExitStack() as stack:
             policy = self._policy
             if self.sharded and (self._with_base or (reference is not None and reference.model is None)):
-                policy = self._place(cast(Model, copy.deepcopy(policy)))
+                policy = self._prepare_frozen(cast(Model, copy.deepcopy(policy)))
             if reference is not None and reference.injected:
                 policy = stack.enter_context(reference.use(policy))
             own = None if reference is None else reference.model
@@ -126,22 +126,22 @@ class ModelPair:
                 logger.warning(f"base and reference are scored in two forward passes: {refusal}")
             one_pass = self._mixed and not refusal
 
-            def score(block: TokenBlock, progress: Callable[[int], object] | None = None) -> dict[str, np.ndarray]:
+            def score(chunk: TokenChunk, progress: Callable[[int], object] | None = None) -> dict[str, np.ndarray]:
                 found: dict[str, np.ndarray] = {}
                 if one_pass:
                     half = dataclasses.replace(budget, tokens=max(budget.tokens // 2, 1))
                     with frozen(policy):
-                        base, ref = self._run(block, half, lambda x: self._both(policy, names, x), 2, progress)
+                        base, ref = self._run(chunk, half, lambda x: self._both(policy, names, x), 2, progress)
                     return {BASE_LOGPS: base, REF_LOGPS: ref}
                 if self._with_base:
                     with self._use_base(policy) as model:
                         (found[BASE_LOGPS],) = self._run(
-                            block, budget, lambda x: [self._forward(model, x)], 1, progress
+                            chunk, budget, lambda x: [self._forward(model, x)], 1, progress
                         )
                 if reference is not None:
                     told = None if found else progress  # a token counts once
                     with self._use_reference(policy) as model:
-                        (found[REF_LOGPS],) = self._run(block, budget, lambda x: [self._forward(model, x)], 1, told)
+                        (found[REF_LOGPS],) = self._run(chunk, budget, lambda x: [self._forward(model, x)], 1, told)
                 return found
 
             yield score
@@ -163,9 +163,9 @@ class ModelPair:
         base = BASE_ROWS if self._at_base or injected else active
         return base, (reference.adapter or BASE_ROWS) if reference is not None else BASE_ROWS
 
-    def _run(self, block, budget: BatchBudget, forward, models: int, progress) -> list[np.ndarray]:
-        return score_block(
-            block, forward, self._collator, self._accelerator, budget,
+    def _run(self, chunk, budget: BatchBudget, forward, models: int, progress) -> list[np.ndarray]:
+        return score_chunk(
+            chunk, forward, self._collator, self._accelerator, budget,
             models=models, joint=self.sharded, progress=progress,
         )  # fmt: skip
 

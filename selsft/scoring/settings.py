@@ -18,7 +18,7 @@ class ScoreArguments:
     show_tokens: int = field(default=10, metadata={"help": "How many of the most negative tokens to print."})
     shard_tokens: int = field(
         default=TOKENS_PER_SHARD,
-        metadata={"help": "Tokens of a part: what is in memory at once, and what an interrupt can cost."},
+        metadata={"help": "Tokens of a shard: what is in memory at once, and what an interrupt can cost."},
     )
     base_logps: str | None = field(
         default=None,

@@ -1,4 +1,4 @@
-"""The exact k-th smallest of any number of float32 scores, from two passes over blocks of them.
+"""The exact k-th smallest of any number of float32 scores, from two passes over chunks of them.
 
 The bits of a float, with the sign folded in, order like the float. A histogram of their upper half finds the bin that
 holds the rank, a histogram of the lower half within that bin finds the value: 65,536 counters whatever the number of
@@ -14,15 +14,15 @@ import numpy as np
 
 _BINS = 1 << 16
 
-Blocks = Callable[[], Iterable[np.ndarray]]
+Chunks = Callable[[], Iterable[np.ndarray]]
 Reduce = Callable[[np.ndarray], np.ndarray]
 
 
-def boundary_of_fraction(blocks: Blocks, fraction: float, reduce: Reduce | None = None) -> float:
+def boundary_of_fraction(chunks: Chunks, fraction: float, reduce: Reduce | None = None) -> float:
     """Lowest score among the best `fraction` of all scores.
 
     Args:
-        blocks: called twice; each time gives the same finite float32 scores, in any number of arrays.
+        chunks: called twice; each time gives the same finite float32 scores, in any number of arrays.
         fraction: share of the scores at or above the boundary; more where scores tie with it.
         reduce: adds up an int64 array over processes, when each holds a part of the scores.
 
@@ -31,13 +31,13 @@ def boundary_of_fraction(blocks: Blocks, fraction: float, reduce: Reduce | None 
         there are no scores.
     """
     reduce = reduce or (lambda counts: counts)
-    upper = reduce(_histogram(keys >> 16 for keys in map(ordered_bits, blocks())))
+    upper = reduce(_histogram(keys >> 16 for keys in map(ordered_bits, chunks())))
     total = int(upper.sum())
     keep = kept(fraction, total)
     if total == 0 or keep == 0:
         return np.inf if total else -np.inf
     bin_, rank = _find(upper, total - keep)
-    lower = reduce(_histogram(keys[keys >> 16 == bin_] & np.uint32(0xFFFF) for keys in map(ordered_bits, blocks())))
+    lower = reduce(_histogram(keys[keys >> 16 == bin_] & np.uint32(0xFFFF) for keys in map(ordered_bits, chunks())))
     low, _ = _find(lower, rank)
     return float(from_ordered_bits(np.array([bin_ << 16 | low], np.uint32))[0])
 

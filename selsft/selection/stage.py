@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from ..config import SelectiveSFTConfig
-from ..data.chunks import token_blocks, trained_mask
+from ..data.chunks import supervised_mask, token_chunks
 from ..data.columns import BASE_LOGPS, REF_LOGPS, WEIGHTS
 from ..data.tokenizers import special_ids
 from ..errors import input_errors
@@ -44,8 +44,8 @@ def select(
         special = special_ids(tokenizer) if args.protect_special_tokens else np.zeros(0, np.int64)
         weighted = add_token_weights(scored, args, special, padding_free=False)
     counts = {"tokens": 0, "trained": 0, "positive": 0, "neutral": 0, "negative": 0}
-    for block in token_blocks(weighted, ["labels", WEIGHTS]):
-        mask, weights = trained_mask(block, padding_free=False), block.columns[WEIGHTS]
+    for chunk in token_chunks(weighted, ["labels", WEIGHTS]):
+        mask, weights = supervised_mask(chunk, padding_free=False), chunk.columns[WEIGHTS]
         counts["tokens"] += mask.size
         counts["trained"] += int(mask.sum())
         counts["positive"] += int((weights[mask] > 0).sum())
@@ -61,15 +61,15 @@ def select(
 def _worst(scored: Dataset, tokenizer, special: np.ndarray) -> list[dict[str, Any]]:
     """The tokens with the lowest scores, in context, whatever the threshold makes of them."""
     lowest: list[tuple[float, int, int]] = []
-    for block in token_blocks(scored, ["input_ids", "labels", BASE_LOGPS, REF_LOGPS]):
-        eligible = trained_mask(block, padding_free=False) & ~np.isin(block.columns["input_ids"], special)
+    for chunk in token_chunks(scored, ["input_ids", "labels", BASE_LOGPS, REF_LOGPS]):
+        eligible = supervised_mask(chunk, padding_free=False) & ~np.isin(chunk.columns["input_ids"], special)
         flat = np.flatnonzero(eligible)
-        scores = (block.columns[REF_LOGPS] - block.columns[BASE_LOGPS])[flat]
+        scores = (chunk.columns[REF_LOGPS] - chunk.columns[BASE_LOGPS])[flat]
         best = np.argsort(scores, kind="stable")[:WORST]
-        starts = np.concatenate([[0], np.cumsum(block.lengths)])
+        starts = np.concatenate([[0], np.cumsum(chunk.lengths)])
         for index, score in zip(flat[best], scores[best], strict=True):
-            row = block.row_of(int(index))
-            lowest.append((float(score), row, int(index - starts[row - block.first_row])))
+            row = chunk.row_of(int(index))
+            lowest.append((float(score), row, int(index - starts[row - chunk.first_row])))
         lowest = sorted(lowest)[:WORST]
     found = []
     for score, row, position in lowest:

@@ -2,7 +2,7 @@
 
 A score is high = useful: `ref_logps - base_logps` in nats for `"influence"` (arXiv 2508.04329, there with the losses'
 sign; the same as Token Cleaning, 2502.01968). Selection needs no model, so changing a threshold never rescores. For a
-data set the boundary comes from `order_statistic` and the rows pass by in blocks, so 1e8 tokens need no more memory
+data set the boundary comes from `order_statistic` and the rows pass by in chunks, so 1e8 tokens need no more memory
 than 1e6. In this order: the rule (threshold or share, with the neutral band), what can never be negative (special
 tokens, the gate on the reference's probability), the cap per document, and `forget_weight=0`, which makes negatives
 neutral. `"excess"`, whose scores change with every step, is in `excess.py`.
@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Dataset
 
-from ..data.chunks import ColumnWriter, TokenBlock, token_blocks, trained_mask, with_column
+from ..data.chunks import ColumnWriter, TokenChunk, supervised_mask, token_chunks, with_column
 from ..data.columns import BASE_LOGPS, NEGATIVE_MASK, REF_LOGPS, TOKEN_SCORES, WEIGHTS
-from .quantile import Blocks, Reduce, boundary_of_fraction
+from .quantile import Chunks, Reduce, boundary_of_fraction
 from .rules import NEUTRAL, cap_negatives, check_finite, group_boundaries, labels_at
 
 if TYPE_CHECKING:
@@ -72,11 +72,11 @@ def labels_of(tokens: ScoredTokens, boundary: float | None, args: SelectiveSFTCo
     return np.maximum(labels, NEUTRAL) if args.forget_weight == 0 else labels
 
 
-def shared_boundary(blocks: Blocks, args: SelectiveSFTConfig, reduce: Reduce | None = None) -> float | None:
+def shared_boundary(chunks: Chunks, args: SelectiveSFTConfig, reduce: Reduce | None = None) -> float | None:
     """The score below which tokens are negative, whatever their row; `None` when each row has its own boundary.
 
     Args:
-        blocks, reduce: as for `boundary_of_fraction`; not looked at under a threshold.
+        chunks, reduce: as for `boundary_of_fraction`; not looked at under a threshold.
     """
     if args.score == "oracle":
         return 0.0  # scores of -1 and 1
@@ -85,7 +85,7 @@ def shared_boundary(blocks: Blocks, args: SelectiveSFTConfig, reduce: Reduce | N
     assert args.positive_fraction is not None
     if args.selection_scope == "sequence":
         return None
-    return boundary_of_fraction(blocks, args.positive_fraction, reduce)
+    return boundary_of_fraction(chunks, args.positive_fraction, reduce)
 
 
 def select_token_weights(
@@ -149,20 +149,20 @@ def add_token_weights(
         `ValueError` for a score that is not finite or a mask that is not 0 or 1, naming the row.
     """
 
-    def scored(*names: str) -> Iterator[tuple[TokenBlock, np.ndarray, np.ndarray]]:
-        """Blocks, which of their tokens are trained, and the scores of those."""
+    def scored(*names: str) -> Iterator[tuple[TokenChunk, np.ndarray, np.ndarray]]:
+        """Chunks, which of their tokens are trained, and the scores of those."""
         rng = np.random.default_rng(args.seed)  # a number for each token of the data, in order: the same in every pass
-        for block in token_blocks(dataset, ["labels", *names, *_COLUMNS[args.score]]):
-            mask = trained_mask(block, padding_free)
-            yield block, mask, _scores(block, mask, args, rng)
+        for chunk in token_chunks(dataset, ["labels", *names, *_COLUMNS[args.score]]):
+            mask = supervised_mask(chunk, padding_free)
+            yield chunk, mask, _scores(chunk, mask, args, rng)
 
     boundary = shared_boundary(lambda: (scores for _, _, scores in scored()), args)
     writer = ColumnWriter(WEIGHTS, "int8")
     lowest, highest = np.inf, -np.inf
-    for block, mask, scores in scored("input_ids"):
+    for chunk, mask, scores in scored("input_ids"):
         weights = np.zeros(mask.size, np.int8)
-        weights[mask] = labels_of(_tokens(block, mask, scores, special_ids), boundary, args)
-        writer.write(weights, block.lengths)
+        weights[mask] = labels_of(_tokens(chunk, mask, scores, special_ids), boundary, args)
+        writer.write(weights, chunk.lengths)
         lowest, highest = scores.min(initial=lowest), scores.max(initial=highest)
     if args.score == "influence" and 0 <= highest - lowest < 1e-6:
         logger.warning(
@@ -179,27 +179,27 @@ def row_weights(
     columns = {name: np.asarray(row[name]) for name in ("input_ids", "labels", *_COLUMNS[args.score])}
     documents = row.get("seq_lengths")
     lengths = np.array([len(row["input_ids"])])
-    block = TokenBlock(0, lengths, columns, None if documents is None else np.asarray(documents))
-    mask = trained_mask(block, padding_free)
-    scores = _scores(block, mask, args, None)
+    chunk = TokenChunk(0, lengths, columns, None if documents is None else np.asarray(documents))
+    mask = supervised_mask(chunk, padding_free)
+    scores = _scores(chunk, mask, args, None)
     weights = np.zeros(mask.size, np.int8)
-    weights[mask] = labels_of(_tokens(block, mask, scores, special_ids), shared_boundary(lambda: [scores], args), args)
+    weights[mask] = labels_of(_tokens(chunk, mask, scores, special_ids), shared_boundary(lambda: [scores], args), args)
     return weights
 
 
 def _scores(
-    block: TokenBlock, mask: np.ndarray, args: SelectiveSFTConfig, rng: np.random.Generator | None
+    chunk: TokenChunk, mask: np.ndarray, args: SelectiveSFTConfig, rng: np.random.Generator | None
 ) -> np.ndarray:
-    """Scores of the trained tokens of a block, `(n,)` float32."""
-    columns = block.columns
+    """Scores of the trained tokens of a chunk, `(n,)` float32."""
+    columns = chunk.columns
     if args.score == "random":
         assert rng is not None
-        scores = rng.random(block.size, dtype=np.float32)[mask]
+        scores = rng.random(chunk.size, dtype=np.float32)[mask]
     elif args.score == "oracle":
         marked = columns[NEGATIVE_MASK]
         if (wrong := np.flatnonzero((marked != 0) & (marked != 1))).size:
             raise ValueError(
-                f"row {block.row_of(int(wrong[0]))}: column {NEGATIVE_MASK!r} holds {marked[wrong[0]]}; it must be 0 "
+                f"row {chunk.row_of(int(wrong[0]))}: column {NEGATIVE_MASK!r} holds {marked[wrong[0]]}; it must be 0 "
                 "or 1 (true: negative)"
             )
         scores = np.where(marked[mask] == 1, np.float32(-1), np.float32(1))
@@ -209,17 +209,17 @@ def _scores(
         reference, base = (columns[name].astype(np.float32, copy=False) for name in (REF_LOGPS, BASE_LOGPS))
         scores = (reference - base)[mask]
     if not np.isfinite(scores).all():
-        rows = _numbered(block.lengths)[mask]
+        rows = _numbered(chunk.lengths)[mask]
         row = int(rows[np.flatnonzero(~np.isfinite(scores))[0]])
-        check_finite(scores[rows == row], f"row {block.first_row + row}: score number {{}}")
+        check_finite(scores[rows == row], f"row {chunk.first_row + row}: score number {{}}")
     return scores
 
 
-def _tokens(block: TokenBlock, mask: np.ndarray, scores: np.ndarray, special_ids: np.ndarray) -> ScoredTokens:
-    rows = _numbered(block.lengths)[mask]
-    documents = rows if block.documents is None else _numbered(block.documents)[mask]
-    protected = np.isin(block.columns["input_ids"][mask], special_ids)
-    reference = block.columns.get(REF_LOGPS)
+def _tokens(chunk: TokenChunk, mask: np.ndarray, scores: np.ndarray, special_ids: np.ndarray) -> ScoredTokens:
+    rows = _numbered(chunk.lengths)[mask]
+    documents = rows if chunk.documents is None else _numbered(chunk.documents)[mask]
+    protected = np.isin(chunk.columns["input_ids"][mask], special_ids)
+    reference = chunk.columns.get(REF_LOGPS)
     return ScoredTokens(scores, rows, documents, protected, None if reference is None else reference[mask])
 
 

@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 
 from selsft import DataCollatorForSelectiveSFT, SelectiveSFTConfig
 from selsft.report.terminal import QUANTILES, ScoreHistogram, summarize
-from selsft.scoring.batching import BatchBudget, shards
-from selsft.scoring.logprobs import ROW_COLUMNS, score_block
+from selsft.scoring.batching import BatchBudget, shard_chunks
+from selsft.scoring.logprobs import ROW_COLUMNS, score_chunk
 from selsft.scoring.pair import ModelPair
 from tests.cli.test_train import models
 from tests.support import tiny
@@ -82,20 +82,20 @@ def numbered(lengths: list[int]) -> dict[str, list]:
 @given(lengths_of_rows.filter(len), st.integers(1, 120))
 def test_shards_are_the_rows_in_order_also_when_streamed(lengths, tokens):
     data = numbered(lengths)
-    mapped = list(shards(Dataset.from_dict(data), ROW_COLUMNS, tokens))
+    mapped = list(shard_chunks(Dataset.from_dict(data), ROW_COLUMNS, tokens))
     rows = [{name: data[name][i] for name in data} for i in range(len(lengths))]
-    streamed = list(shards(IterableDataset.from_generator(lambda: iter(rows)), ROW_COLUMNS, tokens))
+    streamed = list(shard_chunks(IterableDataset.from_generator(lambda: iter(rows)), ROW_COLUMNS, tokens))
     for found in (mapped, streamed):
-        assert np.concatenate([block.lengths for block in found]).tolist() == lengths
-        assert np.concatenate([block.columns["input_ids"] for block in found]).tolist() == list(range(sum(lengths)))
-        assert np.concatenate([block.columns["labels"] for block in found]).tolist() == [
+        assert np.concatenate([chunk.lengths for chunk in found]).tolist() == lengths
+        assert np.concatenate([chunk.columns["input_ids"] for chunk in found]).tolist() == list(range(sum(lengths)))
+        assert np.concatenate([chunk.columns["labels"] for chunk in found]).tolist() == [
             -token for token in range(sum(lengths))
         ]
-        assert all(block.size <= tokens or len(block.lengths) == 1 for block in found)
-        for block, following in itertools.pairwise(found):
-            assert following.first_row == block.first_row + len(block.lengths)
-            assert block.size + following.lengths[0] > tokens  # as full as can be
-    assert [block.first_row for block in mapped] == [block.first_row for block in streamed]
+        assert all(chunk.size <= tokens or len(chunk.lengths) == 1 for chunk in found)
+        for chunk, following in itertools.pairwise(found):
+            assert following.first_row == chunk.first_row + len(chunk.lengths)
+            assert chunk.size + following.lengths[0] > tokens  # as full as can be
+    assert [chunk.first_row for chunk in mapped] == [chunk.first_row for chunk in streamed]
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -104,14 +104,14 @@ def test_shards_of_packed_rows(documents):
     data = numbered([sum(row) for row in inner]) | {"seq_lengths": inner}
     rows = [{name: data[name][i] for name in data} for i in range(4)]
     for source in (Dataset.from_dict(data), IterableDataset.from_generator(lambda: iter(rows))):
-        found = list(shards(source, ROW_COLUMNS, 9, documents=documents))
-        lengths = [block.lengths.tolist() for block in found]
+        found = list(shard_chunks(source, ROW_COLUMNS, 9, documents=documents))
+        lengths = [chunk.lengths.tolist() for chunk in found]
         if documents:
-            assert lengths == [[3, 2, 4], [1, 1, 5, 2], [6]] and all(block.documents is None for block in found)
-            assert [block.first_row for block in found] == [0, 3, 7]
+            assert lengths == [[3, 2, 4], [1, 1, 5, 2], [6]] and all(chunk.documents is None for chunk in found)
+            assert [chunk.first_row for chunk in found] == [0, 3, 7]
         else:
             assert lengths == [[5, 4], [7], [8]]
-            assert [block.documents.tolist() for block in found] == [[3, 2, 4], [1, 1, 5], [2, 6]]
+            assert [chunk.documents.tolist() for chunk in found] == [[3, 2, 4], [1, 1, 5], [2, 6]]
 
 
 def test_streamed_rows_are_not_gathered():
@@ -124,9 +124,9 @@ def test_streamed_rows_are_not_gathered():
             yield {"input_ids": [index] * 5, "labels": [index] * 5}
 
     done = 0
-    for block in shards(IterableDataset.from_generator(rows), ROW_COLUMNS, tokens=5_000):
-        assert block.first_row == done and block.columns["input_ids"][0] == done
-        done += len(block.lengths)
+    for chunk in shard_chunks(IterableDataset.from_generator(rows), ROW_COLUMNS, tokens=5_000):
+        assert chunk.first_row == done and chunk.columns["input_ids"][0] == done
+        done += len(chunk.lengths)
         assert len(read) - done <= 1_000 + 512
     assert done == 20_000
 
@@ -135,7 +135,7 @@ def test_rows_without_a_label_never_meet_the_model():
     data = numbered([5, 6, 7])
     data["labels"][1] = [-100] * 6
     data["labels"][2] = [3] + [-100] * 6  # the first token is predicted by nothing
-    (block,) = shards(Dataset.from_dict(data), ROW_COLUMNS)
+    (chunk,) = shard_chunks(Dataset.from_dict(data), ROW_COLUMNS)
     seen = []
 
     def forward(inputs):
@@ -143,7 +143,7 @@ def test_rows_without_a_label_never_meet_the_model():
         return [torch.full(inputs["input_ids"].shape, -1.0)]
 
     accelerator = SimpleNamespace(device=torch.device("cpu"))
-    (flat,) = score_block(block, forward, DataCollatorForSelectiveSFT(pad_token_id=0), accelerator, BatchBudget(99))
+    (flat,) = score_chunk(chunk, forward, DataCollatorForSelectiveSFT(pad_token_id=0), accelerator, BatchBudget(99))
     assert seen == [[data["input_ids"][0]]]
     assert flat.tolist() == [-1.0] * 5 + [0.0] * 13
 
@@ -170,12 +170,12 @@ def pair(policy, source, options, **changes) -> ModelPair:
     )
 
 
-def plain_pass(model, block) -> np.ndarray:
+def plain_pass(model, chunk) -> np.ndarray:
     """Every row alone through the model's ordinary logits, in the dtype of the model."""
     parts, start = [], 0
-    for length in block.lengths:
-        ids = torch.from_numpy(block.columns["input_ids"][start : start + length].astype(np.int64))
-        labels = block.columns["labels"][start : start + length]
+    for length in chunk.lengths:
+        ids = torch.from_numpy(chunk.columns["input_ids"][start : start + length].astype(np.int64))
+        labels = chunk.columns["labels"][start : start + length]
         with torch.no_grad():
             logits = model(input_ids=ids[None]).logits[0, :-1].float()
         logps = torch.log_softmax(logits, -1).gather(1, ids[1:, None])[:, 0].numpy()
@@ -210,12 +210,12 @@ def test_one_pass_gives_what_two_give(case, options, tmp_path, caplog):
     adapted(2).save_pretrained(tmp_path / "adapter")
     tiny.llama(seed=9, tie_word_embeddings=False).save_pretrained(tmp_path / "model")
     policy = make()
-    (block,) = shards(tiny.tokenised_data(16), ROW_COLUMNS)
+    (chunk,) = shard_chunks(tiny.tokenised_data(16), ROW_COLUMNS)
     found = {}
     for mixed in (False, True):
         models = pair(make(), source if source == "base" else str(tmp_path / source), options, mixed=mixed)
         with mock.patch.object(models, "_both", wraps=models._both) as both, models.ready() as run:
-            found[mixed] = run(block)
+            found[mixed] = run(chunk)
         assert both.called == (mixed and mixes is True)
     if mixes is not True:
         assert "two forward passes: " in caplog.text and mixes in caplog.text
@@ -233,8 +233,8 @@ def test_one_pass_gives_what_two_give(case, options, tmp_path, caplog):
         sides["ref_logps"] = tiny.llama(tie_word_embeddings=False)
     for side, model in sides.items():
         model.eval()
-        plain = plain_pass(model, block)
-        exact = plain_pass(model.double(), block)
+        plain = plain_pass(model, chunk)
+        exact = plain_pass(model.double(), chunk)
         own_error = np.abs(plain - exact).max()
         assert 0 < own_error < 1e-5
         for mixed in (False, True):
@@ -250,8 +250,8 @@ def test_quantiles_of_the_histogram():
     scores = np.concatenate([rng.normal(0, 2, 50_000), rng.normal(-30, 1e-3, 500), [0.0, -0.0, 1e-30, -1e-30, 88.0]])
     scores = scores.astype(np.float32)
     histogram = ScoreHistogram()
-    for block in np.array_split(rng.permutation(scores), 7):
-        histogram.add(block)
+    for chunk in np.array_split(rng.permutation(scores), 7):
+        histogram.add(chunk)
     assert histogram.total == len(scores) and histogram.sum == pytest.approx(scores.sum(dtype=np.float64))
     for q in (*QUANTILES, 0.001, 0.012, 0.49, 0.6):
         exact = float(np.quantile(scores, q, method="lower"))
@@ -263,7 +263,7 @@ def test_quantiles_of_the_histogram():
 
 
 def test_the_most_negative_tokens_over_many_blocks(monkeypatch):
-    monkeypatch.setattr("selsft.data.chunks.TOKENS_PER_BLOCK", 64)
+    monkeypatch.setattr("selsft.data.chunks.TOKENS_PER_CHUNK", 64)
     rng = np.random.default_rng(0)
     data = tiny.tokenised_data(60)
     columns = {

@@ -11,7 +11,7 @@ import torch
 
 from selsft.data.scored_folder import load_scored, read_manifest
 from tests.cli.test_train import models, one_line
-from tests.scoring.test_scored_folder import parts, run
+from tests.scoring.test_scored_folder import run, shards
 from tests.support import tiny
 
 __all__ = ["models", "run"]  # fixtures
@@ -183,8 +183,8 @@ def test_bad_data_is_one_line_with_its_row(run, capsys, name, streaming):
     capsys.readouterr()
     assert run(dataset_name=name, dataset_streaming=streaming, max_length=length) == 2
     assert one_line(capsys, *BAD[name]).startswith("selsft score: error: ")
-    # Streamed rows are checked as they come, and parts before a bad row are good
-    assert streaming or not list(Path().glob("scored/part-*"))
+    # Streamed rows are checked as they come, and shards before a bad row are good
+    assert streaming or not list(Path().glob("scored/shard-*"))
 
 
 def test_truncation_makes_a_long_row_fine(run):
@@ -220,7 +220,7 @@ def test_a_model_that_is_not_finite_is_named(run, models, capsys):
     tiny.tokenizer().save_pretrained("broken")
     assert run(model_name_or_path="broken") == 2
     one_line(capsys, "row 0: the model returned a log-probability of nan")
-    assert not parts("scored")
+    assert not shards("scored")
 
 
 def test_only_influence_is_computed_beforehand(run, capsys):

@@ -17,7 +17,7 @@ from selsft.cli import score
 from selsft.cli.arguments import CommandParser
 from selsft.data.scored_folder import ScoredFolder, read_manifest
 from tests.cli.test_train import CPU, models, to_flags
-from tests.scoring.test_scored_folder import parts, run
+from tests.scoring.test_scored_folder import run, shards
 from tests.support import tiny
 
 __all__ = ["models", "run"]  # fixtures
@@ -50,7 +50,7 @@ class Job:
         selsft.scoring.pair.forward_logps = self.forward
         store = ScoredFolder(folder, self.identity)
         store.open({"versions": {}})
-        store.finish(score.score_parts(self.arguments, self.trainer, self.pair, {}, store))
+        store.finish(score.score_shards(self.arguments, self.trainer, self.pair, {}, store))
 
     def start(self, folder: str, before=lambda: None) -> int:
         process = os.fork()
@@ -93,28 +93,28 @@ def job(models, tmp_path, monkeypatch):
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(job):
     start = time.perf_counter()
     assert job.run("peace") == "done"
-    seconds, passes, whole = time.perf_counter() - start, job.forwards(), parts("peace")
-    assert len(whole) > 50 and passes == 2 * len(whole)  # a batch per part, for each of two models
+    seconds, passes, whole = time.perf_counter() - start, job.forwards(), shards("peace")
+    assert len(whole) > 50 and passes == 2 * len(whole)  # a batch per shard, for each of two models
     rng, kills, rounds, later = random.Random(0), 0, 0, 0
     while kills < 24:
         rounds += 1
         folder, lost, had = f"trouble-{rounds}", 0, 0
         while job.run(folder, kill_after=rng.uniform(0, seconds / 4)) == "killed":
             kills, lost = kills + 1, lost + 1
-            there = len(parts(folder)) if Path(folder).is_dir() else 0
+            there = len(shards(folder)) if Path(folder).is_dir() else 0
             assert there >= had  # what was finished stays
             later, had = later + (there > had), there
-        assert parts(folder) == whole
+        assert shards(folder) == whole
         assert read_manifest(folder) == read_manifest("peace")
-        assert not list(Path(folder).glob(".part-*"))
-        assert passes <= job.forwards() <= passes + 2 * lost  # a kill costs the part at work and no other
+        assert not list(Path(folder).glob(".shard-*"))
+        assert passes <= job.forwards() <= passes + 2 * lost  # a kill costs the shard at work and no other
         shutil.rmtree(folder)
     assert later >= 12  # the kills came in the middle of the work, not before it
 
 
 @pytest.mark.parametrize("moment", ["half written", "before the rename", "after the rename", "manifest"])
-@pytest.mark.parametrize("part", [0, 3])
-def test_killed_at_the_worst_moments(job, moment, part):
+@pytest.mark.parametrize("shard", [0, 3])
+def test_killed_at_the_worst_moments(job, moment, shard):
     assert job.run("peace") == "done"
     passes = job.forwards()
 
@@ -122,7 +122,7 @@ def test_killed_at_the_worst_moments(job, moment, part):
         rename, write = os.replace, pq.write_table
 
         def replace(source, target):
-            wanted = f"part-{part:05d}" if moment != "manifest" else ("selsft_scores" if part == 0 else "never")
+            wanted = f"shard-{shard:05d}" if moment != "manifest" else ("selsft_scores" if shard == 0 else "never")
             if moment in ("before the rename", "manifest") and wanted in str(target):
                 os.kill(os.getpid(), signal.SIGKILL)
             rename(source, target)
@@ -131,19 +131,19 @@ def test_killed_at_the_worst_moments(job, moment, part):
 
         def write_table(table, handle, **options):
             write(table, handle, **options)
-            if moment == "half written" and json.loads(table.schema.metadata[b"selsft"])["index"] == part:
+            if moment == "half written" and json.loads(table.schema.metadata[b"selsft"])["index"] == shard:
                 handle.truncate(200)
                 os.kill(os.getpid(), signal.SIGKILL)
 
         selsft.scoring.cache.os.replace, pq.write_table = replace, write_table
 
-    if moment == "manifest" and part:
-        pytest.skip("the manifest belongs to no part")
+    if moment == "manifest" and shard:
+        pytest.skip("the manifest belongs to no shard")
     assert job.run("trouble", before=die_at_the_moment) == "killed"
-    there = len(parts("trouble"))
-    assert there == (0 if moment == "manifest" else part + (moment == "after the rename"))
+    there = len(shards("trouble"))
+    assert there == (0 if moment == "manifest" else shard + (moment == "after the rename"))
     assert job.run("trouble") == "done"
-    assert parts("trouble") == parts("peace") and not list(Path("trouble").glob(".*"))
+    assert shards("trouble") == shards("peace") and not list(Path("trouble").glob(".*"))
     expected = passes if moment in ("after the rename", "manifest") else passes + 2
     assert job.forwards() == expected
 
@@ -161,7 +161,7 @@ def test_an_interrupted_run_says_how_to_go_on(run, capsys, monkeypatch):
         patch.setattr(selsft.scoring.pair, "forward_logps", interrupted)
         capsys.readouterr()
         assert run() == 130
-    assert "Finished parts are kept in scored: the same command goes on" in capsys.readouterr().err
-    assert len(parts("scored")) == 3
+    assert "Finished shards are kept in scored: the same command goes on" in capsys.readouterr().err
+    assert len(shards("scored")) == 3
     assert run() == 0 and run(scored_dir="peace") == 0
-    assert parts("scored") == parts("peace")
+    assert shards("scored") == shards("peace")

@@ -1,4 +1,4 @@
-"""`selsft score` over parts: in order, alone or with other processes, and after something has changed."""
+"""`selsft score` over shards: in order, alone or with other processes, and after something has changed."""
 
 import json
 import os
@@ -54,15 +54,15 @@ def run(models, tmp_path, monkeypatch):
     return run
 
 
-def parts(folder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(Path(folder).glob("part-*.parquet"))}
+def shards(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).glob("shard-*.parquet"))}
 
 
 def test_parts_hold_the_rows_in_order(run, models):
     assert run() == 0
     manifest, scored = read_manifest("scored"), load_scored("scored")
-    assert len(manifest["parts"]) > 5 and manifest["finished"]
-    assert sum(part["rows"] for part in manifest["parts"]) == manifest["rows"] == len(scored) == 60
+    assert len(manifest["shards"]) > 5 and manifest["finished"]
+    assert sum(shard["rows"] for shard in manifest["shards"]) == manifest["rows"] == len(scored) == 60
     assert manifest["tokens"] == sum(len(row) for row in scored["input_ids"])
     assert {"model_sha256", "reference_sha256", "tokenizer_sha256", "dtype", "max_length", "shard_tokens"} <= set(
         manifest["identity"]
@@ -79,9 +79,9 @@ def test_parts_hold_the_rows_in_order(run, models):
 
 def test_a_finished_folder_is_not_scored_again(run, capsys):
     assert run() == 0
-    before, printed = parts("scored"), capsys.readouterr().out
+    before, printed = shards("scored"), capsys.readouterr().out
     assert run() == 0
-    assert not run.calls and parts("scored") == before
+    assert not run.calls and shards("scored") == before
     assert capsys.readouterr().out.splitlines()[:5] == printed.splitlines()[:5]
 
 
@@ -99,14 +99,14 @@ def test_batches_change_no_score(run, budget):
 @pytest.mark.parametrize("missing", [[0], [3, 4], [7]])
 def test_streamed_rows_give_the_same_bytes_and_go_on(run, missing):
     assert run() == 0
-    whole = parts("scored")
+    whole = shards("scored")
     assert run(scored_dir="streamed", dataset_streaming=True) == 0
-    assert parts("streamed") == whole
+    assert shards("streamed") == whole
     for index in missing:
-        os.remove(f"streamed/part-{index:05d}.parquet")
+        os.remove(f"streamed/shard-{index:05d}.parquet")
     assert run(scored_dir="streamed", dataset_streaming=True) == 0
     assert len(run.calls) == 2 * len(missing)
-    assert parts("streamed") == whole
+    assert shards("streamed") == whole
 
 
 def test_training_takes_the_folder_and_refuses_an_unfinished_one(run, models, capsys):
@@ -114,7 +114,7 @@ def test_training_takes_the_folder_and_refuses_an_unfinished_one(run, models, ca
     assert run() == 0
     assert run("train", dataset_name="scored", output_dir="a", **selection) == 0
     assert run("train", output_dir="b", reference_model=models / "reference", **selection) == 0
-    # Parts of 100 tokens have other batches than the trainer's shards, so scores agree to rounding
+    # Shards of 100 tokens have other batches than the trainer's shards, so scores agree to rounding
     assert same(weights("a"), weights("b"), tolerance=1e-5)
     saved = load_scored("scored")
     saved.save_to_disk("old")  # what `selsft score` wrote before
@@ -130,8 +130,8 @@ def test_training_takes_the_folder_and_refuses_an_unfinished_one(run, models, ca
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
 def test_a_damaged_part_is_refused_and_computed_again(run, capsys, damage):
     assert run() == 0
-    whole = parts("scored")
-    path = Path("scored/part-00002.parquet")
+    whole = shards("scored")
+    path = Path("scored/shard-00002.parquet")
     if damage == "missing":
         path.unlink()
     elif damage == "cut":
@@ -142,13 +142,13 @@ def test_a_damaged_part_is_refused_and_computed_again(run, capsys, damage):
         path.write_bytes(bytes(content))
     capsys.readouterr()
     assert run("train", dataset_name="scored", output_dir="a") == 2
-    one_line(capsys, "part-00002.parquet' is " + ("missing" if damage == "missing" else "damaged"), "computes this")
+    one_line(capsys, "shard-00002.parquet' is " + ("missing" if damage == "missing" else "damaged"), "computes this")
     if damage == "flipped":  # the footer is whole, so only reading it shows the damage
         assert run() == 2
-        one_line(capsys, "part-00002.parquet' is damaged", "remove it")
+        one_line(capsys, "shard-00002.parquet' is damaged", "remove it")
         path.unlink()
     assert run() == 0
-    assert len(run.calls) == 2 and parts("scored") == whole
+    assert len(run.calls) == 2 and shards("scored") == whole
 
 
 # ---------------------------------------------------------------- something has changed
@@ -200,41 +200,41 @@ CHANGES = {
     "truncation": "max_length=32, this run has max_length=9",
     "completion only": "completion_only_loss=None, this run has completion_only_loss=False",
     "shard size": "shard_tokens=100, this run has shard_tokens=90",
-    "data": "the data has changed: scored/part-0000",
-    "labels": "the data has changed: scored/part-0000",
+    "data": "the data has changed: scored/shard-0000",
+    "labels": "the data has changed: scored/shard-0000",
     "fewer rows": "the data has changed: ",
-    "more rows": "the data has changed: scored/part-0000",
+    "more rows": "the data has changed: scored/shard-0000",
 }
 
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_change_is_refused_and_named(run, models, capsys, what):
     assert run() == 0
-    before = parts("scored")
-    Path("scored/part-00001.parquet").unlink()  # there is something to go on with
+    before = shards("scored")
+    Path("scored/shard-00001.parquet").unlink()  # there is something to go on with
     flags = change(what, models)
     capsys.readouterr()
     assert run(**flags) == 2
     line = one_line(capsys, "selsft score: error: ", CHANGES[what], "--rescore true")
     if what == "dtype":
         assert "sha256" not in line
-    kept = parts("scored")
+    kept = shards("scored")
     assert all(kept[name] == before[name] for name in kept) and len(kept) >= len(before) - 1
     if what not in ("fewer rows", "more rows"):
         assert not run.calls
     assert run(**flags, rescore=True) == 0
     assert run(**flags, scored_dir="fresh") == 0
-    assert parts("scored") == parts("fresh")
+    assert shards("scored") == shards("fresh")
 
 
 def test_data_that_ends_between_two_parts_is_refused(run, capsys):
-    """Every part that is still asked for is right, and some are left over."""
+    """Every shard that is still asked for is right, and some are left over."""
     assert run() == 0
-    rows = read_manifest("scored")["parts"][3]["first_row"]
+    rows = read_manifest("scored")["shards"][3]["first_row"]
     tiny.prompt_data(60).select(range(rows)).to_json("data.jsonl")
     capsys.readouterr()
     assert run() == 2
-    one_line(capsys, "the data has changed: it ends before scored/part-00003.parquet", "--rescore true")
+    one_line(capsys, "the data has changed: it ends before scored/shard-00003.parquet", "--rescore true")
 
 
 def test_changed_streamed_data_is_refused(run, capsys):
@@ -242,7 +242,7 @@ def test_changed_streamed_data_is_refused(run, capsys):
     change("data", Path())
     capsys.readouterr()
     assert run(dataset_streaming=True) == 2
-    one_line(capsys, "the data has changed: scored/part-0000")
+    one_line(capsys, "the data has changed: scored/shard-0000")
     assert not run.calls
 
 
@@ -258,7 +258,7 @@ def test_a_foreign_folder_is_left_alone(run, capsys):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_write_what_one_writes(run, models, kind, monkeypatch):
-    """Parts in turn without sharding (the same bytes), together with FSDP2 (equal to rounding)."""
+    """Shards in turn without sharding (the same bytes), together with FSDP2 (equal to rounding)."""
     import subprocess
     import sys
 
@@ -284,8 +284,8 @@ def test_two_processes_write_what_one_writes(run, models, kind, monkeypatch):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     if kind == "ddp":
-        assert parts("two") == parts("scored")
-        assert read_manifest("two")["parts"] == read_manifest("scored")["parts"]
+        assert shards("two") == shards("scored")
+        assert read_manifest("two")["shards"] == read_manifest("scored")["shards"]
     else:
         for name in ("base_logps", "ref_logps"):
             one, two = (np.concatenate(load_scored(folder)[name][:]) for folder in ("scored", "two"))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import selsft.data.chunks
-from selsft.data.chunks import ColumnWriter, token_blocks, trained_mask, with_column
+from selsft.data.chunks import ColumnWriter, supervised_mask, token_chunks, with_column
 from selsft.selection.quantile import boundary_of_fraction
 from selsft.selection.rules import label_tokens
 from selsft.selection.weights import add_token_weights, row_weights, select_token_weights
@@ -123,7 +123,7 @@ def test_schedules():
         forget_weight_at(0, 1, 0.2, "step")
 
 
-# --- a whole data set, in blocks ---------------------------------------------------------------------------------
+# --- a whole data set, in chunks ---------------------------------------------------------------------------------
 
 
 @settings(max_examples=150, deadline=None)
@@ -202,11 +202,11 @@ RULES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("block", [1, 17, 2**20])
+@pytest.mark.parametrize("chunk", [1, 17, 2**20])
 @pytest.mark.parametrize("view", ["rows", "shuffled", "packed"])
 @pytest.mark.parametrize("rule", RULES)
-def test_blocks_give_what_the_rows_give(rule, view, block, monkeypatch):
-    monkeypatch.setattr(selsft.data.chunks, "TOKENS_PER_BLOCK", block)
+def test_chunks_give_what_the_rows_give(rule, view, chunk, monkeypatch):
+    monkeypatch.setattr(selsft.data.chunks, "TOKENS_PER_CHUNK", chunk)
     monkeypatch.setattr(selsft.data.chunks, "_ROWS_PER_READ", 11)
     data = scored_data(packed=view == "packed")
     data = data.shuffle(seed=3) if view == "shuffled" else data
@@ -246,7 +246,7 @@ def on_disk(tokens):
 
 @pytest.mark.parametrize("rule", ["fraction", "threshold", "sequence"])
 def test_memory_does_not_grow_with_the_data(rule, monkeypatch):
-    monkeypatch.setattr(selsft.data.chunks, "TOKENS_PER_BLOCK", 2**14)
+    monkeypatch.setattr(selsft.data.chunks, "TOKENS_PER_CHUNK", 2**14)
     monkeypatch.setattr(selsft.data.chunks, "_ROWS_PER_READ", 500)
     peaks = []
     for tokens in (200_000, 1_600_000):
@@ -273,19 +273,19 @@ def test_one_missing_value_or_wrong_document_length_is_named():
 
 
 def test_blocks_are_cut_between_rows(monkeypatch):
-    monkeypatch.setattr(selsft.data.chunks, "TOKENS_PER_BLOCK", 6)
+    monkeypatch.setattr(selsft.data.chunks, "TOKENS_PER_CHUNK", 6)
     data = Dataset.from_dict({"labels": [[1] * n for n in (2, 3, 0, 2, 9, 6, 1)]})
-    blocks = list(token_blocks(data, ["labels"]))
-    assert [block.lengths.tolist() for block in blocks] == [[2, 3, 0], [2], [9], [6], [1]]
-    assert [block.first_row for block in blocks] == [0, 3, 4, 5, 6]
+    chunks = list(token_chunks(data, ["labels"]))
+    assert [chunk.lengths.tolist() for chunk in chunks] == [[2, 3, 0], [2], [9], [6], [1]]
+    assert [chunk.first_row for chunk in chunks] == [0, 3, 4, 5, 6]
 
 
 def test_trained_tokens_have_a_label_and_a_past():
     data = Dataset.from_dict({"labels": [[5, 5, -100, 5], [], [5, 5, 5]], "seq_lengths": [[3, 1], [], [1, 2]]})
-    (block,) = token_blocks(data, ["labels"])
-    assert trained_mask(block, padding_free=False).tolist() == [False, True, False, True, False, True, True]
-    assert trained_mask(block, padding_free=True).tolist() == [False, True, False, False, False, False, True]
-    assert block.columns["labels"][0] == 5 and [block.row_of(token) for token in (0, 3, 4, 6)] == [0, 0, 2, 2]
+    (chunk,) = token_chunks(data, ["labels"])
+    assert supervised_mask(chunk, padding_free=False).tolist() == [False, True, False, True, False, True, True]
+    assert supervised_mask(chunk, padding_free=True).tolist() == [False, True, False, False, False, False, True]
+    assert chunk.columns["labels"][0] == 5 and [chunk.row_of(token) for token in (0, 3, 4, 6)] == [0, 0, 2, 2]
 
 
 # --- gate and cap -------------------------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ def test_random_ranking_depends_on_seed_and_position_alone(monkeypatch):
     flat = np.array(list(itertools.chain(*wanted)))
     n = int((flat != 0).sum())
     assert (flat > 0).sum() == int(0.7 * n + 1e-9) and n > 100
-    monkeypatch.setattr(selsft.data.chunks, "TOKENS_PER_BLOCK", 5)
+    monkeypatch.setattr(selsft.data.chunks, "TOKENS_PER_CHUNK", 5)
     assert add_token_weights(data, settings_of(**RANDOM), np.zeros(0, np.int64), False)["token_weights"] == wanted
     other = add_token_weights(data, settings_of(**RANDOM, seed=1), np.zeros(0, np.int64), False)["token_weights"]
     assert other != wanted
@@ -357,8 +357,8 @@ def test_random_ranking_depends_on_seed_and_position_alone(monkeypatch):
 def test_random_negatives_know_nothing_of_the_scores():
     data = on_disk(200_000)
     made = add_token_weights(data, settings_of(**RANDOM), np.zeros(0, np.int64), False)
-    (block,) = token_blocks(made, ["base_logps", "ref_logps", "token_weights"])
-    scores, weights = block.columns["ref_logps"] - block.columns["base_logps"], block.columns["token_weights"]
+    (chunk,) = token_chunks(made, ["base_logps", "ref_logps", "token_weights"])
+    scores, weights = chunk.columns["ref_logps"] - chunk.columns["base_logps"], chunk.columns["token_weights"]
     assert abs(scores[weights < 0].mean() - scores[weights > 0].mean()) < 5 * np.sqrt(2 / 60_000)
 
 

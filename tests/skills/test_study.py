@@ -192,8 +192,9 @@ def test_hidden_states_lie_beside_their_examples(study):
 def test_token_objectives_with_a_retain_set_from_a_shared_reference(data, tmp_path):
     """Forgetting the answers makes their probability fall, and the retained task keeps what it had."""
     settings = {
-        "tasks": "hot_yes,size", "label_tasks": "hot_yes", "methods": ",".join(FORGET_OBJECTIVES), "reference": "shared",
-        "retain_tasks": "others", "hidden_states": "none", "forget_floor": -4.0, "forget_num_train_epochs": 2.0,
+        "tasks": "hot_yes,size", "label_tasks": "hot_yes", "methods": ",".join(FORGET_OBJECTIVES),
+        "reference": "shared", "retain_tasks": "others", "hidden_states": "none", "forget_floor": -4.0,
+        "forget_num_train_epochs": 2.0,
     }  # fmt: skip
     run(data, tmp_path / "run", **settings)
     found = answers(tmp_path / "run")
