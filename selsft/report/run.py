@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from scipy import stats
 
+from ..evaluation.intervals import paired
 from ..evaluation.settings import METRICS, ROWS
 from ..records import read_json, write_json
 from ..selection.stage import COUNTS
@@ -32,7 +32,7 @@ MEASURES = {
     "options_acc_norm": ("accuracy on options, by length", True, 3),
 }
 _COLUMNS = {"eos_rate": "ended"}  # where `rows.parquet` has another name
-_SHOWN_TOKENS, _SHOWN_ANSWERS, _RESAMPLES = 30, 12, 2000
+_SHOWN_TOKENS, _SHOWN_ANSWERS = 30, 12
 
 
 def write_report(root: Path) -> Path:
@@ -111,17 +111,11 @@ def paired_difference(base: dict[str, list], other: dict[str, list], name: str) 
     if len(pairs) < 2:
         return None
     left, right = (np.array(pairs).T[side] for side in (0, 1))
-    change = np.array(other[name], float)[right] - np.array(base[name], float)[left]
-    weight = np.array(base["tokens"], float)[left] if name == "nll" else np.ones(len(pairs))
-    mean = float(change.sum() / weight.sum())
-    if not change.any():
-        return {"mean": 0.0, "low": 0.0, "high": 0.0, "rows": len(pairs)}
-    interval = stats.bootstrap(
-        (change, weight),
-        lambda c, w, axis=-1: c.sum(axis=axis) / w.sum(axis=axis),
-        paired=True, vectorized=True, method="percentile", n_resamples=_RESAMPLES, random_state=0,
-    ).confidence_interval  # fmt: skip
-    return {"mean": mean, "low": float(interval.low), "high": float(interval.high), "rows": len(pairs)}
+    size = np.array(base["tokens"], float)[left] if name == "nll" else np.ones(len(pairs))
+    with np.errstate(invalid="ignore"):
+        first, second = np.array(base[name], float)[left] / size, np.array(other[name], float)[right] / size
+    found = paired(first, second, size)
+    return {"mean": found.value, "low": found.low, "high": found.high, "rows": len(pairs)}
 
 
 def _harness(models: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
