@@ -34,8 +34,8 @@ MAY_IMPORT = {
     },
     "bench": {"errors", "records"},
     "cli": {
-        *("errors", "records", "_compat", "config", "recipes", "data", "training", "selection", "scoring", "trainer"),
-        *("evaluation", "report", "workflow", "demo", "skills", "pipeline", "bench"),
+        *("errors", "secrets", "records", "_compat", "config", "recipes", "data", "training", "selection", "scoring"),
+        *("trainer", "evaluation", "report", "workflow", "demo", "skills", "pipeline", "bench"),
     },
 }
 KERNEL_IMPORTS = {"torch", "triton", "selsft_kernels"}

@@ -11,14 +11,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pyarrow.parquet as pq
 
 from ..evaluation.intervals import paired
 from ..evaluation.settings import METRICS, ROWS
-from ..records import replaced, write_json
+from ..records import read_json, write_json
 from ..selection.stage import COUNTS
+from .page import write_page
 
 # name in the tables of the stages -> label, whether more is better, digits
 MEASURES = {
@@ -44,14 +44,14 @@ def write_report(root: Path) -> Path:
         for name, folder in folders.items()
         if name.startswith("evaluate-")
     }
-    selections = {name: _json(folder / COUNTS) for name, folder in folders.items() if name.startswith("select")}
+    selections = {name: read_json(folder / COUNTS) for name, folder in folders.items() if name.startswith("select")}
     content = {
         "recipe": run["recipe"],
         "measures": _table(models),
         "harness": _harness(models),
         "answers": _answers(models),
         "selections": {name: _selection(found) for name, found in selections.items()},
-        "split": _json(folders["split"] / "split.json") if "split" in folders else {},
+        "split": read_json(folders["split"] / "split.json") if "split" in folders else {},
         "stages": [{"name": name, **stage} for name, stage in run["stages"].items()],
         "flags": run["flags"],
         "stage_flags": run["stage_flags"],
@@ -60,19 +60,13 @@ def write_report(root: Path) -> Path:
         "device": _device(folders),
     }
     write_json(root / "report.json", content)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("selsft.report"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    with replaced(root / "report.html") as page:
-        page.write(environment.get_template("run.html").render(content).encode())
-    return root / "report.html"
+    return write_page(root / "report.html", "run.html", content)
 
 
 def _evaluation(folder: Path) -> dict[str, Any]:
     rows = folder / ROWS
     return {
-        "metrics": _json(folder / METRICS),
+        "metrics": read_json(folder / METRICS),
         "rows": pq.read_table(rows).to_pydict() if rows.is_file() else {},
     }
 
@@ -168,11 +162,7 @@ def _selection(found: dict[str, Any]) -> dict[str, Any]:
 
 def _device(folders: dict[str, Path]) -> str | None:
     for folder in reversed(list(folders.values())):
-        record = _json(folder / "model" / "selsft_run.json")
+        record = read_json(folder / "model" / "selsft_run.json")
         if record:
             return record.get("device")
     return None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -145,12 +145,13 @@ class Study:
     def _report(self, folder: Path) -> Path:
         """The report of the models of this study alone, not of others that an earlier one has left in the folder."""
         from ..report.skills import write_report
+        from .results import compute
 
         for link in (*folder.glob("scores/*"), *folder.glob("hidden/*")):
             if link.name.removesuffix(".parquet") not in self.stages:
                 link.unlink()
         self._keep_models(set())
-        return write_report(folder)
+        return write_report(folder, compute(folder))
 
     def _work(self, model: StudyModel, folder: Path) -> str:
         """Train, score, write."""

@@ -68,7 +68,8 @@ def run(data: dict[str, str], output: Path, report: bool = False, **changes) -> 
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         if not report:
-            patch.setattr("selsft.report.skills.write_report", lambda folder: folder / "report.html")
+            patch.setattr("selsft.skills.results.compute", lambda folder: None)
+            patch.setattr("selsft.report.skills.write_report", lambda folder, found: folder / "report.html")
         Study(config(data, output, **changes), lines.append).run()
     return lines
 
