@@ -7,7 +7,6 @@ run, where a study has two kinds of them.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 from typing import Any, NoReturn, cast
 
@@ -15,7 +14,6 @@ import yaml
 from trl import TrlParser
 
 from ..errors import InputError, input_errors
-from ..records import exclusive
 from ..skills.config import StudyConfig
 from .arguments import _HelpFormatter, _with_config_path
 from .launch import launched
@@ -106,9 +104,5 @@ def main(argv: list[str]) -> int:
     if config.dry_run:
         study.dry_run()
     else:
-        with contextlib.ExitStack() as stack:
-            with input_errors():
-                stack.enter_context(exclusive(study.folder.path))
-                study.check()
-            study.run()
+        study.run()
     return 0

@@ -53,6 +53,9 @@ def execute(
         for stage in stages[first:] if from_stage else []:
             stage.set_aside()
         states = {stage.name: stage.state() for stage in stages}
+        for stage in stages:
+            if states[stage.name] != "finished":
+                stage.unlink()
         for number, stage in enumerate(stages, 1):
             state = states[stage.name]
             heading = f"[{number:{len(str(len(stages)))}}/{len(stages)}] {stage.name}:"

@@ -106,13 +106,25 @@ class Stage:
 
     def link(self) -> None:
         """Show the folder where `links` says, in place of an earlier stage's."""
-        for name, target in ({self.name: "."} if self.links is None else self.links).items():
+        for name, target in self._links.items():
             link = self.root / name
+            if link.is_dir() and not link.is_symlink():
+                raise InputError(f"{str(link)!r} is a folder and no link (copied without links?): remove it")
             link.parent.mkdir(exist_ok=True)
             temporary = link.with_name(f".{link.name}.link")
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(os.path.relpath(self.folder / target, link.parent))
             os.replace(temporary, link)
+
+    def unlink(self) -> None:
+        """Take away the links, which show an earlier stage while this one is not finished."""
+        for link in (self.root / name for name in self._links):
+            if link.is_symlink():
+                link.unlink()
+
+    @property
+    def _links(self) -> dict[str, str]:
+        return {self.name: "."} if self.links is None else self.links
 
     def set_aside(self) -> Path | None:
         """Rename the folder, so that the stage runs anew and nothing is lost."""
