@@ -29,7 +29,7 @@ MAY_IMPORT = {
         *("errors", "records", "config", "data", "training", "trainer", "scoring", "evaluation", "workflow", "report"),
     },
     "pipeline": {
-        *("errors", "records", "config", "recipes", "data", "training", "trainer", "selection", "scoring"),
+        *("errors", "secrets", "records", "config", "recipes", "data", "training", "trainer", "selection", "scoring"),
         *("evaluation", "workflow", "report", "demo"),
     },
     "bench": {"errors", "records"},
