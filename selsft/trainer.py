@@ -29,7 +29,8 @@ from ._compat import (
 )
 from .config import SelectiveSFTConfig
 from .data.columns import ACTIVE_ROWS, BASE_LOGPS, REF_LOGPS, SCORE_COLUMNS, TOKEN_COLUMNS, WEIGHTS, token_columns
-from .data.preparation import add_message_weights, brings_weights, has_message_weights, truncate_and_pack
+from .data.preparation import add_marked_weights, brings_weights, truncate_and_pack
+from .data.spans import check_marks, has_marks, join_parts
 from .scoring.weighing import TokenWeigher
 from .selection.excess import ExcessSelector
 from .training.collator import DataCollatorForSelectiveSFT
@@ -130,10 +131,17 @@ class SelectiveSFTTrainer(SFTTrainer):
             args = SelectiveSFTConfig.from_training_arguments(args)
         source = reference_model if reference_model is not None else args.reference_model
         self._train_is_prepared = False
+        if train_dataset is not None:
+            check_marks(
+                train_dataset,
+                args.dataset_text_field,
+                formatting=formatting_func is not None,
+                reference=source is not None,
+            )
         may_select = (
             source is not None
             or args.score != "influence"
-            or (train_dataset is not None and brings_weights(train_dataset, args.score))
+            or (train_dataset is not None and brings_weights(train_dataset, args.score, args.dataset_text_field))
         )
         with adapter_on_lm_head() if may_select else contextlib.nullcontext():
             super().__init__(
@@ -179,17 +187,18 @@ class SelectiveSFTTrainer(SFTTrainer):
             self.add_callback(self._excess)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        """Train rows with token columns or weighted messages are truncated and packed with those columns; all other
+        """Train rows with token columns or marks of their text are truncated and packed with those columns; all other
         rows go through TRL's preparation as they are."""
         is_train, self._train_is_prepared = not self._train_is_prepared, True
-        weighted = is_train and has_message_weights(dataset)
+        weighted = is_train and has_marks(dataset, args.dataset_text_field)
+        dataset = join_parts(dataset)
         if not (weighted or (is_train and token_columns(dataset, args.score))):
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         plain = copy.copy(args)
         plain.max_length, plain.shuffle_dataset = None, False
         dataset = super()._prepare_dataset(dataset, processing_class, plain, False, formatting_func, dataset_name)
         if weighted:
-            dataset = add_message_weights(dataset, processing_class, self.chat_template, args)
+            dataset = add_marked_weights(dataset, processing_class, self.chat_template, args)
         return truncate_and_pack(dataset, args, packing, args.score)
 
     def _set_signature_columns_if_needed(self):

@@ -29,13 +29,13 @@ MAY_IMPORT = {
         *("errors", "records", "config", "data", "training", "trainer", "scoring", "evaluation", "workflow", "report"),
     },
     "pipeline": {
-        *("errors", "records", "config", "recipes", "data", "training", "trainer", "selection", "scoring"),
+        *("errors", "secrets", "records", "config", "recipes", "data", "training", "trainer", "selection", "scoring"),
         *("evaluation", "workflow", "report", "demo"),
     },
     "bench": {"errors", "records"},
     "cli": {
-        *("errors", "records", "_compat", "config", "recipes", "data", "training", "selection", "scoring", "trainer"),
-        *("evaluation", "report", "workflow", "demo", "skills", "pipeline", "bench"),
+        *("errors", "secrets", "records", "_compat", "config", "recipes", "data", "training", "selection", "scoring"),
+        *("trainer", "evaluation", "report", "workflow", "demo", "skills", "pipeline", "bench"),
     },
 }
 KERNEL_IMPORTS = {"torch", "triton", "selsft_kernels"}

@@ -110,8 +110,8 @@ def objective(positive: str, forget: str, beta: float, floor: float | None, refe
 def head_options(softcap: float | None, logit_scale: float) -> None:
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap={softcap} must be None or a finite number above 0")
-    if not -math.inf < logit_scale < math.inf:
-        raise ValueError(f"logit_scale={logit_scale} must be finite")
+    if not -math.inf < logit_scale < math.inf or logit_scale == 0:
+        raise ValueError(f"logit_scale={logit_scale} must be finite and not 0")
 
 
 def output_names(outputs: Sequence[str]) -> tuple[str, ...]:

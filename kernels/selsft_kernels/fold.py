@@ -17,21 +17,22 @@ from .rows import Transform
 class FoldState(NamedTuple):
     """Running statistics of each row over the tiles seen so far, without the target; [n] fp32, None = not wanted.
 
-    `largest` starts at the lowest finite number and not at -inf, whose difference with itself is NaN.
+    `y` is the logit or, in `fold_triton`, a number that grows with it; only `natural` and `fold` look inside.
+    `largest` starts at a low number and not at -inf, whose difference with itself is NaN.
     """
 
-    largest: Tensor  # max z_j
-    total: Tensor  # sum exp(z_j - largest)
-    weighted: Tensor | None  # sum exp(z_j - largest) (z_j - largest)
-    before: Tensor | None  # max over the rounded z_j with j < y
-    own: Tensor | None  # the target's rounded logit
+    largest: Tensor  # max y_j
+    total: Tensor  # sum exp(z_j - z of the largest)
+    weighted: Tensor | None  # sum exp(z_j - z of the largest) (z_j - z of the largest), in the implementation's units
+    before: Tensor | None  # max over the rounded y_j to the left of the target
+    own: Tensor | None  # y of the target's rounded logit
 
     @classmethod
     def start(cls, n: int, device: torch.device, *, entropy: bool, is_top1: bool) -> "FoldState":
         def full(value: float) -> Tensor:
             return torch.full((n,), value, device=device, dtype=torch.float32)
 
-        lowest = torch.finfo(torch.float32).min
+        lowest = -1e30
         return cls(
             full(lowest),
             full(0.0),
@@ -80,14 +81,24 @@ def _fold_tile(raw: Tensor, column: Tensor, t: Transform, state: FoldState) -> N
     state.largest.copy_(largest)
 
 
-def finish(state: FoldState, z_y: Tensor, skip: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`(logprob, entropy, is_top1)` [n] from the folded rows and the fp32 target logits; zeros where `skip`."""
-    log_total = state.total.log()
-    m = rows.log_odds(z_y, state.largest + log_total)
+def natural(state: FoldState, t: Transform) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`(largest, total, weighted)` of the state in natural units: the largest logit, and sums relative to it."""
+    return state.largest, state.total, state.weighted
+
+
+def finish(
+    state: FoldState, largest: Tensor, total: Tensor, weighted: Tensor | None, z_y: Tensor, skip: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`(logprob, entropy, is_top1)` [n] from the folded rows and the fp32 target logits; zeros where `skip`.
+
+    largest, total, weighted: as `natural` returns them.
+    """
+    log_total = total.log()
+    m = rows.log_odds(z_y, largest + log_total)
     logprob = (-F.softplus(-m)).masked_fill_(skip, 0.0)
     entropy, top1 = None, None
-    if state.weighted is not None:
-        entropy = rows.entropy_from(m, log_total - state.weighted / state.total).masked_fill_(skip, 0.0)
+    if weighted is not None:
+        entropy = rows.entropy_from(m, log_total - weighted / total).masked_fill_(skip, 0.0)
     if state.own is not None and state.before is not None:
         top1 = (state.own >= state.largest) & (state.own > state.before) & ~skip
     return logprob, entropy, top1

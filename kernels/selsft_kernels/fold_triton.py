@@ -1,13 +1,23 @@
-"""`fold.fold` in Triton: one program a row folds a tile of logits into the running statistics."""
+"""`fold.fold` in Triton: one program a row folds a tile of logits into the running statistics.
 
+A tile of logits is read once and a row of it is short, so small programs, of which many fit a multiprocessor, hide the
+latency of each other. The program itself puts -inf in the place of the target, see `blocks_triton.py`.
+
+`largest` is the largest y of `blocks_triton.py` and `weighted` is in log2 units, so that nothing is rounded between
+tiles; `natural` turns them into what `fold.finish` takes.
+"""
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks_triton import LN2, LOG2E, LOWEST, fold_block, load_logit, load_logits
+from .blocks_triton import LN2, LOWEST, coefficients, increasing, load_tile, tile_columns
 from .fold import FoldState
 from .rows import Transform
-from .rows_triton import last_stride_one, launch_shape
+from .rows_triton import constants, statistics
+
+_MAX_LANES = 256  # of 128 threads
 
 
 @triton.jit
@@ -27,46 +37,67 @@ def fold_kernel(
     softcap,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    FLIP: tl.constexpr,
+    NVIDIA: tl.constexpr,
     ENTROPY: tl.constexpr,
     IS_TOP1: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     row_ptr = raw_ptr + row * raw_stride
     column = tl.load(column_ptr + row)
-    lane = tl.arange(0, BLOCK)
-    # The state is in natural units, and one number a row: it starts in lane 0.
-    largest = tl.maximum(tl.load(largest_ptr + row) * LOG2E, LOWEST)
-    total = tl.where(lane == 0, tl.load(total_ptr + row), 0.0)
-    weighted = tl.zeros((BLOCK,), tl.float32)
+    inside = (column >= 0) & (column < width)
+    a, _, k = coefficients(scale, softcap, HAS_SOFTCAP)
+    own = 0.0
+    if inside:
+        # All threads have read the target's logit before one overwrites it, and see the new one afterwards.
+        own = tl.load(row_ptr + column).to(tl.float32)
+        if HAS_BIAS:
+            own += tl.load(bias_ptr + column)
+        tl.debug_barrier()
+        tl.store(row_ptr + column, tl.full((), float("inf") if FLIP else float("-inf"), raw_ptr.dtype.element_ty))
+        tl.debug_barrier()
+    tile_largest, tile_total, tile_weighted = statistics(
+        row_ptr, bias_ptr, column, width, readable, a, k, HAS_BIAS, HAS_SOFTCAP, FLIP, NVIDIA, ENTROPY, False, LANES,
+        VEC, True,
+    )  # fmt: skip
+
+    old = tl.load(largest_ptr + row)
+    new = tl.maximum(old, tile_largest)
+    drop, tile_drop = a * (old - new), a * (tile_largest - new)
+    rescale, tile_rescale = tl.exp2(drop), tl.exp2(tile_drop)
+    total = tl.load(total_ptr + row)
     if ENTROPY:
-        weighted = tl.where(lane == 0, tl.load(weighted_ptr + row) * LOG2E, 0.0)
-    before = tl.full((BLOCK,), LOWEST, tl.float32)
-    for start in range(0, width, BLOCK):
-        offsets = start + lane
-        mask = offsets < width
-        z = load_logits(
-            row_ptr, bias_ptr, offsets, width, readable, scale, softcap, HAS_BIAS, HAS_SOFTCAP, "evict_first"
-        )
-        if IS_TOP1:
-            before = tl.maximum(before, tl.where(mask & (offsets < column), z, LOWEST))
-        largest, total, weighted = fold_block(z, mask & (offsets != column), largest, total, weighted, ENTROPY)
-    tl.store(largest_ptr + row, largest * LN2)
-    tl.store(total_ptr + row, tl.sum(total, axis=0))
-    if ENTROPY:
-        tl.store(weighted_ptr + row, tl.sum(weighted, axis=0) * LN2)
+        weighted = (tl.load(weighted_ptr + row) + total * drop) * rescale
+        tl.store(weighted_ptr + row, weighted + (tile_weighted + tile_total * tile_drop) * tile_rescale)
+    tl.store(largest_ptr + row, new)
+    tl.store(total_ptr + row, total * rescale + tile_total * tile_rescale)
     if IS_TOP1:
-        tl.store(before_ptr + row, tl.maximum(tl.load(before_ptr + row), tl.max(before, axis=0)))
-        if (column >= 0) & (column < width):
-            own = load_logit(row_ptr, bias_ptr, column, width, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-            tl.store(own_ptr + row, own)
+        before = tile_largest
+        if inside:
+            tl.store(own_ptr + row, increasing(own, k, HAS_SOFTCAP, FLIP, NVIDIA))
+            # In the target's own tile, only the columns to its left count.
+            tile = tile_columns(LANES, VEC, True)
+            lanes = tl.full((LANES,), LOWEST, tl.float32)
+            end = column.to(tl.int32)
+            for start in range(0, end, LANES * VEC):
+                y = load_tile(
+                    row_ptr, bias_ptr, start + tile, end, readable, k, HAS_BIAS, HAS_SOFTCAP, FLIP, NVIDIA, True,
+                    "evict_first",
+                )  # fmt: skip
+                lanes = tl.maximum(lanes, tl.max(y, axis=1))
+            before = tl.max(lanes, axis=0)
+        if column >= 0:
+            tl.store(before_ptr + row, tl.maximum(tl.load(before_ptr + row), before))
 
 
 def fold(raw: Tensor, column: Tensor, t: Transform, state: FoldState, padding: int = 0) -> None:
-    """See the twin. Leaves `raw` alone."""
+    """See the twin."""
     rows, width = raw.shape
-    raw = last_stride_one(raw)
-    block, num_warps = launch_shape(width, extras=state.weighted is not None or state.own is not None)
+    if rows == 0:
+        return
+    lanes, vec, num_warps = launch_shape(width, raw.element_size())
     fold_kernel[(rows,)](
         raw,
         raw.stride(0),
@@ -81,10 +112,28 @@ def fold(raw: Tensor, column: Tensor, t: Transform, state: FoldState, padding: i
         width + padding,
         t.logit_scale,
         1.0 if t.softcap is None else t.softcap,
-        HAS_BIAS=t.bias is not None,
-        HAS_SOFTCAP=t.softcap is not None,
         ENTROPY=state.weighted is not None,
         IS_TOP1=state.own is not None,
-        BLOCK=block,
+        LANES=lanes,
+        VEC=vec,
         num_warps=num_warps,
+        **constants(t),
     )
+
+
+def natural(state: FoldState, t: Transform) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See the twin."""
+    ln2 = LN2.value
+    if t.softcap is None:
+        largest = state.largest * abs(t.logit_scale)
+    else:
+        largest = state.largest * (2.0 * t.softcap) - t.softcap
+    return largest, state.total, None if state.weighted is None else state.weighted * ln2
+
+
+def launch_shape(columns: int, itemsize: int) -> tuple[int, int, int]:
+    """`(LANES, VEC, num_warps)`: as in `rows_triton`, but at most 128 threads."""
+    vec = 16 // itemsize
+    lanes = min(_MAX_LANES, max(1, triton.next_power_of_2(triton.cdiv(columns, vec))))
+    warp = 64 if torch.version.hip else 32
+    return lanes, vec, max(1, min(128 // warp, lanes // (2 * warp)))

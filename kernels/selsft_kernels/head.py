@@ -107,7 +107,11 @@ def raw_logits(out: Tensor, x: Tensor, head: Head, lora_hidden: Tensor | None, c
     return out
 
 
-def target_logit(x: Tensor, head: Head, target: Tensor, lora_hidden: Tensor | None) -> Tensor:
+def target_logits(
+    x: Tensor, head: Head, target: Tensor, lora_hidden: Tensor | None, raw: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """`(logit, own)` of each target, see `target_dot.target_logits`; takes the targets out of `raw`, if given."""
     b, scale = (None, 0.0) if head.lora is None else (head.lora.b, head.lora.scale)
     dot = backend.implementation("target_dot", x.device)
-    return dot.target_logits(x, head.weight, target, head.transform.bias, lora_hidden, b, scale)
+    flip = head.transform.logit_scale < 0
+    return dot.target_logits(x, head.weight, target, head.transform.bias, lora_hidden, b, scale, raw, flip)

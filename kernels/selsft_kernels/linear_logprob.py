@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from . import backend, checks, chunking, rows
 from .fold import FoldState, finish
 from .gemm import product_fp32
-from .head import Head, Work, make_head, raw_logits, select_rows, spread, target_logit
+from .head import Head, Work, make_head, raw_logits, select_rows, spread, target_logits
 from .linear_loss import linear_loss_op
 
 
@@ -74,7 +74,9 @@ def linear_logprob_op(
         work = select_rows(target, torch.ones_like(target, dtype=torch.float32), None, active_rows, ignore_index)
         state = FoldState.start(work.size, input.device, entropy=entropy, is_top1=is_top1)
         z_y = tile_loop(input, head, work, state, chunk_size)
-        results = finish(state, rows.transform(z_y, head.transform, with_bias=False), work.weight == 0)
+        z_y = rows.transform(z_y, head.transform, with_bias=False)
+        largest, total, weighted = backend.implementation("fold", input.device).natural(state, head.transform)
+        results = finish(state, largest, total, weighted, z_y, work.weight == 0)
         logprob, entropies, top1 = (spread(t, work.rows, target) for t in results)
     return logprob, entropies, top1
 
@@ -106,7 +108,7 @@ def tile_loop(input: Tensor, head: Head, work: Work, state: FoldState, chunk_siz
         x = (input[start:end] if work.rows is None else input[work.rows[start:end]]).to(dtype)
         lora_hidden = None if head.lora is None else product_fp32(x, head.lora.a.t())
         target = work.target[start:end]
-        z_y[start:end] = target_logit(x, head, target, lora_hidden)
+        z_y[start:end], _ = target_logits(x, head, target, lora_hidden)
         for left in range(0, vocab, width):
             columns = slice(left, min(left + width, vocab))
             raw = raw_logits(buffer[: end - start, : columns.stop - left], x, head, lora_hidden, columns)

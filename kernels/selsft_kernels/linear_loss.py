@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from . import backend, checks, chunking
 from .gemm import accumulate, product_fp32
-from .head import Head, Work, hidden_rows, make_head, raw_logits, select_rows, spread, target_logit
+from .head import Head, Work, hidden_rows, make_head, raw_logits, select_rows, spread, target_logits
 from .objectives import Objective
 from .rows import RowStats, Targets
 
@@ -190,11 +190,13 @@ def chunk_loop(
         x = hidden_rows(input, index, work.weight[start:end], slice(start, end)).to(dtype)
         lora_hidden = None if head.lora is None else product_fp32(x, head.lora.a.t())
         raw = raw_logits(buffer[: end - start, :vocab], x, head, lora_hidden)
+        logit, own = target_logits(x, head, work.target[start:end], lora_hidden, raw)
         targets = Targets(
             work.target[start:end],
-            target_logit(x, head, work.target[start:end], lora_hidden),
+            logit,
             work.weight[start:end],
             None if work.reference is None else work.reference[start:end],
+            own,
         )
         backend.implementation("rows", device).loss_rows(
             raw,

@@ -1,4 +1,4 @@
-"""`target_dot.target_logits` in Triton: one program a row, nothing of size [n, H] in memory."""
+"""`target_dot` in Triton: one program a row, nothing of size [n, H] in memory."""
 
 import torch
 import triton
@@ -23,6 +23,7 @@ def _row_dot(x_ptr, w_ptr, w_stride, size, BLOCK: tl.constexpr):
 @triton.jit
 def target_dot_kernel(
     out_ptr,
+    own_ptr,
     x_ptr,
     x_stride,
     weight_ptr,
@@ -33,12 +34,16 @@ def target_dot_kernel(
     lora_hidden_ptr,
     lora_b_ptr,
     lora_b_stride,
+    raw_ptr,
+    raw_stride,
     lora_scale,
     hidden,
     vocab,
     rank,
     HAS_BIAS: tl.constexpr,
     HAS_LORA: tl.constexpr,
+    HAS_RAW: tl.constexpr,  # take the target out of the logits
+    FLIP: tl.constexpr,
     BLOCK: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
 ):
@@ -50,29 +55,41 @@ def target_dot_kernel(
     if HAS_LORA:
         low = _row_dot(lora_hidden_ptr + row * rank, lora_b_ptr + place * lora_b_stride, 1, rank, RANK_BLOCK)
         z += tl.cast(lora_scale, tl.float32) * low
+    bias = 0.0
     if HAS_BIAS:
-        z += tl.load(bias_ptr + place).to(tl.float32)
+        bias = tl.load(bias_ptr + place)
+        z += bias
     # A target outside the vocabulary reads row 0 and makes the loss NaN.
     tl.store(out_ptr + row, tl.where(inside, z, float("nan")))
+    if HAS_RAW:
+        cell = raw_ptr + row * raw_stride + place
+        tl.store(own_ptr + row, tl.load(cell).to(tl.float32) + bias)
+        # All threads have read the logit before one overwrites it.
+        tl.debug_barrier()
+        tl.store(cell, tl.full((), float("inf") if FLIP else float("-inf"), raw_ptr.dtype.element_ty), mask=inside)
 
 
 def target_logits(
-    x: Tensor,  # [n, H], last stride 1
-    weight: Tensor,  # [V, H], any strides
+    x: Tensor,  # [n, H]
+    weight: Tensor,  # [V, H]
     target: Tensor,  # [n] int64
-    bias: Tensor | None,  # [V]
-    lora_hidden: Tensor | None,  # [n, r] fp32, contiguous
+    bias: Tensor | None,  # [V] fp32
+    lora_hidden: Tensor | None,  # [n, r] fp32: x A^T
     lora_b: Tensor | None,  # [V, r]
     lora_scale: float,
-) -> Tensor:
-    """See the twin; a target outside the vocabulary gives NaN."""
+    raw: Tensor | None = None,  # [n, V], last stride 1
+    flip: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """See the twin."""
     out = torch.empty(x.shape[0], device=x.device, dtype=torch.float32)
+    own = None if raw is None else torch.empty_like(out)
     x = x if x.stride(1) == 1 else x.contiguous()
     b = None if lora_b is None else lora_b.contiguous()
     rank = 0 if b is None else b.shape[1]
     hidden = weight.shape[1]
     target_dot_kernel[(x.shape[0],)](
         out,
+        own,
         x,
         x.stride(0),
         weight,
@@ -83,14 +100,18 @@ def target_logits(
         lora_hidden,
         b,
         0 if b is None else b.stride(0),
+        raw,
+        0 if raw is None else raw.stride(0),
         lora_scale,
         hidden,
         weight.shape[0],
         rank,
         HAS_BIAS=bias is not None,
         HAS_LORA=b is not None and lora_hidden is not None,
+        HAS_RAW=raw is not None,
+        FLIP=flip,
         BLOCK=min(_MAX_BLOCK, triton.next_power_of_2(hidden)),
         RANK_BLOCK=max(16, triton.next_power_of_2(rank)),
         num_warps=4,
     )
-    return out
+    return out, own

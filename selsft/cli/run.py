@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
 
     from ..pipeline.plan import Plan
     from ..pipeline.recipe import load_recipe
-    from ..workflow.run import execute, preview
+    from ..workflow.run import preview
 
     recipe = load_recipe(source, rest)
     root = Path(output or recipe.common.get("output_dir") or Path("runs") / recipe.name)
@@ -58,9 +58,9 @@ def main(argv: list[str]) -> int:
         plan = Plan(recipe, root)
         check_flags(plan)
     if dry:
-        preview(plan, from_stage, Console())
+        preview(plan.stages, f"{recipe.name} in {root}", from_stage, Console())
     else:
-        execute(plan, rest, from_stage, Console())
+        plan.execute(rest, from_stage)
     return 0
 
 

@@ -7,7 +7,6 @@ run, where a study has two kinds of them.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 from typing import Any, NoReturn, cast
 
@@ -15,7 +14,7 @@ import yaml
 from trl import TrlParser
 
 from ..errors import InputError, input_errors
-from ..records import exclusive
+from ..secrets import to_environment
 from ..skills.config import StudyConfig
 from .arguments import _HelpFormatter, _with_config_path
 from .launch import launched
@@ -90,6 +89,7 @@ class SkillsParser(TrlParser):
                 raise InputError(f"--config is not a YAML file: {error}") from error
             if rest[0]:
                 raise InputError(f"unknown argument {rest[0][0]}: see selsft skills --help")
+            to_environment(config.__dict__)
         return config
 
 
@@ -106,9 +106,5 @@ def main(argv: list[str]) -> int:
     if config.dry_run:
         study.dry_run()
     else:
-        with contextlib.ExitStack() as stack:
-            with input_errors():
-                stack.enter_context(exclusive(study.folder.path))
-                study.check()
-            study.run()
+        study.run()
     return 0

@@ -8,7 +8,7 @@ in one process, where the memory and the settings of one stage reach into the ne
 from __future__ import annotations
 
 import shutil
-import subprocess
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +19,11 @@ from trl import DatasetMixtureConfig
 
 from ..data.loading import DataSource, load_rows
 from ..errors import InputError, input_errors
+from ..report.run import write_report
 from ..selection.stage import SELECTED, select
 from ..training.checkpoints import last_checkpoint
+from ..workflow.child import run_child
+from ..workflow.run import execute
 from ..workflow.stage import Stage, data_source, model_source
 from .recipe import FORGET, SELECTION, SILENT, Recipe
 from .split import split
@@ -32,9 +35,9 @@ _NAMES = {"model_name_or_path", "model_revision", "reference_model", "base_model
 
 
 def run_command(command: str, argv: list[str]) -> None:
-    """Run `selsft COMMAND` in a process of its own."""
-    status = subprocess.run([sys.executable, "-m", "selsft.cli", command, *argv]).returncode
-    if status == 130 or status == -2:
+    """Run `selsft COMMAND` in a process of its own, which ends with this one."""
+    status = run_child([sys.executable, "-m", "selsft.cli", command, *argv])
+    if status in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     if status:
         raise InputError(f"selsft {command} ended in status {status} (its message is above)")
@@ -86,6 +89,23 @@ class Plan:
         if isinstance(self.reference, Stage) and settings.parts == 1:
             self._evaluate("evaluate-reference", self.reference, parts)
         self._evaluate("evaluate-trained", self.trained, parts)
+
+    def execute(
+        self, overrides: list[str], from_stage: str | None = None, echo: Callable[[str], None] = print
+    ) -> None:
+        """Run all stages that are not finished, and write the report (`workflow.run.execute`).
+
+        Args:
+            overrides: of the recipe, for the record.
+        """
+        recipe = self.recipe
+        about = {
+            "recipe": recipe.name,
+            "overrides": overrides,
+            "flags": recipe.common,
+            "stage_flags": recipe.stages,
+        }
+        execute(self.stages, self.root, about, from_stage=from_stage, report=write_report, echo=echo)
 
     def commands(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """Kind of stage, command and flags of everything that this run starts, for whoever can check flags."""
@@ -156,12 +176,12 @@ class Plan:
         train_split = recipe.get("dataset_train_split", "train")
         mixture = DatasetMixtureConfig(datasets=recipe.get("datasets") or [])
 
-        def work(folder: Path) -> None:
+        def work(folder: Path) -> str:
             with input_errors():
                 data = load_rows(DataSource(sources["data"], sources["config"], train_split, mixture=mixture))
                 others = {name: load_rows(DataSource(path)) for name, path in given.items()}
                 counts = split(data, settings, others, folder)
-            print("  " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+            return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
         flags = {**vars(settings), "dataset_config": sources["config"], "dataset_train_split": train_split}
         for name in given:  # known by their content
@@ -256,16 +276,17 @@ class Plan:
             "base_logps": options.get("forget_objective") == "npo",
         }
 
-        def work(folder: Path) -> None:
+        def work(folder: Path) -> str:
             with input_errors():
                 rows = load_rows(DataSource(str(scored.folder / "scored")))
             found = select(rows, self.model, {**flags, **options}, folder, self.recipe.get("trust_remote_code", False))
             trained = max(found["trained"], 1)
             shares = ", ".join(f"{k} {found[k] / trained:.1%}" for k in ("positive", "neutral", "negative"))
-            print(f"  {found['trained']:,} trained tokens: {shares}")
+            remark = f"{found['trained']:,} supervised tokens: {shares}"
             if found["positive"] == found["trained"]:
-                print("  No token is negative, so training will be plain: train the reference longer, or lower the")
-                print("  threshold.")
+                remark += ". No token is negative, so training will be plain: train the reference longer"
+                remark += ", or lower the threshold"
+            return remark
 
         return self._add(name, settings, {"scored": scored}, work)
 

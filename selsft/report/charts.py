@@ -1,4 +1,4 @@
-"""Geometry of the report's charts: plain numbers and texts that the template draws as SVG.
+"""Geometry of the charts: plain numbers and texts that a template draws as SVG.
 
 Rejected: matplotlib (a dependency of its size for two charts, and its SVG can neither follow the reader's colours nor
 carry a text per cell).
@@ -6,36 +6,35 @@ carry a text per cell).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 from scipy.cluster import hierarchy
-
-from ..skills.matrix import Matrix
 
 CIVIDIS = ("#00224e", "#213b6e", "#4c556c", "#6c6e72", "#8e8978", "#b2a570", "#d9c55c", "#fee838")
 """Stops of the cividis scale (Nuñez, Anderton and Renslow 2018), which reads the same with a colour-vision deficiency
 and rises evenly in lightness."""
-CELL_WIDTH, CELL_HEIGHT, TREE = 52, 30, 60
+CELL_WIDTH, CELL_HEIGHT, TREE, LETTER, AXIS = 52, 30, 60, 7.2, 360.0
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """One cell of a heat map; `fill` is empty for null."""
 
     x: float
     y: float
     text: str
     title: str
-    fill: str
-    ink: str
+    fill: str = ""
+    ink: str = ""
 
 
 @dataclass(frozen=True)
 class HeatMap:
     """Cells, labels as (x, y, text), and the two dendrograms as lists of SVG `points`."""
 
+    title: str
     width: float
     height: float
     cells: list[Cell]
@@ -58,33 +57,41 @@ def colour(value: float) -> tuple[str, str]:
     return "#" + "".join(f"{round(channel):02x}" for channel in rgb), ink
 
 
-def heat_map(matrix: Matrix, top: float = 1.0) -> HeatMap:
-    """A cross-task matrix with colours from 0 to `top`; values beyond are clipped in colour, not in print."""
+def heat_map(title: str, matrix: Any, what: str, top: float = 1.0) -> HeatMap:
+    """A clustered matrix with colours from 0 to `top`; values beyond are clipped in colour, not in print.
+
+    Args:
+        matrix: has the data frames `values` (NaN: null), `low`, `high` and `reasons` (why null) of one shape, and for
+            `row` and `column` the scipy linkage `*_linkage` over the names `*_leaves`.
+        what: describes a cell; a format string of `row` and `column`.
+    """
     row_names, column_names = list(matrix.values.index), list(matrix.values.columns)
-    left = 8 + 7.2 * max(len(name) for name in row_names)
-    label_height = 8 + 7.2 * max(len(name) for name in column_names) * 0.71
-    head = label_height + TREE
-    right = left + CELL_WIDTH * len(column_names)
-    bottom = head + CELL_HEIGHT * len(row_names)
+    left = 8 + LETTER * max(map(len, row_names))
+    head = 8 + TREE + LETTER * max(map(len, column_names)) * 0.71
+    right, bottom = left + CELL_WIDTH * len(column_names), head + CELL_HEIGHT * len(row_names)
     cells = []
     for i, row in enumerate(row_names):
         for j, column in enumerate(column_names):
-            value = float(matrix.values.iat[i, j])
-            x, y, what = left + CELL_WIDTH * j, head + CELL_HEIGHT * i, f"labels of {row}, evaluated on {column}: "
+            value, low, high = (float(each.iat[i, j]) for each in (matrix.values, matrix.low, matrix.high))
+            place = round(left + CELL_WIDTH * j, 1), round(head + CELL_HEIGHT * i, 1)
+            cell = what.format(row=row, column=column)
             if np.isnan(value):
-                cells.append(Cell(x, y, "", what + (str(matrix.reasons.iat[i, j]) or "no value"), "", ""))
-                continue
-            ends = f"{value:.3f}, 95 % interval {matrix.low.iat[i, j]:.3f} to {matrix.high.iat[i, j]:.3f}"
-            cells.append(Cell(x, y, f"{value:.2f}", what + ends, *colour(value / top)))
-    rows = [(left - 6, head + CELL_HEIGHT * (i + 0.5), name) for i, name in enumerate(row_names)]
-    columns = [(left + CELL_WIDTH * (j + 0.5), head - 6, name) for j, name in enumerate(column_names)]
+                cells.append(Cell(*place, "", f"{cell}: {matrix.reasons.iat[i, j] or 'no value'}"))
+            else:
+                ends = f"{cell}: {value:.3f}, 95 % interval {low:.3f} to {high:.3f}"
+                cells.append(Cell(*place, f"{value:.2f}", ends, *colour(value / top)))
+    rows = [(round(left - 6, 1), round(head + CELL_HEIGHT * (i + 0.5), 1), name) for i, name in enumerate(row_names)]
+    columns = [
+        (round(left + CELL_WIDTH * (j + 0.5), 1), round(head - 6, 1), name) for j, name in enumerate(column_names)
+    ]
     trees = []
     for points in _tree(matrix.row_linkage, matrix.row_leaves, row_names, CELL_HEIGHT):
         trees.append(" ".join(f"{right + 4 + depth:.1f},{head + place:.1f}" for place, depth in points))
     for points in _tree(matrix.column_linkage, matrix.column_leaves, column_names, CELL_WIDTH):
         trees.append(" ".join(f"{left + place:.1f},{TREE - 2 - depth:.1f}" for place, depth in points))
-    legend = [(left + 20 * i, colour(i / 10)[0]) for i in range(11)]
-    return HeatMap(right + TREE + 60, bottom + 44, cells, rows, columns, trees, legend, ("0", f"{top:g}"))
+    legend = [(round(left + 20 * i, 1), colour(i / 10)[0]) for i in range(11)]
+    size = round(right + TREE + 60), round(bottom + 44)
+    return HeatMap(title, *size, cells, rows, columns, trees, legend, ("0", f"{top:g}"))
 
 
 def _tree(linkage: np.ndarray, leaves: list[str], order: list[str], size: float) -> list[list[tuple[float, float]]]:
@@ -101,9 +108,18 @@ def _tree(linkage: np.ndarray, leaves: list[str], order: list[str], size: float)
     ]
 
 
-@dataclass(frozen=True)
-class Dot:
-    """One estimate: `x` and the ends of its line, or None with the reason."""
+class Estimate(NamedTuple):
+    """A number with the ends of its interval; NaN with the reason."""
+
+    label: str
+    value: float
+    low: float = float("nan")
+    high: float = float("nan")
+    reason: str = ""
+
+
+class Dot(NamedTuple):
+    """One drawn estimate: `x` and the ends of its line, or None with the reason as `title`."""
 
     y: float
     label: str
@@ -123,35 +139,26 @@ class DotPlot:
     width: float
     height: float
     left: float
-    dots: list[Dot] = field(default_factory=list)
-    marks: list[tuple[float, str, bool]] = field(default_factory=list)
+    dots: list[Dot]
+    marks: list[tuple[float, str, bool]]
 
 
-def dot_plot(table: pd.DataFrame, name: str, title: str, low: float, high: float, ticks: list[float]) -> DotPlot:
-    """The column `name` of rows of `forgetting.forgetting`, with its interval, between low and high.
-
-    Args:
-        ticks: values marked on the axis; 0 and 1 are drawn as reference lines.
-    """
-    several = table[["variant", "method"]].drop_duplicates().shape[0] > 1
-    labels = [
-        f"{row.label_task} ({row.variant}, {row.method})" if several else row.label_task for row in table.itertuples()
-    ]
-    left, span = 16 + 7.2 * max((len(label) for label in labels), default=0), 360.0
+def dot_plot(title: str, estimates: Iterable[Estimate], ticks: list[float]) -> DotPlot:
+    """Estimates over an axis from the first to the last tick; ticks at 0 and 1 are drawn as reference lines."""
+    estimates, low, high = list(estimates), ticks[0], ticks[-1]
+    left = 16 + LETTER * max((len(each.label) for each in estimates), default=0)
 
     def place(value: float) -> float:
-        return left + span * (min(max(value, low), high) - low) / (high - low)
+        return round(left + AXIS * (min(max(value, low), high) - low) / (high - low), 1)
 
     dots = []
-    for i, (label, row) in enumerate(zip(labels, table.to_dict("records"), strict=True)):
-        y, value = 40.0 + 24 * i, row[name]
-        if pd.isna(value):
-            reason = str(row["ratio_reason"] if name == "ratio" else row["outcome_reason"])
+    for i, (label, value, start, end, reason) in enumerate(estimates):
+        y = 40 + 24 * i
+        if np.isnan(value):
             dots.append(Dot(y, label, "null", reason))
             continue
-        ends = row[f"{name}_low"], row[f"{name}_high"]
-        text = f"{value:.2f} ({ends[0]:.2f} to {ends[1]:.2f})"
-        cut = min(ends[0], value) < low or max(ends[1], value) > high
-        dots.append(Dot(y, label, text, f"{label}: {text}", place(value), place(ends[0]), place(ends[1]), cut))
+        text = f"{value:.2f} ({start:.2f} to {end:.2f})"
+        cut = min(start, value) < low or max(end, value) > high
+        dots.append(Dot(y, label, text, f"{label}: {text}", place(value), place(start), place(end), cut))
     marks = [(place(tick), f"{tick:g}", tick in (0.0, 1.0)) for tick in ticks]
-    return DotPlot(title, left + span + 190, 56 + 24 * len(dots), left, dots, marks)
+    return DotPlot(title, round(left + AXIS + 190), 56 + 24 * len(dots), round(left, 1), dots, marks)

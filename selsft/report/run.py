@@ -11,14 +11,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pyarrow.parquet as pq
-from scipy import stats
 
+from ..evaluation.intervals import paired
 from ..evaluation.settings import METRICS, ROWS
-from ..records import replaced, write_json
+from ..records import read_json, write_json
 from ..selection.stage import COUNTS
+from .page import write_page
 
 # name in the tables of the stages -> label, whether more is better, digits
 MEASURES = {
@@ -32,7 +32,7 @@ MEASURES = {
     "options_acc_norm": ("accuracy on options, by length", True, 3),
 }
 _COLUMNS = {"eos_rate": "ended"}  # where `rows.parquet` has another name
-_SHOWN_TOKENS, _SHOWN_ANSWERS, _RESAMPLES = 30, 12, 2000
+_SHOWN_TOKENS, _SHOWN_ANSWERS = 30, 12
 
 
 def write_report(root: Path) -> Path:
@@ -44,14 +44,14 @@ def write_report(root: Path) -> Path:
         for name, folder in folders.items()
         if name.startswith("evaluate-")
     }
-    selections = {name: _json(folder / COUNTS) for name, folder in folders.items() if name.startswith("select")}
+    selections = {name: read_json(folder / COUNTS) for name, folder in folders.items() if name.startswith("select")}
     content = {
         "recipe": run["recipe"],
         "measures": _table(models),
         "harness": _harness(models),
         "answers": _answers(models),
         "selections": {name: _selection(found) for name, found in selections.items()},
-        "split": _json(folders["split"] / "split.json") if "split" in folders else {},
+        "split": read_json(folders["split"] / "split.json") if "split" in folders else {},
         "stages": [{"name": name, **stage} for name, stage in run["stages"].items()],
         "flags": run["flags"],
         "stage_flags": run["stage_flags"],
@@ -60,19 +60,13 @@ def write_report(root: Path) -> Path:
         "device": _device(folders),
     }
     write_json(root / "report.json", content)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("selsft.report"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    with replaced(root / "report.html") as page:
-        page.write(environment.get_template("run.html").render(content).encode())
-    return root / "report.html"
+    return write_page(root / "report.html", "run.html", content)
 
 
 def _evaluation(folder: Path) -> dict[str, Any]:
     rows = folder / ROWS
     return {
-        "metrics": _json(folder / METRICS),
+        "metrics": read_json(folder / METRICS),
         "rows": pq.read_table(rows).to_pydict() if rows.is_file() else {},
     }
 
@@ -117,17 +111,11 @@ def paired_difference(base: dict[str, list], other: dict[str, list], name: str) 
     if len(pairs) < 2:
         return None
     left, right = (np.array(pairs).T[side] for side in (0, 1))
-    change = np.array(other[name], float)[right] - np.array(base[name], float)[left]
-    weight = np.array(base["tokens"], float)[left] if name == "nll" else np.ones(len(pairs))
-    mean = float(change.sum() / weight.sum())
-    if not change.any():
-        return {"mean": 0.0, "low": 0.0, "high": 0.0, "rows": len(pairs)}
-    interval = stats.bootstrap(
-        (change, weight),
-        lambda c, w, axis=-1: c.sum(axis=axis) / w.sum(axis=axis),
-        paired=True, vectorized=True, method="percentile", n_resamples=_RESAMPLES, random_state=0,
-    ).confidence_interval  # fmt: skip
-    return {"mean": mean, "low": float(interval.low), "high": float(interval.high), "rows": len(pairs)}
+    size = np.array(base["tokens"], float)[left] if name == "nll" else np.ones(len(pairs))
+    with np.errstate(invalid="ignore"):
+        first, second = np.array(base[name], float)[left] / size, np.array(other[name], float)[right] / size
+    found = paired(first, second, size)
+    return {"mean": found.value, "low": found.low, "high": found.high, "rows": len(pairs)}
 
 
 def _harness(models: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
@@ -174,11 +162,7 @@ def _selection(found: dict[str, Any]) -> dict[str, Any]:
 
 def _device(folders: dict[str, Path]) -> str | None:
     for folder in reversed(list(folders.values())):
-        record = _json(folder / "model" / "selsft_run.json")
+        record = read_json(folder / "model" / "selsft_run.json")
         if record:
             return record.get("device")
     return None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

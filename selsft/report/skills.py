@@ -1,25 +1,24 @@
 """The report of a study: one self-contained HTML page, and its tables as CSV.
 
-`write_report` reads a study folder and writes `report.html` and `tables/*.csv` into it. The page needs no script, no
-font and no other file; texts of data sets go through Jinja2's escaping. Rejected: a notebook or a dashboard (a server,
-or scripts from elsewhere, to look at one study).
+The tables are computed by the caller (`skills.results`); here each column gets a heading, an explanation and a
+text per cell. The page needs no script. Rejected: a notebook or a dashboard (a server, or scripts from elsewhere, to
+look at one study).
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
 
-from ..skills.results import Results, compute, sensitive
+from ..records import replaced
 from . import charts
+from .page import write_page
 
 FEW_EXAMPLES = 100
 FEW_TASKS = 10
@@ -37,59 +36,55 @@ class Table:
     rows: list[list[str]]
 
 
-Column = tuple[str, str, Callable[[dict[str, Any]], str]]
+Column = tuple[str, str, str | Callable[[dict[str, Any]], str]]
 
 
-def write_report(folder: Path) -> Path:
-    """Write `report.html` and `tables/*.csv` of a study, from its folder alone.
+def write_report(folder: Path, found: Any) -> Path:
+    """Write `report.html` and `tables/*.csv` into a study's folder.
 
     Args:
-        folder: with `study.json` and `scores/`; `examples.parquet` and `hidden/` where the study stored them.
+        found: its tables, a `skills.results.Results`.
 
     Returns:
         The path of the page.
-
-    Raises:
-        ValueError: a file is missing or not what it should be; nothing is written.
     """
-    folder = Path(folder)
-    found = compute(folder)
     views, frames = tables(found)
-    page = render(found, views)
+    (folder / "tables").mkdir(exist_ok=True)
     for name, frame in frames.items():
-        _write(folder / "tables" / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
-    _write(folder / "report.html", page)
-    return folder / "report.html"
-
-
-def render(found: Results, views: dict[str, Table]) -> str:
-    """The page as HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("selsft.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    ratio_ticks, gap_ticks = [-0.5, 0.0, 0.5, 1.0, 1.5, 2.0], [-0.5, -0.25, 0.0, 0.25, 0.5]
-    return environment.get_template("skills.html").render(
-        model=_model(found.manifest),
-        tasks=sorted(set(found.own["eval_task"])),
-        reference=found.reference,
-        warnings=warnings(found),
-        tables=views,
-        dots=[
-            charts.dot_plot(found.own, "ratio", "Forget ratio", -0.5, 2.0, ratio_ticks),
-            charts.dot_plot(found.own, "gap", "Forget gap", -0.5, 0.5, gap_ticks),
+        with replaced(folder / "tables" / f"{name}.csv") as file:
+            file.write(frame.to_csv(index=False, lineterminator="\n").encode())
+    content = {
+        "model": _model(found.manifest),
+        "tasks": sorted(set(found.own["eval_task"])),
+        "reference": found.reference,
+        "warnings": warnings(found),
+        "tables": views,
+        "dots": [
+            _dots(found.own, "Forget ratio", "ratio", "ratio_reason", [-0.5, 0.0, 0.5, 1.0, 1.5, 2.0]),
+            _dots(found.own, "Forget gap", "gap", "outcome_reason", [-0.5, -0.25, 0.0, 0.25, 0.5]),
         ]
         if len(found.own)
         else [],
-        maps=[
-            (key, charts.heat_map(matrix, 1.0 if key[3] == "ratio" else 0.5)) for key, matrix in found.matrices.items()
-        ],
-        examples=_examples(found),
-        manifest=json.dumps(found.manifest, indent=2, ensure_ascii=False, sort_keys=True),
-    )
+        "maps": [(key, _map(key, matrix)) for key, matrix in found.matrices.items()],
+        "examples": _examples(found),
+        "manifest": json.dumps(found.manifest, indent=2, ensure_ascii=False, sort_keys=True),
+    }
+    return write_page(folder / "report.html", "skills.html", content)
+
+
+def _dots(own: pd.DataFrame, title: str, name: str, reason: str, ticks: list[float]) -> charts.DotPlot:
+    several = own[["variant", "method"]].drop_duplicates().shape[0] > 1
+    rows = own.to_dict("records")
+    labels = [f"{r['label_task']} ({r['variant']}, {r['method']})" if several else r["label_task"] for r in rows]
+    columns = (name, f"{name}_low", f"{name}_high", reason)
+    found = [charts.Estimate(label, *(r[c] for c in columns)) for label, r in zip(labels, rows, strict=True)]
+    return charts.dot_plot(title, found, ticks)
+
+
+def _map(key: tuple[str, str, str, str], matrix: Any) -> charts.HeatMap:
+    variant, method, reference, value = key
+    title = f"Forget {value}s across tasks, {variant}, {method}, reference {reference}"
+    return charts.heat_map(title, matrix, "labels of {row}, evaluated on {column}", 1.0 if value == "ratio" else 0.5)
 
 
 def _model(manifest: dict[str, Any]) -> str:
@@ -101,7 +96,7 @@ def _model(manifest: dict[str, Any]) -> str:
     return "a model without a name"
 
 
-def warnings(found: Results) -> list[str]:
+def warnings(found: Any) -> list[str]:
     """What a reader must know before the figures, the gravest first."""
     lines = []
     bad = found.summary[found.summary["collapsed"]]
@@ -134,135 +129,33 @@ def warnings(found: Results) -> list[str]:
     return lines + found.notes
 
 
-def tables(found: Results) -> tuple[dict[str, Table], dict[str, pd.DataFrame]]:
+def tables(found: Any) -> tuple[dict[str, Table], dict[str, pd.DataFrame]]:
     """The tables of the page, and the frames of the CSV files under the same names (and some that are not shown)."""
-    who: list[Column] = [
-        ("setting", "the run's name without its seed", lambda r: str(r["variant"])),
-        ("method", "labels or objective of the forgetting stage", lambda r: str(r["method"])),
-    ]
-    task: Column = (
-        "task",
-        "the task whose labels were forgotten, evaluated on itself",
-        lambda r: str(r["label_task"]),
-    )
-    sizes: list[Column] = [
-        ("n", "test questions", lambda r: _whole(r["n_examples"])),
-        ("seeds", "", lambda r: _whole(r["n_seeds"])),
-        ("chance", "accuracy of an answer that ignores the question", lambda r: _two(r["chance"])),
-    ]
-    stages: list[Column] = [
-        ("base", "accuracy of the base model", _interval("base")),
-        ("fine-tuned", "accuracy after fine-tuning on the true labels", _interval("finetuned")),
-        ("forgotten", "accuracy after forgetting", _interval("forgotten")),
-    ]
-    left: list[Column] = [
-        ("gap", "forgotten − chance; 0: forgotten", _interval("gap")),
-        (
-            "ratio",
-            "share of what fine-tuned has above chance that is gone; 1: all",
-            _interval("ratio", "ratio_reason"),
-        ),
-        ("outcome", "see the text", _outcome),
-    ]
-    flipped: Column = (
-        "flipped ratio",
-        "drop over that to 1 − fine-tuned",
-        _interval("flipped_ratio", "flipped_reason"),
-    )
-    own = [*who, task, *sizes, *stages, *left]
-    collapsed: Column = ("collapsed", "forgotten models that answer everything alike, see below", _collapsed_seeds)
+    own = [*_WHO, *_SIZES, *_STAGES, *_LEFT]
     if (found.own["method"] == "flip").any():
-        own.append(flipped)
-    model: list[Column] = [
-        ("run", "", lambda r: str(r["run"])),
-        ("stage", "", lambda r: str(r["stage"])),
-        ("method", "", lambda r: str(r["method"])),
-        ("labels of", "the task that the model was trained on", lambda r: str(r["label_task"])),
-    ]
-    correlation: list[Column] = [
-        ("n", "points", lambda r: _whole(r["n"])),
-        ("Spearman ρ", "rank correlation with its 95 % interval", _interval("rho", "reason", "low", "high")),
-        ("p", "two-sided permutation test", lambda r: "" if pd.isna(r["p"]) else f"{r['p']:.2g}"),
-    ]
+        own.append(("flipped ratio", "drop over that to 1 − fine-tuned", "flipped_ratio"))
     plan: dict[str, tuple[pd.DataFrame, list[Column]]] = {
-        "own": (found.own, [*own, collapsed]),
+        "own": (found.own, [*own, _COLLAPSED]),
         "own-train": (found.own_train, own),
         "own-per-character": (found.own_per_character, own),
-        "collapse": (found.summary, [*model, *(_number(*column) for column in _COLLAPSE)]),
-        "agreement": (found.agreement, [*model, *(_number(*column) for column in _AGREEMENT)]),
-        "transitions": (
-            found.transitions,
-            [
-                *who,
-                task,
-                *(
-                    (name, "", _right(key))
-                    for name, key in zip(_STAGES, ("base", "finetuned", "forgotten"), strict=True)
-                ),
-                ("n", "questions, over all seeds", lambda r: _whole(r["n"])),
-                ("share", "", lambda r: f"{r['share']:.1%}"),
-            ],
-        ),
-        "task-predictors": (
-            found.task_predictors,
-            [*who, ("task", "", lambda r: str(r["task"])), *(_number(*column) for column in _PREDICTORS)],
-        ),
-        "task-correlations": (
-            found.task_correlations,
-            [
-                *who,
-                ("predictor", "", lambda r: _PLAIN[r["predictor"]]),
-                ("with", "", lambda r: f"forget {r['outcome']}"),
-                *correlation,
-            ],
-        ),
-        "example-correlations": (
-            found.example_correlations,
-            [
-                *who,
-                ("task", "", lambda r: str(r["task"])),
-                ("predictor", "", lambda r: _PLAIN[r["predictor"]]),
-                *correlation,
-            ],
-        ),
-        "probes": (
-            found.probes,
-            [
-                *who,
-                task,
-                ("layer", "index into hidden_states", lambda r: _whole(r["layer"])),
-                *sizes,
-                *stages,
-                ("drop", "fine-tuned − forgotten", _interval("drop")),
-                ("control", "probe fitted on shuffled labels; should be near chance", lambda r: _two(r["control"])),
-            ],
-        ),
+        "collapse": (found.summary, [*_MODEL, *_COLLAPSE]),
+        "agreement": (found.agreement, [*_MODEL, *_AGREEMENT]),
+        "transitions": (found.transitions, [*_WHO, *_TRANSITIONS]),
+        "task-predictors": (found.task_predictors, [*_SETTING, _TASK, *_PREDICTORS]),
+        "task-correlations": (found.task_correlations, [*_SETTING, _PREDICTOR, _WITH, *_CORRELATION]),
+        "example-correlations": (found.example_correlations, [*_SETTING, _TASK, _PREDICTOR, *_CORRELATION]),
+        "probes": (found.probes, [*_WHO, _LAYER, *_SIZES, *_STAGES, *_PROBES]),
         "learning-order": (
             found.learning_order,
-            [
-                *model,
-                ("split", "", lambda r: str(r["split"])),
-                ("examples", "", lambda r: _whole(r["n_examples"])),
-                *correlation,
-            ],
+            [*_MODEL, ("split", "", "split"), ("examples", "", "n_examples"), *_CORRELATION],
         ),
-        "examples": (
-            found.shown,
-            [
-                *who,
-                ("task", "", lambda r: str(r["task"])),
-                ("kind", "", lambda r: str(r["kind"])),
-                ("example", "", lambda r: str(r["example_id"])),
-                ("P(gold) fine-tuned", "mean over seeds", lambda r: _two(r["finetuned_confidence"])),
-                ("P(gold) forgotten", "mean over seeds", lambda r: _two(r["forgotten_confidence"])),
-            ],
-        ),
+        "examples": (found.shown, [*_SETTING, _TASK, *_EXAMPLES]),
     }
     views = {
         name: Table(
             name,
             [(heading, title) for heading, title, _ in columns],
-            [[cell(row) for _, _, cell in columns] for row in frame.to_dict("records")],
+            [[_cell(row, what) for _, _, what in columns] for row in frame.to_dict("records")],
         )
         for name, (frame, columns) in plan.items()
     }
@@ -270,13 +163,97 @@ def tables(found: Results) -> tuple[dict[str, Table], dict[str, pd.DataFrame]]:
     return views, {**frames, "comparisons": found.comparisons, "matrices": _long(found)}
 
 
-_STAGES = ("base", "fine-tuned", "forgotten")
-_PLAIN = {
+def _cell(row: dict[str, Any], what: str | Callable[[dict[str, Any]], str]) -> str:
+    """The text of a column: with its interval where the row has one, and the reason where it is null."""
+    if callable(what):
+        return what(row)
+    value = row[what]
+    if pd.isna(value):
+        reason = row.get(_REASONS.get(what, ""))
+        return f"null: {reason}" if reason else "null"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if what in _WHOLE:
+        return str(int(value)) if math.isfinite(value) else "null"
+    low, high = _ENDS.get(what, (f"{what}_low", f"{what}_high"))
+    if low in row:
+        return f"{value:.2f} ({row[low]:.2f} to {row[high]:.2f})"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+_WHOLE = {"n", "n_examples", "n_seeds", "layer"}
+_ENDS = {"rho": ("low", "high")}
+_REASONS = {
+    "ratio": "ratio_reason", "outcome": "outcome_reason", "flipped_ratio": "flipped_reason", "rho": "reason",
+}  # fmt: skip
+_NAMES = {
     "base_confidence": "base confidence",
     "base_variance": "hidden-state variance",
     "base_spread": "distance of the hidden state from its mean, squared",
 }
-_COLLAPSE = [
+
+
+def _right(key: str) -> Callable[[dict[str, Any]], str]:
+    return lambda row: "right" if row[key] else "wrong"
+
+
+# (heading, explanation, column or what makes the text of a row)
+_SETTING: list[Column] = [
+    ("setting", "the run's name without its seed", "variant"),
+    ("method", "labels or objective of the forgetting stage", "method"),
+]
+_WHO: list[Column] = [*_SETTING, ("task", "the task whose labels were forgotten, evaluated on itself", "label_task")]
+_TASK: Column = ("task", "", "task")
+_SIZES: list[Column] = [
+    ("n", "test questions", "n_examples"),
+    ("seeds", "", "n_seeds"),
+    ("chance", "accuracy of an answer that ignores the question", "chance"),
+]
+_STAGES: list[Column] = [
+    ("base", "accuracy of the base model", "base"),
+    ("fine-tuned", "accuracy after fine-tuning on the true labels", "finetuned"),
+    ("forgotten", "accuracy after forgetting", "forgotten"),
+]
+_LEFT: list[Column] = [
+    ("gap", "forgotten − chance; 0: forgotten", "gap"),
+    ("ratio", "share of what fine-tuned has above chance that is gone; 1: all", "ratio"),
+    ("outcome", "see the text", "outcome"),
+]
+_COLLAPSED: Column = (
+    "collapsed",
+    "forgotten models that answer everything alike, see below",
+    lambda r: f"{r['collapsed_seeds']} of {r['n_seeds']} seeds" if r["collapsed_seeds"] else "no",
+)
+_MODEL: list[Column] = [
+    ("run", "", "run"),
+    ("stage", "", "stage"),
+    ("method", "", "method"),
+    ("labels of", "the task that the model was trained on", "label_task"),
+]
+_TRANSITIONS: list[Column] = [
+    *((name, "", _right(key)) for name, _, key in _STAGES if isinstance(key, str)),
+    ("n", "questions, over all seeds", "n"),
+    ("share", "", lambda r: f"{r['share']:.1%}"),
+]
+_PREDICTOR: Column = ("predictor", "", lambda r: _NAMES[r["predictor"]])
+_WITH: Column = ("with", "", lambda r: f"forget {r['outcome']}")
+_CORRELATION: list[Column] = [
+    ("n", "points", "n"),
+    ("Spearman ρ", "rank correlation with its 95 % interval", "rho"),
+    ("p", "two-sided permutation test", lambda r: "" if pd.isna(r["p"]) else f"{r['p']:.2g}"),
+]
+_LAYER: Column = ("layer", "index into hidden_states", "layer")
+_PROBES: list[Column] = [
+    ("drop", "fine-tuned − forgotten", "drop"),
+    ("control", "probe fitted on shuffled labels; should be near chance", "control"),
+]
+_EXAMPLES: list[Column] = [
+    ("kind", "", "kind"),
+    ("example", "", "example_id"),
+    ("P(gold) fine-tuned", "mean over seeds", "finetuned_confidence"),
+    ("P(gold) forgotten", "mean over seeds", "forgotten_confidence"),
+]
+_COLLAPSE: list[Column] = [
     ("evaluated on", "", "eval_task"),
     ("accuracy", "", "accuracy"),
     ("confidence", "mean of P(gold), softmax over the options", "confidence"),
@@ -288,7 +265,7 @@ _COLLAPSE = [
     ("AUC within options", "of the same option between questions; not moved by a liking for one option", "auc_within"),
     ("collapsed", "", "collapsed"),
 ]
-_AGREEMENT = [
+_AGREEMENT: list[Column] = [
     ("split", "", "split"),
     ("n", "", "n"),
     ("match rate", "assigned labels that are the gold ones", "match_rate"),
@@ -299,7 +276,7 @@ _AGREEMENT = [
     ("wrong labels, before", "agreement where the assigned label is not gold", "wrong_before"),
     ("wrong labels, after", "agreement where the assigned label is not gold", "wrong_after"),
 ]
-_PREDICTORS = [
+_PREDICTORS: list[Column] = [
     ("base confidence", "mean of P(gold) of the base model", "base_confidence"),
     ("hidden-state variance", "trace of the covariance at the questions' last tokens", "base_variance"),
     ("layer", "index into hidden_states", "layer"),
@@ -308,52 +285,7 @@ _PREDICTORS = [
 ]
 
 
-def _number(heading: str, title: str, key: str) -> Column:
-    def cell(row: dict[str, Any]) -> str:
-        value = row[key]
-        if pd.isna(value):
-            return "null"
-        if isinstance(value, bool):
-            return "yes" if value else "no"
-        if isinstance(value, float):
-            return f"{value:.2f}"
-        return str(value)
-
-    return heading, title, cell
-
-
-def _interval(
-    name: str, reason: str | None = None, low: str | None = None, high: str | None = None
-) -> Callable[[dict[str, Any]], str]:
-    def cell(row: dict[str, Any]) -> str:
-        if pd.isna(row[name]):
-            return f"null: {row[reason]}" if reason and row[reason] else "null"
-        return f"{row[name]:.2f} ({row[low or f'{name}_low']:.2f} to {row[high or f'{name}_high']:.2f})"
-
-    return cell
-
-
-def _right(key: str) -> Callable[[dict[str, Any]], str]:
-    return lambda row: "right" if row[key] else "wrong"
-
-
-def _outcome(row: dict[str, Any]) -> str:
-    return f"null: {row['outcome_reason']}" if pd.isna(row["outcome"]) else str(row["outcome"])
-
-
-def _collapsed_seeds(row: dict[str, Any]) -> str:
-    return f"{row['collapsed_seeds']} of {row['n_seeds']} seeds" if row["collapsed_seeds"] else "no"
-
-
-def _two(value: float) -> str:
-    return "null" if pd.isna(value) else f"{value:.2f}"
-
-
-def _whole(value: float) -> str:
-    return "null" if pd.isna(value) or not math.isfinite(value) else str(int(value))
-
-
-def _long(found: Results) -> pd.DataFrame:
+def _long(found: Any) -> pd.DataFrame:
     """The matrices, one row per cell, in the order of the page."""
     rows = [
         dict(zip(("variant", "method", "reference", "value"), key, strict=True))
@@ -368,7 +300,7 @@ def _long(found: Results) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
-def _examples(found: Results) -> list[dict[str, Any]]:
+def _examples(found: Any) -> list[dict[str, Any]]:
     """The shown examples with their texts, by task; texts are None where they must not be shown or are not there."""
     texts = {}
     if found.examples is not None:
@@ -377,11 +309,11 @@ def _examples(found: Results) -> list[dict[str, Any]]:
     groups: dict[tuple, dict[str, Any]] = {}
     for row in found.shown.to_dict("records"):
         key = (row["variant"], row["method"], row["task"])
-        hidden = sensitive(found.manifest, row["task"])
+        hidden = row["task"] in found.sensitive
         group = groups.setdefault(key, {"key": key, "hidden": hidden, "forgotten": [], "resisted": []})
         text = None if hidden else texts.get((row["task"], row["example_id"]))
         options = [] if text is None else [(_short(o), i == text.gold) for i, o in enumerate(text.options)]
-        confidences = _two(row["finetuned_confidence"]), _two(row["forgotten_confidence"])
+        confidences = [_cell(row, f"{stage}_confidence") for stage in ("finetuned", "forgotten")]
         prompt = None if text is None else _short(text.prompt)
         group[row["kind"]].append(
             {"id": row["example_id"], "prompt": prompt, "options": options, "confidences": confidences}
@@ -391,13 +323,3 @@ def _examples(found: Results) -> list[dict[str, Any]]:
 
 def _short(text: str) -> str:
     return text if len(text) <= TEXT else text[: TEXT - 1] + "…"
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -117,7 +117,9 @@ class StudyConfig:
 
     # The run
     keep_models: bool = _flag(False, "Whether to keep every model; else fine-tuned ones go when nothing needs them.")
-    recompute: bool = _flag(False, "Whether stages whose settings have changed are computed anew instead of refused.")
+    recompute: bool = _flag(
+        False, "Whether stages whose settings have changed are computed beside the old ones instead of refused."
+    )
     dry_run: bool = _flag(False, "Show the stages and their tokens, and do nothing.")
 
     def __post_init__(self):

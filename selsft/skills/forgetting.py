@@ -15,8 +15,8 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import pandas as pd
 
-from . import bootstrap
-from .bootstrap import Interval
+from ..evaluation import intervals
+from ..evaluation.intervals import Interval
 from .table import ALL_TASKS, CELL, END, MODEL
 
 Reference = Literal["per_task", "parent", "shared"]
@@ -172,7 +172,7 @@ def forgetting(
     rows: list[dict] = []
     groups = ends.forgotten()
     for eval_task, split in ends.ids:
-        weights: dict[int, bootstrap.Draws] = {}
+        weights: dict[int, intervals.Draws] = {}
         for (variant, method, label_task), models in groups.items():
             if all(ends.vector(m, eval_task, split, "correct") is None for m in models):
                 continue
@@ -186,7 +186,7 @@ def forgetting(
                 continue
             n_seeds, n = stages[0].shape
             if n_seeds not in weights:
-                weights[n_seeds] = bootstrap.draw(n_seeds, n, draws, seed)
+                weights[n_seeds] = intervals.draw(n_seeds, n, draws, seed)
             row |= {"n_seeds": n_seeds, "n_examples": int((~np.isnan(stages[0])).any(axis=0).sum())}
             row |= _compare(stages, c, margin, method == "flip", weights[n_seeds])
             with_base = [(ends.base(m), *pair) for m, pair in zip(models, pairs, strict=True)]
@@ -195,8 +195,8 @@ def forgetting(
                 row |= _named("base", _accuracy(base[0], weights[len(base[0])])[0])
             for name, models_of in (("finetuned", pairs), ("base", with_base)):
                 if confidence := ends.stack(models_of, eval_task, split, "confidence"):
-                    row[f"{name}_confidence"] = bootstrap.mean(confidence[0])
-                    row["forgotten_confidence"] = bootstrap.mean(confidence[-1])
+                    row[f"{name}_confidence"] = intervals.mean(confidence[0])
+                    row["forgotten_confidence"] = intervals.mean(confidence[-1])
             rows.append(row)
     table = pd.DataFrame(rows).reindex(columns=COLUMNS)
     return table.sort_values(COLUMNS[:5], ignore_index=True)
@@ -219,7 +219,7 @@ def _without_reference(
 ) -> dict:
     """What can be said without a fine-tuned model: accuracy and gap."""
     [values] = ends.stack([(model,) for model in models], eval_task, split, "correct") or []
-    left, _ = _accuracy(values, bootstrap.draw(values.shape[0], values.shape[1], draws, seed))
+    left, _ = _accuracy(values, intervals.draw(values.shape[0], values.shape[1], draws, seed))
     reason = f"no fine-tuned model ({reference}) of the same seed was evaluated here"
     size = {"n_seeds": len(values), "n_examples": int((~np.isnan(values)).any(axis=0).sum())}
     gap = Interval(left.value - c, left.low - c, left.high - c)
@@ -227,20 +227,20 @@ def _without_reference(
     return {**size, **_named("forgotten", left), **_named("gap", gap), **reasons}
 
 
-def _accuracy(values: np.ndarray, weights: bootstrap.Draws) -> tuple[Interval, np.ndarray]:
-    draws = bootstrap.mean_draws(values, weights)
-    return bootstrap.interval(bootstrap.mean(values), draws, 0.0, 1.0), draws
+def _accuracy(values: np.ndarray, weights: intervals.Draws) -> tuple[Interval, np.ndarray]:
+    draws = intervals.mean_draws(values, weights)
+    return intervals.interval(intervals.mean(values), draws, 0.0, 1.0), draws
 
 
 def _named(name: str, found: Interval) -> dict[str, float]:
     return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
-def _compare(stages: list[np.ndarray], c: float, margin: float, flipped: bool, weights: bootstrap.Draws) -> dict:
+def _compare(stages: list[np.ndarray], c: float, margin: float, flipped: bool, weights: intervals.Draws) -> dict:
     """The columns of `forgetting` from accuracies (S, n) of the fine-tuned and the forgotten models."""
     (ft, ft_draws), (left, _) = (_accuracy(stage, weights) for stage in stages)
-    drop_draws = bootstrap.mean_draws(stages[0] - stages[1], weights)
-    drop = bootstrap.interval(ft.value - left.value, drop_draws, -1.0, 1.0)
+    drop_draws = intervals.mean_draws(stages[0] - stages[1], weights)
+    drop = intervals.interval(ft.value - left.value, drop_draws, -1.0, 1.0)
     gap = Interval(left.value - c, left.low - c, left.high - c)
     row: dict = {**_named("finetuned", ft), **_named("forgotten", left), **_named("drop", drop), **_named("gap", gap)}
     row |= {"outcome": None, "outcome_reason": ""}
@@ -251,7 +251,7 @@ def _compare(stages: list[np.ndarray], c: float, margin: float, flipped: bool, w
     def over(denominator: float, denominator_draws: np.ndarray) -> Interval:
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.where(denominator_draws > 0, drop_draws / denominator_draws, np.nan)
-        return bootstrap.interval((ft.value - left.value) / denominator, ratio)
+        return intervals.interval((ft.value - left.value) / denominator, ratio)
 
     row |= _named("ratio", over(ft.value - c, ft_draws - c)) | {"ratio_reason": ""}
     if flipped and c == 0.5:

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from ..evaluation.metrics import auc
 from .table import CELL, QUESTION
 
 Normalise = Literal["sum", "char", "byte", "token"]
@@ -138,15 +139,6 @@ def chances(found: pd.DataFrame, scores: pd.DataFrame) -> dict[tuple[str, str], 
     return {(str(key[0]), str(key[1])): chance(group, options[key]) for key, group in once}
 
 
-def auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """P(a positive's score > a negative's) + P(equal)/2, the area under the ROC curve; NaN if either is empty."""
-    n, m = len(positive), len(negative)
-    if not n or not m:
-        return float("nan")
-    ranks = stats.rankdata(np.concatenate([positive, negative]))
-    return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
-
-
 def summarise(scores: pd.DataFrame, normalise: Normalise = "sum") -> pd.DataFrame:
     """One row per evaluation of one model (`CELL`): accuracy and its like, and what tells collapse from forgetting.
 
@@ -186,7 +178,7 @@ def summarise(scores: pd.DataFrame, normalise: Normalise = "sum") -> pd.DataFram
                 margin=group["margin"].mean(),
                 agreement=(known["assigned"] == known["predicted"]).mean() if len(known) else float("nan"),
                 match_rate=(known["assigned"] == known["gold"]).mean() if len(known) else float("nan"),
-                auc=auc(p[gold], p[~gold]),
+                auc=auc(p, gold),
                 auc_within=_auc_within(p, gold, label[at]),
                 entropy=entropy,
                 entropy_ratio=ratio,
@@ -216,7 +208,7 @@ def _auc_within(p: np.ndarray, gold: np.ndarray, label: np.ndarray) -> float:
         of = label == one
         n = float((of & gold).sum()) * float((of & ~gold).sum())
         if n:
-            total += n * auc(p[of & gold], p[of & ~gold])
+            total += n * auc(p[of], gold[of])
             pairs += n
     return total / pairs if pairs else float("nan")
 

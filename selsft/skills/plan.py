@@ -1,7 +1,7 @@
-"""What a study consists of: its stages, and everything that decides what comes out of each of them.
+"""What a study consists of: its models, and everything that decides what comes out of each of them.
 
-Two stages with the same inputs are the same stage, so the inputs are what a finished stage is compared by. Rejected:
-comparing the whole configuration, with which one more method would make every finished stage old.
+A model is one stage of the run; its key covers the settings that matter to it and no other. Rejected: the whole
+configuration in every key, with which one more method would make every finished stage old.
 """
 
 from __future__ import annotations
@@ -15,31 +15,35 @@ from ..records import json_sha256
 from .config import StudyConfig, is_random_labels
 from .scoring import Identity
 from .table import ALL_TASKS
-from .tasks import SkillTask
 
-VERSION = 1  # of what a stage computes; a change makes finished stages old
+VERSION = 2  # of what a stage computes; a change makes finished stages old
 
 
 @dataclass(frozen=True)
-class Stage:
+class StudyModel:
     """One model of the study.
 
     Args:
         kind: `"base"`, `"finetuned"` or `"forgotten"`.
         label_task: what it was trained on; `"*"` for all tasks, empty for the base.
-        parent: name of the stage that it starts from, empty for the base.
+        parent: the model that its training starts from; `None` for the base.
+        tasks: the tasks behind `label_task`.
+        epochs, learning_rate: of its training.
     """
 
     kind: str
     seed: int
     label_task: str = ""
     method: str = ""
-    parent: str = ""
+    parent: StudyModel | None = None
     variant: str = ""
+    tasks: tuple[str, ...] = ()
+    epochs: float = 0.0
+    learning_rate: float = 0.0
 
     @property
     def name(self) -> str:
-        """Also its folder name."""
+        """Also the name of its stage."""
         task = "all" if self.label_task == ALL_TASKS else self.label_task
         seed = "" if self.kind == "base" else f"seed{self.seed}"
         return "-".join(part for part in (self.kind, self.variant, task, seed) if part)
@@ -50,117 +54,83 @@ class Stage:
         return Identity(run, self.seed, self.kind, self.method, self.label_task)
 
 
-def plan(config: StudyConfig) -> list[Stage]:
-    """The stages in the order of computation; a parent comes before its children."""
+def study_models(config: StudyConfig) -> list[StudyModel]:
+    """The models in the order of computation; a parent comes before its children."""
     kind = "lora" if config.use_peft else "full"
     redraw = "-per_epoch" if config.redraw == "per_epoch" else ""
     retain = "-retain" if config.retain_tasks else ""
-    stages = [Stage("base", config.seed)]
+    tasks, shared = config.task_list, config.reference == "shared"
+    first, later = (
+        {"epochs": config.num_train_epochs, "learning_rate": config.learning_rate},
+        {"epochs": config.forget_num_train_epochs, "learning_rate": config.forget_learning_rate},
+    )
+    base = StudyModel("base", config.seed)
+    models = [base]
     for seed in range(config.seed, config.seed + config.seeds):
-        references: dict[str, Stage] = {}
-        for task in config.task_list:
-            shared = config.reference == "shared"
-            reference = Stage("finetuned", seed, ALL_TASKS if shared else task, parent="base")
-            if reference not in references.values():
-                stages.append(reference)
-            references[task] = reference
-            if task not in config.label_task_names:
-                continue
-            for method in config.method_names:
+        for task in tasks:
+            label, own = (ALL_TASKS, tuple(tasks)) if shared else (task, (task,))
+            reference = StudyModel("finetuned", seed, label, parent=base, tasks=own, **first)
+            if reference not in models:
+                models.append(reference)
+            for method in config.method_names if task in config.label_task_names else []:
                 variant = f"{method}-{kind}{redraw if is_random_labels(method) else ''}{retain}"
-                stages.append(Stage("forgotten", seed, task, method, reference.name, variant))
-    return stages
+                models.append(StudyModel("forgotten", seed, task, method, reference, variant, (task,), **later))
+    return models
 
 
-class Plan:
-    """The stages of a study and their inputs.
+def keeps_states(config: StudyConfig, model: StudyModel, task: str) -> bool:
+    """Whether a model's hidden states on a task are kept."""
+    wanted = config.hidden_states
+    return wanted == "all" or (wanted == "own" and (model.kind == "base" or task in model.tasks))
+
+
+def evaluations(config: StudyConfig, model: StudyModel) -> list[tuple[str, str, bool]]:
+    """What a model is scored on: task, split, and whether hidden states are kept."""
+    with_train = model.tasks if model.kind != "base" and config.score_train == "own" else config.task_list
+    return [
+        (name, split, keeps_states(config, model, name))
+        for name in config.task_list
+        for split in SPLITS
+        if split == "test" or name in with_train
+    ]
+
+
+def training_settings(config: StudyConfig, model: StudyModel, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """Everything besides the base model that decides the weights of a model.
 
     Args:
-        tasks: prepared.
-        base_hash: of the base model's weights; empty while only counting (`dry_run`).
+        fingerprints: of the prepared tasks.
     """
+    if model.parent is None:
+        return {"version": VERSION, "dtype": config.dtype}
+    names = [
+        "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "use_peft", "bf16",
+        "training_kwargs",
+    ]  # fmt: skip
+    if config.use_peft:
+        names += ["lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"]
+    tasks = set(model.tasks)
+    if model.kind == "forgotten":
+        names += ["redraw"] if is_random_labels(model.method) else ["forget_weight", "forget_beta", "forget_floor"]
+        if config.retain_tasks:
+            names += ["retain_tasks", "retain_ratio"]
+            tasks |= set(config.retain_task_names)
+    return {
+        "parent": json_sha256(training_settings(config, model.parent, fingerprints)),
+        **{name: getattr(model, name) for name in ("seed", "method", "label_task", "epochs", "learning_rate")},
+        **{name: getattr(config, name) for name in names},
+        "data": {name: fingerprints[name] for name in sorted(tasks)},
+    }
 
-    def __init__(self, config: StudyConfig, tasks: Mapping[str, SkillTask], base_hash: str = ""):
-        self.config, self.tasks, self.base_hash = config, tasks, base_hash
-        self.stages = plan(config)
-        self._by_name = {stage.name: stage for stage in self.stages}
-        self.fingerprints = {name: task.fingerprint() for name, task in tasks.items()}
 
-    def parent(self, stage: Stage) -> Stage:
-        return self._by_name[stage.parent]
-
-    def is_parent(self, stage: Stage) -> bool:
-        return any(other.parent == stage.name for other in self.stages)
-
-    def schedule(self, stage: Stage) -> tuple[float, float]:
-        """Epochs and learning rate."""
-        config = self.config
-        if stage.kind == "forgotten":
-            return config.forget_num_train_epochs, config.forget_learning_rate
-        return config.num_train_epochs, config.learning_rate
-
-    def trained_tasks(self, stage: Stage) -> list[str]:
-        if stage.kind == "base":
-            return []
-        return list(self.tasks) if stage.label_task == ALL_TASKS else [stage.label_task]
-
-    def keeps_states(self, stage: Stage, name: str) -> bool:
-        wanted = self.config.hidden_states
-        return wanted == "all" or (wanted == "own" and (stage.kind == "base" or name in self.trained_tasks(stage)))
-
-    def evaluations(self, stage: Stage) -> list[tuple[str, str, bool]]:
-        """What a stage is scored on: task, split, and whether hidden states are kept."""
-        with_train = list(self.tasks)
-        if stage.kind != "base" and self.config.score_train == "own":
-            with_train = self.trained_tasks(stage)
-        return [
-            (name, split, self.keeps_states(stage, name))
-            for name in self.tasks
-            for split in SPLITS
-            if split == "test" or name in with_train
-        ]
-
-    def training_inputs(self, stage: Stage) -> dict[str, Any]:
-        """Everything that decides the weights of a stage's model."""
-        if stage.kind == "base":
-            return {"version": VERSION, "model_sha256": self.base_hash}
-        config = self.config
-        epochs, learning_rate = self.schedule(stage)
-        common = (
-            "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "use_peft", "dtype", "bf16",
-            "training_kwargs",
-        )  # fmt: skip
-        adapter = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules") if config.use_peft else ()
-        names = [*common, *adapter]
-        tasks = set(self.trained_tasks(stage))
-        if stage.kind == "forgotten":
-            if is_random_labels(stage.method):
-                names += ["redraw"]
-            else:
-                names += ["forget_weight", "forget_beta", "forget_floor"]
-            if config.retain_tasks:
-                names += ["retain_tasks", "retain_ratio"]
-                tasks |= set(config.retain_task_names)
-        return {
-            "parent": json_sha256(self.training_inputs(self.parent(stage))),
-            "seed": stage.seed,
-            "method": stage.method,
-            "label_task": stage.label_task,
-            "epochs": epochs,
-            "learning_rate": learning_rate,
-            **{name: getattr(config, name) for name in names},
-            "data": {name: self.fingerprints[name] for name in sorted(tasks)},
-        }
-
-    def inputs(self, stage: Stage) -> dict[str, Any]:
-        """The training's, and everything that decides the scores of the model."""
-        config = self.config
-        scoring: dict[str, Any] = {
-            "data": dict(self.fingerprints),
-            "hidden_states": config.hidden_states,
-            "hidden_layer": None if config.hidden_states == "none" else config.hidden_layer,
-            "max_length": config.max_length,
-        }
-        if stage.kind != "base":
-            scoring |= {"score_train": config.score_train, "score_steps": config.score_steps}
-        return {"training": self.training_inputs(stage), "scoring": scoring}
+def scoring_settings(config: StudyConfig, model: StudyModel, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that decides the scores of a trained model."""
+    settings: dict[str, Any] = {
+        "data": dict(fingerprints),
+        "hidden_states": config.hidden_states,
+        "hidden_layer": None if config.hidden_states == "none" else config.hidden_layer,
+        "max_length": config.max_length,
+    }
+    if model.parent is not None:
+        settings |= {"score_train": config.score_train, "score_steps": config.score_steps}
+    return settings

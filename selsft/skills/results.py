@@ -45,6 +45,7 @@ class Results:
         probes: `forgetting.forgetting` of probe accuracies, with `control`; learning_order: of `learning`.
         shown: examples that were forgotten and that resisted: `variant`, `method`, `task`, `kind`, `example_id`,
             `finetuned_confidence`, `forgotten_confidence`.
+        sensitive: tasks of `shown` whose texts must not be shown.
         notes: what is missing, one sentence each.
     """
 
@@ -65,6 +66,7 @@ class Results:
     probes: pd.DataFrame
     learning_order: pd.DataFrame
     shown: pd.DataFrame
+    sensitive: frozenset[str]
     notes: list[str] = field(default_factory=list)
 
 
@@ -113,6 +115,7 @@ def compute(folder: Path, draws: int = 2000) -> Results:
     own_task = end_scores["eval_task"].astype(str) == end_scores["label_task"].astype(str)
     own_task |= end_scores["label_task"].isin(["", ALL_TASKS])
     summary = _test(metrics.summarise(end_scores[own_task]))
+    shown = _shown(ends)
     return Results(
         manifest=manifest,
         examples=examples,
@@ -130,7 +133,8 @@ def compute(folder: Path, draws: int = 2000) -> Results:
         example_correlations=predictors.correlate_examples(ends, hidden),
         probes=_probes(probed, chances, draws),
         learning_order=learning.learning_order(learning.example_steps(found)),
-        shown=_shown(ends),
+        shown=shown,
+        sensitive=frozenset(task for task in shown["task"] if sensitive(manifest, task)),
         notes=notes,
     )
 

@@ -1,18 +1,24 @@
 """The study: base -> fine-tuned -> forgotten for each task, method and seed, everything scored on everything.
 
-A stage is finished when `stages/<stage>.json` is there, which is written last and says what the stage was made from;
-then it is skipped. A stage that was cut off, however, starts anew: seeds belong to the stage and models pass from one
-to the next through the disk, so the tables come out the same. A finished stage whose inputs have changed is refused
-(or computed anew with `recompute`), since hours of work are not to be deleted in silence. Rejected: checkpoints inside
-of a stage, which is minutes long, and a workflow engine for three levels.
+Each model is a stage of `workflow.run`. A stage that was cut off starts anew: seeds belong to the stage and weights
+pass from one to the next through the disk, so the tables come out the same. Where a finished stage of other settings
+is there, a study asks for `recompute`, since a changed flag can cost hours; the old folder stays in any case.
+
+    study.json                   settings, versions, tasks, model, stages
+    examples.parquet             the questions
+    stages/<model>-<key>/        what came of a model: scores.parquet, hidden/, notes.json, stage.json
+    scores/<model>.parquet       a link to its rows of the score table
+    hidden/<model>/              a link to its hidden states
+    models/<model>/              its weights, while a stage to come starts from them
+    tables/, report.html         made from all of it
+
+Rejected: checkpoints inside of a stage, which is minutes long.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import gc
-import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,23 +27,26 @@ import pyarrow as pa
 import torch
 from transformers import AutoConfig
 
+from ..errors import InputError
 from ..evaluation.options import count_tokens, model_max_length, score_options
-from ..records import now, read_json, remove, replaced_folder, versions, write_json
-from ..training.fingerprint import model_fingerprint
+from ..records import json_sha256, read_json, remove, replaced_folder, write_json
 from ..training.model import Model
 from ..workflow.quiet import quiet
+from ..workflow.run import check_folder, execute
+from ..workflow.stage import Stage, model_source
 from . import train as training
 from .config import StudyConfig, is_random_labels
-from .folder import StudyFolder
-from .plan import VERSION, Plan, Stage
+from .plan import StudyModel, evaluations, keeps_states, scoring_settings, study_models, training_settings
 from .scoring import save_states, score_table, write_examples
 from .suite import load_task
 from .table import write_scores
 from .tasks import SkillTask, prepare, rng
 
+MANIFEST = "study.json"
+
 
 class Study:
-    """Tasks, tokenizer and folder of a study; `run` does what is not done yet.
+    """Tasks, tokenizer and stages of a study; `run` does what is not done yet.
 
     Args:
         echo: shows a line.
@@ -47,8 +56,8 @@ class Study:
     """
 
     def __init__(self, config: StudyConfig, echo: Callable[[str], None] = print):
-        self.config, self.echo = config, echo
-        self.folder = StudyFolder(config.output_dir)
+        self.config, self.echo, self.path = config, echo, Path(config.output_dir)
+        check_folder(self.path, MANIFEST)
         source = None if config.tasks_dir is None else Path(config.tasks_dir)
         if source is not None and not source.is_dir():
             raise ValueError(f"tasks_dir={config.tasks_dir!r} is not a folder")
@@ -65,217 +74,204 @@ class Study:
                 f"hidden_layer={config.hidden_layer}: the model has {layers} hidden states, so use {-layers} to "
                 f"{layers - 1}, or hidden_states='none'"
             )
-        self.plan = Plan(config, self.tasks)
-        self._base: dict[str, Any] = {}
+        self.fingerprints = {name: task.fingerprint() for name, task in self.tasks.items()}
+        self.source = model_source(config.model_name_or_path)
+        self.models = study_models(config)
+        self.stages: dict[str, Stage] = {}
+        for made in self.models:
+            self.stages[made.name] = self._stage(made)
+
+    def _stage(self, model: StudyModel) -> Stage:
+        settings = {
+            "training": training_settings(self.config, model, self.fingerprints),
+            "scoring": scoring_settings(self.config, model, self.fingerprints),
+        }
+        links = {f"scores/{model.name}.parquet": "scores.parquet", f"hidden/{model.name}": "hidden"}
+        if model.parent is None:
+            links["examples.parquet"] = "examples.parquet"
+        inputs = {"model": self.source if model.parent is None else self.stages[model.parent.name]}
+        return Stage(model.name, settings, inputs, lambda folder: self._work(model, folder), self.path, links)
 
     def dry_run(self) -> None:
         """Print every stage with the tokens that it trains on and scores."""
         self._describe_tasks()
-        config, plan = self.config, self.plan
+        config = self.config
         sizes: dict[tuple[str, str, bool], int] = {}
         lengths = {
             name: sum(len(row["input_ids"]) for row in self._gold_rows(name)) / len(task.train)
             for name, task in self.tasks.items()
         }
         totals = [0, 0]
-        for number, stage in enumerate(plan.stages, 1):
-            epochs, _ = plan.schedule(stage)
-            own = plan.trained_tasks(stage)
-            rows = {name: len(self.tasks[name].train) for name in own}
-            kept = training.retained(config, self.tasks, own[0], stage.seed) if stage.kind == "forgotten" else []
+        for number, model in enumerate(self.models, 1):
+            rows = {name: len(self.tasks[name].train) for name in model.tasks}
+            kept = []
+            if model.kind == "forgotten":
+                kept = training.retained(config, self.tasks, model.label_task, model.seed)
             mean = sum(lengths[name] for name in config.retain_task_names) / max(1, len(config.retain_task_names))
-            trained = round(epochs * (sum(lengths[name] * count for name, count in rows.items()) + mean * len(kept)))
-            for key in plan.evaluations(stage):
+            once = sum(lengths[name] * count for name, count in rows.items()) + mean * len(kept)
+            trained = round(model.epochs * once)
+            for key in evaluations(config, model):
                 if key not in sizes:
                     name, split, states = key
                     examples = self.tasks[name].split(split)
                     sizes[key] = count_tokens(self.tokenizer, examples, self.max_length, states)
-            scored = sum(sizes[key] for key in plan.evaluations(stage))
-            if config.score_steps and own:
-                times = training.steps(sum(rows.values()) + len(kept), epochs, config) // config.score_steps + 1
-                scored += times * sum(sizes[name, "train", plan.keeps_states(stage, name)] for name in own)
+            scored = sum(sizes[key] for key in evaluations(config, model))
+            if config.score_steps and rows:
+                steps = training.steps(sum(rows.values()) + len(kept), model.epochs, config)
+                looks = steps // config.score_steps + 1
+                scored += looks * sum(sizes[name, "train", keeps_states(config, model, name)] for name in rows)
             totals = [totals[0] + trained, totals[1] + scored]
-            done = "to do" if self.folder.finished_inputs(stage) is None else "done"
+            done = "done" if self.stages[model.name].state() == "finished" else "to do"
             self.echo(
-                f"[{number:3}/{len(plan.stages)}] {stage.name}: {done}; trains on about {trained:,} tokens, scores "
+                f"[{number:3}/{len(self.models)}] {model.name}: {done}; trains on about {trained:,} tokens, scores "
                 f"about {scored:,}"
             )
         self.echo(f"In all about {totals[0]:,} tokens of training and {totals[1]:,} of scoring.")
 
-    def check(self) -> None:
-        """Look for what would stop `run`, so that it is told before anything is done: the base model is read, and
-        finished stages are compared with what is asked for.
-
-        Raises:
-            `ValueError` when the folder holds finished stages of other settings (unless `recompute`), `OSError` or
-            `ValueError` when the model cannot be loaded.
-        """
-        model = training.load_model(dataclasses.replace(self.config, use_cpu=True))
-        self.plan.base_hash = model_fingerprint(model)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        name = self.config.model_name_or_path
-        self._base = {"name": name, "sha256": self.plan.base_hash, "parameters": parameters}
-        if not self.config.recompute:
-            for stage in self.plan.stages:
-                self._refuse_changed(stage)
-
-    def run(self) -> Path:
+    def run(self) -> None:
         """Do all stages that are not finished and write the report.
 
-        Returns:
-            the path of the report.
-
         Raises:
-            As `check`, which it calls unless that was done. `records.exclusive` keeps other processes out.
+            `InputError` when the folder holds finished stages of other settings (unless `recompute`), or when another
+            process works in it.
         """
-        from ..report.skills import write_report
-
-        if not self._base:
-            self.check()
-        folder, stages = self.folder.path, self.plan.stages
+        if not self.config.recompute:
+            for stage in self.stages.values():
+                self._refuse_changed(stage)
         self._describe_tasks()
-        self._write_manifest(finished=False)
-        write_examples(folder / "examples.parquet", list(self.tasks.values()))
-        for number, stage in enumerate(stages, 1):
-            what = "done before" if self._is_done(stage) else self._run_stage(stage)
-            self.echo(f"[{number:3}/{len(stages)}] {stage.name}: {what}")
-            self._clean_models()
-        self._write_manifest(finished=True)
-        report = write_report(folder)
-        self.echo(f"Report: {report}")
-        return report
+        stages = list(self.stages.values())
+        execute(stages, self.path, self._about(), manifest=MANIFEST, report=self._report, echo=self.echo)
 
-    def _run_stage(self, stage: Stage) -> str:
-        """Train, score, write. Returns what was done."""
-        start = time.perf_counter()
-        folder, config = self.folder, self.config
-        folder.discard(stage)
-        model, notes, tables = self._make_model(stage)
-        trained = time.perf_counter() - start
+    def _report(self, folder: Path) -> Path:
+        """The report of the models of this study alone, not of others that an earlier one has left in the folder."""
+        from ..report.skills import write_report
+        from .results import compute
+
+        for link in (*folder.glob("scores/*"), *folder.glob("hidden/*")):
+            if link.name.removesuffix(".parquet") not in self.stages:
+                link.unlink()
+        self._keep_models(set())
+        return write_report(folder, compute(folder))
+
+    def _work(self, model: StudyModel, folder: Path) -> str:
+        """Train, score, write."""
+        config = self.config
+        later = self.models[self.models.index(model) :]
+        self._keep_models({other.parent for other in later})
+        trained, notes, tables = self._make_model(model)
         labels, questions = notes.pop("labels", None), 0
-        with replaced_folder(folder.hidden(stage)) as states_in:
-            for name, split, states in self.plan.evaluations(stage):
+        with replaced_folder(folder / "hidden") as states_in:
+            for name, split, states in evaluations(config, model):
                 examples = self.tasks[name].split(split)
                 scores = score_options(
-                    model,
+                    trained,
                     self.tokenizer,
                     examples,
                     batch_tokens=config.batch_tokens,
                     max_length=config.max_length,
                     layer=config.hidden_layer if states else None,
-                    description=f"{stage.name}: {name} {split}",
+                    description=f"{model.name}: {name} {split}",
                 )
                 questions += len(examples)
-                assigned = labels if split == "train" and name == stage.label_task else None
-                tables.append(score_table(stage.identity, name, split, examples, scores, assigned))
+                assigned = labels if split == "train" and name == model.label_task else None
+                tables.append(score_table(model.identity, name, split, examples, scores, assigned))
                 if states:
-                    save_states(states_in, stage.identity, name, split, examples, scores, config.hidden_layer)
-        write_scores(folder.scores(stage), pa.concat_tables(tables))
-        seconds = time.perf_counter() - start
-        note = {
-            "stage": vars(stage),
-            "inputs": self.plan.inputs(stage),
-            "notes": notes,
-            "seconds": {"training": round(trained, 2), "scoring": round(seconds - trained, 2)},
-            "versions": versions(),
-            "finished": now(),
-        }
-        write_json(folder.note(stage), note)
-        del model
+                    save_states(states_in, model.identity, name, split, examples, scores, config.hidden_layer)
+        if model.parent is None:
+            write_examples(folder / "examples.parquet", list(self.tasks.values()))
+        write_scores(folder / "scores.parquet", pa.concat_tables(tables))
+        write_json(folder / "notes.json", notes)
+        del trained
         _free()
-        how = f"trained on {notes['rows']} rows in {trained:.1f} s, " if "rows" in notes else ""
+        how = f"trained on {notes['rows']} rows, " if "rows" in notes else ""
         right = "".join(f", {rate:.3f} of the labels are right" for rate in notes.get("match_rate", []))
-        return f"{how}scored {questions} questions in {seconds - trained:.1f} s{right}"
+        return f"{how}scored {questions} questions{right}"
 
-    def _make_model(self, stage: Stage) -> tuple[Model, dict[str, Any], list[pa.Table]]:
-        """The model of a stage, notes about its training, and the tables of its learning curves."""
-        config, plan = self.config, self.plan
-        if stage.kind == "base":
+    def _make_model(self, model: StudyModel) -> tuple[Model, dict[str, Any], list[pa.Table]]:
+        """The weights of a model, notes about its training, and the tables of its learning curves."""
+        config, parent = self.config, model.parent
+        if parent is None:
             return training.load_model(config), {}, []
-        parent = plan.parent(stage)
-        if parent.kind != "base" and not self._has_model(parent):
-            self._make_model(parent)  # it was cleaned away: the same seeds make the same model
+        start = None if parent.kind == "base" else self._weights(parent)
+        if start is not None and not self._has_weights(parent):
+            self._make_model(parent)  # they were cleaned away: the same seeds make the same ones
             _free()
-        own = plan.trained_tasks(stage)
         labels: list[int] | None = None
         notes: dict[str, Any] = {}
-        if stage.kind == "finetuned":
-            rows = [row for name in own for row in self._gold_rows(name)]
+        if model.kind == "finetuned":
+            rows = [row for name in model.tasks for row in self._gold_rows(name)]
         else:
             rows, labels, notes = training.forgetting_rows(
-                config, self.tokenizer, self.tasks, stage.label_task, stage.method, stage.seed, self.max_length
+                config, self.tokenizer, self.tasks, model.label_task, model.method, model.seed, self.max_length
             )
-        seed = rng("train", stage.name).randrange(2**31)
-        epochs, learning_rate = plan.schedule(stage)
+        seed = rng("train", model.name).randrange(2**31)
         curves = []
         if config.score_steps:
-            scorers = [training.scorer(self.tokenizer, config, self.tasks[name].train) for name in own]
+            scorers = [training.scorer(self.tokenizer, config, self.tasks[name].train) for name in model.tasks]
             curves = [training.CurveCallback(score, config.score_steps) for score in scorers]
         torch.manual_seed(seed)  # a new adapter is drawn before the trainer sets its seed
-        model = training.train(
-            training.load_model(config, None if parent.kind == "base" else self.folder.model(parent)),
+        trained = training.train(
+            training.load_model(config, start),
             self.tokenizer,
             rows,
             config,
-            learning_rate=learning_rate,
-            epochs=epochs,
+            learning_rate=model.learning_rate,
+            epochs=model.epochs,
             seed=seed,
-            method=stage.method,
-            in_order=is_random_labels(stage.method) and config.redraw == "per_epoch",
-            description=f"{stage.name}: training",
+            method=model.method,
+            in_order=is_random_labels(model.method) and config.redraw == "per_epoch",
+            description=f"{model.name}: training",
             callbacks=curves,
         )
         tables = [
-            score_table(stage.identity, name, "train", self.tasks[name].train, scores, labels, step)
-            for name, curve in zip(own, curves, strict=False)
+            score_table(model.identity, name, "train", self.tasks[name].train, scores, labels, step)
+            for name, curve in zip(model.tasks, curves, strict=False)
             for step, scores in curve.curve.items()
         ]
-        if config.keep_models or plan.is_parent(stage):
-            self._save_model(stage, model)
-        return model, {**notes, "rows": len(rows), "labels": labels}, tables
+        if config.keep_models or any(other.parent == model for other in self.models):
+            with replaced_folder(self._weights(model)) as part:
+                with quiet():
+                    trained.save_pretrained(str(part))
+                self.tokenizer.save_pretrained(part)
+                write_json(part / "selsft_stage.json", {"model": model.name, "key": self._weights_key(model)})
+        return trained, {**notes, "rows": len(rows), "labels": labels}, tables
 
     def _gold_rows(self, name: str) -> training.Rows:
         return training.answer_rows(self.tokenizer, self.tasks[name].train, max_length=self.max_length)
 
-    def _save_model(self, stage: Stage, model: Model) -> None:
-        with replaced_folder(self.folder.model(stage)) as part:
-            with quiet():
-                model.save_pretrained(str(part))
-            self.tokenizer.save_pretrained(part)
-            write_json(
-                part / "selsft_stage.json", {"stage": vars(stage), "training": self.plan.training_inputs(stage)}
-            )
+    def _weights(self, model: StudyModel) -> Path:
+        return self.path / "models" / model.name
 
-    def _has_model(self, stage: Stage) -> bool:
-        note = self.folder.model(stage) / "selsft_stage.json"
-        return note.is_file() and read_json(note).get("training") == _plain(self.plan.training_inputs(stage))
+    def _weights_key(self, model: StudyModel) -> str:
+        return json_sha256([self.source, training_settings(self.config, model, self.fingerprints)])
 
-    def _clean_models(self) -> None:
-        """Remove the models that no stage will start from any more."""
+    def _has_weights(self, model: StudyModel) -> bool:
+        return read_json(self._weights(model) / "selsft_stage.json").get("key") == self._weights_key(model)
+
+    def _keep_models(self, waiting: set[StudyModel | None]) -> None:
+        """Remove the weights that no stage will start from any more."""
         if not self.config.keep_models:
-            waiting = {stage.parent for stage in self.plan.stages if not self._is_done(stage)}
-            for stage in self.plan.stages:
-                if stage.name not in waiting:
-                    remove(self.folder.model(stage))
-
-    def _is_done(self, stage: Stage) -> bool:
-        return self.folder.finished_inputs(stage) == _plain(self.plan.inputs(stage))
+            for model in self.models:
+                if model not in waiting:
+                    remove(self._weights(model))
 
     def _refuse_changed(self, stage: Stage) -> None:
-        made_from = self.folder.finished_inputs(stage)
-        if made_from is None or self._is_done(stage):
+        earlier = stage.earlier()
+        if not earlier or stage.state() == "finished":
             return
-        found, wanted = _flat(made_from), _flat(_plain(self.plan.inputs(stage)))
+        found, wanted = _flat(earlier["settings"]), _flat(stage.settings)
         changed = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
+        if not changed:  # the base model, of which every stage is made
+            found, wanted, changed = earlier["inputs"], {"model": self.source}, ["model"]
         # a setting says more than the hash of what came of it
         name = min(changed, key=lambda key: ("data" in key, "parent" in key, key))
-        raise ValueError(
+        raise InputError(
             f"output_dir={self.config.output_dir!r} holds the stage {stage.name} made with other settings: {name} was "
             f"{found.get(name)!r} and is {wanted.get(name)!r} now. Choose another folder, go back to the old setting, "
-            "or replace the changed stages with --recompute"
+            "or compute the changed stages too with --recompute"
         )
 
-    def _write_manifest(self, finished: bool) -> None:
+    def _about(self) -> dict[str, Any]:
         tasks = {
             name: {
                 "area": task.area,
@@ -283,32 +279,22 @@ class Study:
                 "train": len(task.train),
                 "test": len(task.test),
                 "dropped": task.dropped,
-                "sha256": self.plan.fingerprints[name],
+                "sha256": self.fingerprints[name],
             }
             for name, task in self.tasks.items()
         }
-        content = {
-            "format": VERSION,
+        return {
             "protocol": "of Zhang et al. (arXiv 2409.02228), with documented choices (docs/skills.md)",
             "config": dataclasses.asdict(self.config),
-            "model": self._base,
+            "model": {"name": self.config.model_name_or_path, "source": self.source},
             "tasks": tasks,
-            "stages": [stage.name for stage in self.plan.stages],
-            "versions": versions(),
             "device": str(training.device(self.config)),
-            "finished": now() if finished else None,
         }
-        write_json(self.folder.path / "study.json", content)
 
     def _describe_tasks(self) -> None:
         for name, task in self.tasks.items():
             lost = ", ".join(f"{number} {reason}" for reason, number in task.dropped.items())
             self.echo(f"{name}: {len(task.train)} train, {len(task.test)} test{lost and f' (left out: {lost})'}")
-
-
-def _plain(content: Any) -> Any:
-    """As it comes back from a JSON file."""
-    return json.loads(json.dumps(content))
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,16 +1,16 @@
-"""Running a plan: what is done is skipped, what was cut off goes on, what has changed is done anew beside the old.
+"""Running stages: finished ones are skipped, interrupted ones resume, changed ones get a new folder beside the old.
 
-    RUN/run.json              the recipe, its overrides, versions, and the state of every stage
-    RUN/stages/NAME-KEY/      a stage, with `stage.json` (settings, inputs, versions, files) and `config.yaml`
+    RUN/run.json              what the run is, versions, and the state of every stage
+    RUN/stages/NAME-KEY/      a stage, with `stage.json` (settings, inputs, versions, files)
     RUN/train -> stages/...   a link to the current folder of each stage
-    RUN/report.html           what came out
 
-Rejected: one folder for each call, which would train the reference again for every threshold.
+One engine runs recipes (`selsft run`), studies (`selsft skills`), the demo and comparisons of arms, each with its own
+stages. Rejected: one folder for each call, which would train the reference again for every threshold.
 """
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,114 +18,125 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import InputError
-from ..pipeline.plan import Plan
-from ..pipeline.recipe import STAGES
-from ..records import exclusive, now, versions, write_json
-from ..report.run import write_report
+from ..records import exclusive, now, read_json, versions, write_json
+from .stage import Stage
 
 RUN = "run.json"
 
 
-def execute(plan: Plan, overrides: list[str], from_stage: str | None, console: Console) -> None:
+def execute(
+    stages: Sequence[Stage],
+    root: Path,
+    about: dict[str, Any],
+    *,
+    manifest: str = RUN,
+    from_stage: str | None = None,
+    report: Callable[[Path], Path] | None = None,
+    echo: Callable[[str], None] = print,
+) -> None:
     """Run all stages that are not finished, and write the report.
 
     Args:
+        stages: in an order in which each reads from earlier ones only.
+        about: what the run is; goes into its manifest.
+        manifest: file name of the manifest, which also marks `root` as a run's folder.
         from_stage: this stage and all after it are done anew; their old folders are renamed, not removed.
+        report: writes the report from the run's folder and returns its path.
+        echo: shows a line.
 
     Raises:
         `InputError` when the folder is something else's or another process runs in it, or when a stage fails.
     """
-    root = plan.root
-    _check_folder(root)
-    first = _position(plan, from_stage)
-    root.mkdir(parents=True, exist_ok=True)
+    check_folder(root, manifest)
+    first = _position(stages, from_stage)
     with exclusive(root):
-        for stage in plan.stages[first:] if from_stage else []:
+        for stage in stages[first:] if from_stage else []:
             stage.set_aside()
-        for stage in plan.stages:
-            state = stage.state()
+        states = {stage.name: stage.state() for stage in stages}
+        for stage in stages:
+            if states[stage.name] != "finished":
+                stage.unlink()
+        for number, stage in enumerate(stages, 1):
+            state = states[stage.name]
+            heading = f"[{number:{len(str(len(stages)))}}/{len(stages)}] {stage.name}:"
             if state == "finished":
-                console.print(f"[bold]{stage.name}[/]: unchanged, skipped ({stage.folder.name})", highlight=False)
+                echo(f"{heading} unchanged, skipped ({stage.folder.name})")
             else:
                 if state == "changed":
-                    aside = stage.set_aside()
-                    console.print(f"{stage.name}: a file of {stage.folder.name} has changed; kept as {aside}")
-                going = " (going on)" if state == "interrupted" else ""
-                console.print(f"[bold]{stage.name}[/]: {stage.folder.name}{going}", highlight=False)
-                write_json(root / RUN, _record(plan, overrides))
+                    echo(f"{stage.name}: a file of {stage.folder.name} has changed; kept as {stage.set_aside()}")
+                echo(f"{heading} {stage.folder.name}{' (resumed)' if state == 'interrupted' else ''}")
+                states[stage.name] = "interrupted"
+                write_json(root / manifest, _record(stages, states, about))
                 try:
-                    seconds = stage.run()
+                    echo(f"  {stage.run()}")
                 except InputError as error:
                     raise InputError(
                         f"stage {stage.name}: {error}. What was finished is kept: put it right and run the same "
                         "command again"
                     ) from error
-                console.print(f"  {seconds:.1f} s", highlight=False)
-            _link(root / stage.name, stage.folder)
-        write_json(root / RUN, _record(plan, overrides))
-        report = write_report(root)
-    console.print(f"Report: {report}", highlight=False, markup=False)
+                states[stage.name] = "finished"
+            stage.link()
+        write_json(root / manifest, {**_record(stages, states, about), "finished": now()})
+        if report is not None:
+            echo(f"Report: {report(root)}")
 
 
-def preview(plan: Plan, from_stage: str | None, console: Console) -> None:
+def preview(stages: Sequence[Stage], title: str, from_stage: str | None, console: Console) -> None:
     """What `execute` would do, without doing it."""
-    first = _position(plan, from_stage)
-    table = Table(title=f"{plan.recipe.name} in {plan.root}")
+    first = _position(stages, from_stage)
+    table = Table(title=title)
     for column in ("stage", "reads", "folder", "would"):
         table.add_column(column)
-    for index, stage in enumerate(plan.stages):
-        state = "run anew" if from_stage and index >= first else _ACTIONS[stage.state()]
+    for index, stage in enumerate(stages):
+        action = "run anew" if from_stage and index >= first else _ACTIONS[stage.state()]
         reads = [each if isinstance(each, str) else each.name for each in stage.inputs.values()]
-        table.add_row(stage.name, ", ".join(each if len(each) < 24 else f"{each[:8]}..." for each in reads),
-                      stage.folder.name, state)  # fmt: skip
+        shown = ", ".join(each if len(each) < 24 else f"{each[:8]}..." for each in reads)
+        table.add_row(stage.name, shown, stage.folder.name, action)
     console.print(table)
 
 
-_ACTIONS = {"finished": "skip", "interrupted": "go on", "changed": "run anew", "new": "run"}
+_ACTIONS = {"finished": "skip", "interrupted": "resume", "changed": "run anew", "new": "run"}
 
 
-def _position(plan: Plan, from_stage: str | None) -> int:
+def _position(stages: Sequence[Stage], from_stage: str | None) -> int:
     if from_stage is None:
         return 0
-    for index, stage in enumerate(plan.stages):
+    for index, stage in enumerate(stages):
         if from_stage in (stage.name, stage.name.split("-")[0]):
             return index
-    names = ", ".join(stage.name for stage in plan.stages)
-    hint = f"the stages of this recipe are {names}"
-    raise InputError(f"--from {from_stage}: {hint}" + ("" if from_stage in STAGES else " (misspelt?)"))
+    raise InputError(f"--from {from_stage}: the stages of this run are {', '.join(stage.name for stage in stages)}")
 
 
-def _check_folder(root: Path) -> None:
-    if root.is_file() or (root.is_dir() and any(root.iterdir()) and not (root / RUN).is_file()):
+def check_folder(root: Path, manifest: str = RUN) -> None:
+    """Refuse a folder that holds something else, or a run of a version whose stages had no keys.
+
+    Raises:
+        `InputError` naming the folder and the remedy.
+    """
+    if root.is_file() or (root.is_dir() and not (root / manifest).is_file() and any(map(_visible, root.iterdir()))):
         raise InputError(
-            f"output_dir={str(root)!r} exists, is not empty and holds no run.json: nothing was overwritten, choose "
+            f"output_dir={str(root)!r} exists, is not empty and holds no {manifest}: nothing was overwritten, choose "
             "another folder"
+        )
+    if isinstance(read_json(root / manifest).get("stages"), list):
+        raise InputError(
+            f"output_dir={str(root)!r} holds a run of an earlier version of selsft, which this one cannot resume: "
+            "choose another folder"
         )
 
 
-def _link(link: Path, folder: Path) -> None:
-    temporary = link.with_name(f".{link.name}.link")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(os.path.relpath(folder, link.parent))
-    os.replace(temporary, link)
+def _visible(path: Path) -> bool:
+    return not path.name.startswith(".")
 
 
-def _record(plan: Plan, overrides: list[str]) -> dict[str, Any]:
-    stages = {}
-    for stage in plan.stages:
-        record = stage.record
-        stages[stage.name] = {
+def _record(stages: Sequence[Stage], states: dict[str, str], about: dict[str, Any]) -> dict[str, Any]:
+    found = {
+        stage.name: {
             "folder": f"stages/{stage.folder.name}",
-            "state": stage.state(),
-            "seconds": record.get("seconds"),
-            "reads": [each.name for each in stage.inputs.values() if not isinstance(each, str)],
+            "state": states[stage.name],
+            "seconds": stage.record.get("seconds"),
+            "reads": [each.name for each in stage.inputs.values() if isinstance(each, Stage)],
         }
-    return {
-        "recipe": plan.recipe.name,
-        "overrides": overrides,
-        "flags": plan.recipe.common,
-        "stage_flags": plan.recipe.stages,
-        "written": now(),
-        "versions": versions(),
-        "stages": stages,
+        for stage in stages
     }
+    return {**about, "written": now(), "finished": None, "versions": versions(), "stages": found}

@@ -20,9 +20,10 @@ from typing import Any
 
 from ..data.loading import BUILDERS
 from ..errors import InputError
-from ..records import now, versions, write_json
+from ..records import now, read_json, versions, write_json
 
 RECORD = "stage.json"
+_KEY = 12  # hexadecimal digits
 # Above this, a local folder is known by names, sizes and times of its files: hashing takes a second for each GB
 _HASHED_BYTES = 50e9
 _NO_MODEL = "{!r} is neither a folder with a model nor the id of one that can be loaded: check the spelling"
@@ -36,20 +37,24 @@ class Stage:
         name: unique within the run; its part before the first `-` is what `--from` takes.
         settings: what decides the result, besides the inputs. Must be JSON.
         inputs: what it reads: other stages, or fingerprints of files and models from outside.
-        work: fills the folder. Called again on a folder that an interrupted run has left behind.
+        work: fills the folder, and returns a remark to show. Called again on a folder that an interrupted run has left
+            behind.
+        links: where the run's folder shows this stage: path there -> path within the stage's folder. By default the
+            whole folder under the stage's name.
     """
 
     name: str
     settings: dict[str, Any]
     inputs: dict[str, Stage | str]
-    work: Callable[[Path], None]
+    work: Callable[[Path], str | None]
     root: Path = field(repr=False, default=Path())
+    links: dict[str, str] | None = None
 
     @functools.cached_property
     def key(self) -> str:
         inputs = {name: each.key if isinstance(each, Stage) else each for name, each in self.inputs.items()}
         text = json.dumps([self.name, self.settings, inputs], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return hashlib.sha256(text.encode()).hexdigest()[:_KEY]
 
     @property
     def folder(self) -> Path:
@@ -58,8 +63,7 @@ class Stage:
     @property
     def record(self) -> dict[str, Any]:
         """What `stage.json` says; empty when there is none."""
-        path = self.folder / RECORD
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_json(self.folder / RECORD)
 
     def state(self) -> str:
         """`"finished"`, `"interrupted"`, `"changed"` (finished, but a file of it is not what it was) or `"new"`."""
@@ -70,8 +74,14 @@ class Stage:
             return "interrupted"
         return "finished" if _sizes(self.folder) == record["outputs"] else "changed"
 
-    def run(self) -> float:
-        """Do the work; returns seconds. The record says `running` until the folder is whole."""
+    def earlier(self) -> dict[str, Any]:
+        """The record of the last finished stage of this name, of whatever key; empty when there is none."""
+        folders = (self.root / "stages").glob(f"{self.name}-{'[0-9a-f]' * _KEY}")
+        finished = [found for folder in folders if (found := read_json(folder / RECORD)).get("status") == "finished"]
+        return max(finished, key=lambda record: record["started"], default={})
+
+    def run(self) -> str:
+        """Do the work; returns seconds and remark. The record says `running` until the folder is whole."""
         self.folder.mkdir(parents=True, exist_ok=True)
         before = self.record
         record: dict[str, Any] = {
@@ -88,11 +98,33 @@ class Stage:
         }
         write_json(self.folder / RECORD, record)
         start = time.perf_counter()
-        self.work(self.folder)
+        remark = self.work(self.folder)
         seconds = time.perf_counter() - start
         record |= {"status": "finished", "seconds": round(seconds, 1), "outputs": _sizes(self.folder)}
         write_json(self.folder / RECORD, record)
-        return seconds
+        return f"{seconds:.1f} s" + (f": {remark}" if remark else "")
+
+    def link(self) -> None:
+        """Show the folder where `links` says, in place of an earlier stage's."""
+        for name, target in self._links.items():
+            link = self.root / name
+            if link.is_dir() and not link.is_symlink():
+                raise InputError(f"{str(link)!r} is a folder and no link (copied without links?): remove it")
+            link.parent.mkdir(exist_ok=True)
+            temporary = link.with_name(f".{link.name}.link")
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(os.path.relpath(self.folder / target, link.parent))
+            os.replace(temporary, link)
+
+    def unlink(self) -> None:
+        """Take away the links, which show an earlier stage while this one is not finished."""
+        for link in (self.root / name for name in self._links):
+            if link.is_symlink():
+                link.unlink()
+
+    @property
+    def _links(self) -> dict[str, str]:
+        return {self.name: "."} if self.links is None else self.links
 
     def set_aside(self) -> Path | None:
         """Rename the folder, so that the stage runs anew and nothing is lost."""

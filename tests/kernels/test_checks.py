@@ -37,6 +37,7 @@ BAD = {
     "bias-dtype": ({"linear_bias": torch.zeros(5, dtype=torch.int64)}, "linear_bias has dtype"),
     "softcap": ({"softcap": 0.0}, "softcap=0.0"),
     "scale": ({"logit_scale": float("nan")}, "logit_scale=nan"),
+    "scale-zero": ({"logit_scale": 0.0}, "logit_scale=0.0"),
     "outputs": ({"outputs": ("probability",)}, "outputs has 'probability'"),
     "outputs-string": ({"outputs": "logprob"}, "outputs='logprob' is a string"),
     "chunk": ({"chunk_size": 0}, "chunk_size=0"),

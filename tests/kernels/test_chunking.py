@@ -47,7 +47,7 @@ def test_the_cpu_is_bounded_by_memory() -> None:
 def test_scoring_tiles_stay_in_the_cache(rows: int, hidden: int, vocab: int) -> None:
     height, width = scoring_tile(rows, vocab, 2, GPU)
     assert 1 <= height <= rows and width % 64 == 0
-    assert height * width * 2 <= 64 * 2**20
+    assert height * width * 2 <= 32 * 2**20
 
 
 def test_padding() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
@@ -10,49 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from selsft.report import charts
-from selsft.report.skills import write_report
+from selsft.report import skills as report
 from selsft.skills.results import compute, sensitive
 from selsft.skills.table import write_scores
+from tests.support.pages import Page
 from tests.support.skill_tables import CLUSTERS, HOSTILE, columns, table, write_study
 
-VOID = {"meta", "br", "img", "input", "link", "hr"}
 
-
-class Page(HTMLParser):
-    """Elements, tables, texts of a page; fails on tags that do not nest."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.attributes, self.tables, self.titles, self.texts = [], [], [], {}, [], []
-        self.feed(text)
-        self.close()
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += [(tag, *pair) for pair in attributes]
-        if tag == "table":
-            self.rows = self.tables.setdefault(dict(attributes)["data-csv"], [])
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += [(tag, *pair) for pair in attributes]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-        if self.open and self.open[-1] in ("td", "th"):
-            self.rows[-1][-1] += data
-        if self.open and self.open[-1] == "title":
-            self.titles.append(data)
+def write_report(folder):
+    return report.write_report(folder, compute(folder))
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +77,9 @@ def test_every_table_is_its_csv(study, page):
 
 
 def test_the_heat_map_is_in_upgma_order_with_its_values(study, text):
-    first = re.search(r'<svg[^>]*aria-label="Forget ratios across tasks.*?</svg>', text, re.DOTALL).group(0)
+    first = re.search(
+        r'<svg[^>]*role="img"[^>]*aria-label="Forget ratios across tasks.*?</svg>', text, re.DOTALL
+    ).group(0)
     titles = re.findall(r"<title>labels of (\w+), evaluated on (\w+): ([-\d.]+), 95 % interval", first)
     printed = re.findall(r'style="fill:#(?:000000|ffffff)">([-\d.]+)</text>', first)
     assert len(titles) == len(printed) == 36
@@ -294,19 +261,19 @@ def _luminance(colour):
 
 
 def test_dots_stay_on_their_axis():
-    values = {"ratio": [0.5, 9.0, np.nan], "ratio_low": [0.25, -5.0, np.nan], "ratio_high": [1.0, 20.0, np.nan]}
-    rows = pd.DataFrame({"variant": "x", "method": "uniform", "label_task": ["a", "b", "c"], **values})
-    rows = rows.assign(ratio_reason="near chance", outcome_reason="")
-    plot = charts.dot_plot(rows, "ratio", "Forget ratio", -0.5, 1.5, [0.0, 1.0])
+    made = [
+        charts.Estimate("a", 0.5, 0.25, 1.0),
+        charts.Estimate("b", 9.0, -5.0, 20.0),
+        charts.Estimate("c", float("nan"), reason="near chance"),
+    ]
+    plot = charts.dot_plot("Forget ratio", made, [-0.5, 0.0, 1.0, 1.5])
     a, b, c = plot.dots
     assert (a.x - plot.left, a.low - plot.left, a.high - plot.left) == pytest.approx((180, 135, 270))
-    assert (
-        (b.x - plot.left, b.low - plot.left, b.high - plot.left) == pytest.approx((360, 0, 360))
-        and b.cut
-        and not a.cut
-    )
+    assert (b.x - plot.left, b.low - plot.left, b.high - plot.left) == pytest.approx((360, 0, 360))
+    assert b.cut and not a.cut
     assert c.x is None and c.title == "near chance" and c.text == "null"
-    assert [x - plot.left for x, _, _ in plot.marks] == pytest.approx([90, 270])
+    assert [x - plot.left for x, _, _ in plot.marks] == pytest.approx([0, 90, 270, 360])
+    assert [reference for *_, reference in plot.marks] == [False, True, True, False]
 
 
 def test_nothing_forgotten_shows_no_forgotten_examples(tmp_path):

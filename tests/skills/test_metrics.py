@@ -86,20 +86,6 @@ def test_what_does_not_depend_on_a_shift_or_the_order(values, shift, data):
         assert plain["correct"] == (plain["margin"] > 0)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    a=st.lists(st.integers(0, 4), min_size=1, max_size=8),
-    b=st.lists(st.integers(0, 4), min_size=1, max_size=8),
-)
-def test_auc_is_the_share_of_pairs(a, b):
-    pairs = [(x > y) + 0.5 * (x == y) for x in a for y in b]
-    assert metrics.auc(np.array(a, float), np.array(b, float)) == pytest.approx(np.mean(pairs))
-
-
-def test_auc_of_nothing_is_null():
-    assert math.isnan(metrics.auc(np.array([]), np.array([1.0])))
-
-
 def test_summary_by_hand():
     table = scores(([-1, -2], 0), ([-1, -2], 1), ([-2, -1], 1), ([-1, -2], 0), assigned=[0, 0, 0, 1])
     row = metrics.summarise(table).iloc[0]

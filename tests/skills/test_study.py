@@ -20,9 +20,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from selsft.cli import main
+from selsft.errors import InputError
 from selsft.records import exclusive
 from selsft.skills.config import StudyConfig
-from selsft.skills.plan import plan
+from selsft.skills.plan import study_models
 from selsft.skills.randomize import assign_labels
 from selsft.skills.study import Study
 from selsft.skills.table import ALL_TASKS, read_scores
@@ -67,9 +68,15 @@ def run(data: dict[str, str], output: Path, report: bool = False, **changes) -> 
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         if not report:
-            patch.setattr("selsft.report.skills.write_report", lambda folder: folder / "report.html")
+            patch.setattr("selsft.skills.results.compute", lambda folder: None)
+            patch.setattr("selsft.report.skills.write_report", lambda folder, found: folder / "report.html")
         Study(config(data, output, **changes), lines.append).run()
     return lines
+
+
+def notes(folder: Path, stage: str) -> list[dict]:
+    """What the stages of this name note, of whatever settings."""
+    return [json.loads(path.read_text()) for path in folder.glob(f"stages/{stage}-*/notes.json")]
 
 
 def answers(folder: Path) -> pd.DataFrame:
@@ -153,9 +160,9 @@ def test_the_tables_say_what_was_trained(study, data):
             labels = rows.set_index("example_id")["option"].reindex(ids)
             expected = assign_labels(task.train, method, seed)
             assert labels.tolist() == expected.tolist()
-            note = json.loads((study / "stages" / f"forgotten-{method}-full-hot_yes-seed{seed}.json").read_text())
+            (note,) = notes(study, f"forgotten-{method}-full-hot_yes-seed{seed}")
             right = [label == example.gold for label, example in zip(expected, task.train, strict=True)]
-            assert note["notes"]["match_rate"] == [pytest.approx(np.mean(right))]
+            assert note["match_rate"] == [pytest.approx(np.mean(right))]
     elsewhere = table[(table["stage"] != "forgotten") | (table["split"] == "test")]
     assert elsewhere["is_assigned"].isna().all()
     base = table[table["stage"] == "base"]
@@ -231,8 +238,8 @@ def test_lora_curves_and_labels_that_are_drawn_in_each_epoch(data, tmp_path):
     end = plain[(plain["stage"] == "finetuned") & (plain["split"] == "train")].set_index(["example_id", "option"])
     assert (start - end["logprob"]).abs().max() < 1e-4  # forgetting starts where fine-tuning has ended
     assert curve["is_assigned"].isna().all()  # there is no one label
-    note = json.loads((tmp_path / "curve/stages/forgotten-uniform-lora-per_epoch-hot_yes-seed0.json").read_text())
-    assert len(set(note["notes"]["match_rate"])) > 1 and len(note["notes"]["match_rate"]) == 3
+    (note,) = notes(tmp_path / "curve", "forgotten-uniform-lora-per_epoch-hot_yes-seed0")
+    assert len(set(note["match_rate"])) > 1 and len(note["match_rate"]) == 3
     adapters = sorted((tmp_path / "curve" / "models").rglob("adapter_model.safetensors"))
     assert [path.parent.name for path in adapters] == [
         "finetuned-hot_yes-seed0",
@@ -279,14 +286,15 @@ def test_a_study_that_was_killed_goes_on_to_the_same_tables(data, whole, tmp_pat
         process.send_signal(signal.SIGKILL)
         process.wait()
     (folder / "in-training").unlink()
-    done = {file.stem for file in (folder / "stages").iterdir()}
-    assert done == {"base", "finetuned-hot_yes-seed0"}
-    (folder / "scores" / ".forgotten.parquet.part").write_bytes(b"half")
+    manifest = json.loads((folder / "study.json").read_text())
+    done = {name for name, stage in manifest["stages"].items() if stage["state"] == "finished"}
+    assert done == {"base", "finetuned-hot_yes-seed0"} == {file.stem for file in (folder / "scores").iterdir()}
+    (cut,) = folder.glob("stages/forgotten-*")
+    (cut / ".scores.parquet.part").write_bytes(b"half")
     stamps = {name: (folder / "scores" / f"{name}.parquet").stat().st_mtime_ns for name in done}
     lines = run(data, folder, **SMALL)
-    assert sum("done before" in line for line in lines) == 2
+    assert sum("unchanged, skipped" in line for line in lines) == 2 and sum("(resumed)" in line for line in lines) == 1
     assert {name: (folder / "scores" / f"{name}.parquet").stat().st_mtime_ns for name in done} == stamps
-    (folder / "scores" / ".forgotten.parquet.part").unlink()
     assert contents(folder) == contents(whole)
 
 
@@ -295,6 +303,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from selsft.cli import main
+from selsft.errors import InputError
 from selsft.skills import train
 
 class Marker(train.TrainerCallback):
@@ -313,7 +322,7 @@ sys.exit(main(["skills", *sys.argv[1:]]))
 
 def test_finished_stages_are_kept_and_changed_ones_refused(data, whole, capsys):
     before = contents(whole)
-    assert all("done before" in line for line in run(data, whole, **SMALL) if line.startswith("["))
+    assert all("unchanged, skipped" in line for line in run(data, whole, **SMALL) if line.startswith("["))
     assert contents(whole) == before
     with pytest.raises(ValueError, match=r"forgotten-uniform.*training\.epochs was 2\.0 and is 1\.0 now.*--recompute"):
         run(data, whole, **{**SMALL, "forget_num_train_epochs": 1.0})
@@ -323,47 +332,52 @@ def test_finished_stages_are_kept_and_changed_ones_refused(data, whole, capsys):
 
 
 def test_a_method_more_leaves_the_rest_and_recompute_replaces_what_changed(data, whole, tmp_path):
-    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    folder = Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
     before = contents(folder)
     more = {**SMALL, "methods": "uniform,flip"}
     lines = run(data, folder, **more)  # starts from a fine-tuned model that was cleaned away, and made again
-    assert [line.split(": ", 1)[0].split()[-1] for line in lines if "trained" in line] == [
-        "forgotten-flip-full-hot_yes-seed0"
-    ]
+    assert [line.split(":")[0].split()[-1] for line in worked(lines)] == ["forgotten-flip-full-hot_yes-seed0"]
     after = contents(folder)
     assert {name: after[name] for name in before} == before
     fresh = tmp_path / "fresh"
     run(data, fresh, **more)
     assert contents(fresh) == after
     lines = run(data, folder, **{**more, "forget_num_train_epochs": 1.0}, recompute=True)
-    assert sum("trained" in line for line in lines) == 2
+    assert len(worked(lines)) == 2
     changed = {name for name, content in contents(folder).items() if after[name] != content}
     assert {Path(name).parts[1].split("-")[0] for name in changed} == {"forgotten"}
+    assert not worked(run(data, folder, **more))  # what was computed before is still there
+    assert contents(folder) == after
+    run(data, folder, **SMALL)  # one method less: its folder stays, its rows are not in the tables
+    assert contents(folder) == before and notes(folder, "forgotten-flip-full-hot_yes-seed0")
+
+
+def worked(lines: list[str]) -> list[str]:
+    """The stages that were not skipped."""
+    return [line for line in lines if line.startswith("[") and "skipped" not in line]
 
 
 def test_only_one_process_works_in_a_folder(data, whole):
-    study = Study(config(data, whole, **SMALL))
-    with exclusive(study.folder.path):
-        with pytest.raises(ValueError, match="another process is at work in it"):
-            with exclusive(Study(config(data, whole, **SMALL)).folder.path):
-                pass
+    with exclusive(whole), pytest.raises(InputError, match="another process is at work in it"):
+        run(data, whole, **SMALL)
 
 
 def test_names_of_stages_are_told_apart():
     base = {"tasks": "a,b", "model_name_or_path": "m", "output_dir": "o", "seeds": 2, "methods": "uniform,npo"}
-    names = [stage.name for stage in plan(StudyConfig(**base))]
+    names = [model.name for model in study_models(StudyConfig(**base))]
     assert len(names) == len(set(names)) == 1 + 2 * (2 + 4)
-    shared = plan(StudyConfig(**base, reference="shared", use_peft=True, redraw="per_epoch", retain_tasks="others"))
-    assert [stage.name for stage in shared][:4] == [
+    settings = {"reference": "shared", "use_peft": True, "redraw": "per_epoch", "retain_tasks": "others"}
+    shared = study_models(StudyConfig(**base, **settings))
+    assert [model.name for model in shared][:4] == [
         "base",
         "finetuned-all-seed0",
         "forgotten-uniform-lora-per_epoch-retain-a-seed0",
         "forgotten-npo-lora-retain-a-seed0",
     ]
     seen = {"base"}
-    for stage in shared[1:]:
-        assert stage.parent in seen
-        seen.add(stage.name)
+    for model in shared[1:]:
+        assert model.parent.name in seen
+        seen.add(model.name)
 
 
 # The command
@@ -424,5 +438,5 @@ def test_bad_input_is_one_line_and_status_2(data, tmp_path, capsys, changes, say
 def test_a_folder_with_something_else_is_left_alone(data, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert main(["skills", *argv(data, tmp_path)]) == 2
-    assert "exists and is not a study" in capsys.readouterr().err
+    assert "is not empty and holds no study.json" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]

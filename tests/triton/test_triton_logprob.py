@@ -10,7 +10,11 @@ from tests.support.kernel_oracle import problem, relative
 
 TOLERANCE = 2e-5
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy, inside the interpreter
+# NumPy, inside the interpreter
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),
+]
 
 
 def check(p: oracle.Problem, **overrides: object) -> None:
@@ -34,7 +38,7 @@ def test_shapes(rows: int, vocab: int, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("chunk_size", [1, 64, 100])
-def test_tiles_and_blocks(chunk_size: int, device: torch.device, short_blocks: int) -> None:
+def test_tiles_and_blocks(chunk_size: int, device: torch.device, short_blocks: None) -> None:
     """Tiles narrower than, as wide as, and wider than a block; the maximum grows from tile to tile."""
     vocab = 9 if chunk_size == 1 else 150
     p = problem(rows=5, vocab=vocab, bias=True, device=device)
@@ -55,6 +59,23 @@ def test_top1_is_the_first_of_equal_logits(device: torch.device) -> None:
     for chunk_size in (1, 2, 4):
         out = linear_logprob(hidden, weight, target, outputs=("is_top1",), chunk_size=chunk_size)
         assert out.is_top1 is not None and out.is_top1.tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 5.0}, {"logit_scale": -1.0}], ids=["plain", "softcap", "negative"]
+)
+@pytest.mark.parametrize("chunk_size", [30, 100])
+def test_top1_of_equal_logits_in_other_tiles(
+    chunk_size: int, options: dict, device: torch.device, short_blocks: None
+) -> None:
+    vocab, target = 100, torch.tensor([0, 20, 50, 55, 99], device=device)
+    z = torch.zeros(5, vocab, device=device)
+    for row, places in enumerate([[0, 99], [3, 20], [50, 51], [55, 99], [98, 99]]):
+        z[row, places] = 2.0
+    z *= options.get("logit_scale", 1.0)
+    eye = torch.eye(5, device=device)
+    out = linear_logprob(eye, z.T.contiguous(), target, outputs=("is_top1",), chunk_size=chunk_size, **options)
+    assert out.is_top1 is not None and out.is_top1.tolist() == [True, False, True, True, False]
 
 
 def test_hidden_states_that_are_not_finite_give_nan(device: torch.device) -> None:
@@ -81,5 +102,5 @@ def test_a_target_outside_the_vocabulary_reads_nothing_and_gives_nan(device: tor
 
     hidden, weight = torch.ones(3, 4, device=device), torch.ones(5, 4, device=device)
     target = torch.tensor([4, 5, -1], device=device)
-    z = target_logits(hidden, weight, target, None, None, None, 0.0)
+    z, _ = target_logits(hidden, weight, target, None, None, None, 0.0)
     assert z[0].item() == 4.0 and z[1:].isnan().all()

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from selsft_kernels import FORGET_OBJECTIVES, POSITIVE_OBJECTIVES, backend, linear_selective_cross_entropy
+from selsft_kernels import (
+    FORGET_OBJECTIVES,
+    POSITIVE_OBJECTIVES,
+    backend,
+    linear_selective_cross_entropy,
+    selective_cross_entropy,
+)
 from tests.support import kernel_call as call
 from tests.support import kernel_oracle as oracle
 from tests.support.kernel_oracle import Problem, problem, relative
@@ -11,7 +17,11 @@ from tests.support.kernel_targets import OUTSIDE, check_outside
 
 TOLERANCE = 2e-5
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy, inside the interpreter
+# NumPy, inside the interpreter
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),
+]
 
 OBJECTIVES = [
     {"positive": "nll", "forget": "unlikelihood"},
@@ -62,7 +72,7 @@ def test_shapes(rows: int, vocab: int, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("vocab", [64, 65, 127, 200])
-def test_several_blocks_a_row(vocab: int, device: torch.device, short_blocks: int) -> None:
+def test_several_blocks_a_row(vocab: int, device: torch.device, short_blocks: None) -> None:
     """Block edges: the vocabulary ends on one, one after, one before; every block's maximum is above the last."""
     p = problem(rows=8, vocab=vocab, bias=True, softcap=30.0, device=device)
     with torch.no_grad():
@@ -83,7 +93,7 @@ def test_several_blocks_a_row(vocab: int, device: torch.device, short_blocks: in
     ],
     ids=lambda f: "+".join(f),
 )
-def test_features(features: dict, device: torch.device, short_blocks: int) -> None:
+def test_features(features: dict, device: torch.device, short_blocks: None) -> None:
     p = problem(rows=7, vocab=70, spread=3.0, device=device, **features)
     assert_matches(p, call.linear(p, chunk_size=4))
 
@@ -128,6 +138,59 @@ def test_top1_is_the_first_of_equal_logits(bias: bool, device: torch.device) -> 
     )
     out = linear_selective_cross_entropy(hidden, weight, target, ones, outputs=("is_top1",), **extra)
     assert out.is_top1 is not None and out.is_top1.tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 5.0}, {"logit_scale": -1.0}], ids=["plain", "softcap", "negative"]
+)
+@pytest.mark.parametrize("path", ["linear", "logits"])
+def test_top1_of_equal_logits_in_other_blocks(
+    path: str, options: dict, device: torch.device, short_blocks: None
+) -> None:
+    """Equal logits to the left of the target, to its right, in its own tile and in others."""
+    vocab, target = 100, torch.tensor([0, 20, 50, 55, 99], device=device)
+    z = torch.zeros(5, vocab, device=device)
+    for row, places in enumerate([[0, 99], [3, 20], [50, 51], [55, 99], [98, 99]]):
+        z[row, places] = 2.0
+    z *= options.get("logit_scale", 1.0)
+    ones = torch.ones(5, device=device)
+    if path == "logits":
+        out = selective_cross_entropy(z, target, ones, outputs=("is_top1",), **options)
+    else:
+        eye = torch.eye(5, device=device)
+        out = linear_selective_cross_entropy(eye, z.T.contiguous(), target, ones, outputs=("is_top1",), **options)
+    assert out.is_top1 is not None and out.is_top1.tolist() == [True, False, True, True, False]
+
+
+@pytest.mark.parametrize("cap", [0.5, 3.0, 50.0])
+@pytest.mark.parametrize("vocab", [2, 3, 9])
+def test_what_stands_for_the_target_adds_nothing_under_a_softcap(vocab: int, cap: float, device: torch.device) -> None:
+    """In the target's place stands the lowest logit there is, -cap, whose exponential is subtracted again."""
+    p = problem(rows=12, vocab=vocab, spread=2 * cap, softcap=cap, device=device)
+    assert_matches(p, call.linear(p))
+
+
+def test_forgotten_rows_have_no_gradient(device: torch.device, short_blocks: None) -> None:
+    """Below the floor a row is filled with zeros; nothing of its logits stays in the buffer."""
+    p = problem(rows=6, vocab=70, floor=-1e-3, device=device)
+    p.token_weight.copy_(torch.tensor([-1.0, 1.0, -1.0, 1.0, -0.5, -2.0]))
+    p.target.clamp_(min=0)
+    result = call.linear(p)
+    assert_matches(p, result)
+    assert result["d_input"][[1, 3]].any() and not result["d_input"][[0, 2, 4, 5]].any()
+
+
+def test_a_masked_vocabulary_entry_is_allowed(device: torch.device) -> None:
+    """-inf at columns other than the target, also all of a lane: probability 0, and nothing becomes NaN."""
+    z = torch.zeros(2, 40, device=device)
+    z[:, 8:24] = -torch.inf
+    z.requires_grad_()
+    target, weight = torch.tensor([0, 39], device=device), torch.tensor([1.0, -1.0], device=device)
+    out = selective_cross_entropy(z, target, weight, outputs=("entropy", "is_top1"))
+    out.loss.backward()
+    expected = torch.log(torch.tensor(24.0))
+    assert out.entropy is not None and torch.allclose(out.entropy.cpu(), expected.expand(2))
+    assert z.grad is not None and z.grad.isfinite().all() and not z.grad[:, 8:24].any()
 
 
 @pytest.mark.parametrize("case", ["no rows", "all ignored", "all weights zero"])
@@ -208,7 +271,7 @@ def test_strided_operands(device: torch.device) -> None:
 
 @pytest.mark.parametrize("inplace_backward", [False, True])
 @pytest.mark.parametrize("vocab", [7, 65, 500])
-def test_logits(vocab: int, inplace_backward: bool, device: torch.device, short_blocks: int) -> None:
+def test_logits(vocab: int, inplace_backward: bool, device: torch.device, short_blocks: None) -> None:
     p = problem(rows=5, vocab=vocab, floor=-4.0, softcap=6.0, logit_scale=1.5, device=device)
     z = 3 * torch.randn(5, vocab, generator=torch.Generator().manual_seed(1)).to(device)
     actual = call.logits(p, z, inplace_backward=inplace_backward)
@@ -253,8 +316,6 @@ def test_logits_are_left_alone_in_the_forward_pass(device: torch.device) -> None
     z = torch.randn(3, 40, device=device).requires_grad_()
     before = z.detach().clone()
     target, weight = torch.tensor([1, 2, 3], device=device), torch.ones(3, device=device)
-    from selsft_kernels import selective_cross_entropy
-
     selective_cross_entropy(z, target, weight).loss.backward()
     assert torch.equal(z.detach(), before)
 

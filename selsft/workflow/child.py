@@ -1,0 +1,39 @@
+"""Child processes that end with their parent, however it ends.
+
+A run that is killed must leave nothing that holds memory, a device or files. Linux signals the child by itself
+(`PR_SET_PDEATHSIG`) when the parent had no chance to. Rejected: a thread in the child that polls its parent, which the
+workers of a launcher would inherit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+
+_PR_SET_PDEATHSIG = 1
+
+
+def run_child(argv: Sequence[str]) -> int:
+    """Run a command to its end; returns the exit status, negative for a signal.
+
+    The child gets SIGTERM when this process ends or is interrupted; on systems other than Linux not when this process
+    is killed by SIGKILL or SIGTERM.
+    """
+    parent = os.getpid()
+
+    def die_with_parent() -> None:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it has ended in the meantime
+            os._exit(1)
+
+    with subprocess.Popen(argv, preexec_fn=die_with_parent) as child:
+        try:
+            return child.wait()
+        except BaseException:
+            child.terminate()
+            raise
