@@ -63,13 +63,14 @@ class StateColumns:
         names: the columns.
         layers: which hidden states, as `output_hidden_states` counts them (0 is the embeddings). Those of the other
             layers are not kept, and these no longer than one batch.
-        columns: takes the states, layer -> `(batch, seq_len, hidden)`, and the log-probabilities of the labels,
-            `(batch, seq_len)`; returns column -> `(batch, seq_len)`. Index t belongs to token t.
+        columns: takes the states, layer -> `(batch, seq_len, hidden)` (virtual tokens of prompt learning come
+            first), the log-probabilities of the labels, `(batch, seq_len)`, and the batch; returns column ->
+            `(batch, seq_len)`. Index t belongs to token t.
     """
 
     names: Sequence[str]
     layers: Sequence[int]
-    columns: Callable[[dict[int, torch.Tensor], torch.Tensor], dict[str, torch.Tensor]]
+    columns: Callable[[dict[int, torch.Tensor], torch.Tensor, dict[str, Any]], dict[str, torch.Tensor]]
 
 
 class FrozenModels:
@@ -90,6 +91,7 @@ class FrozenModels:
     Attributes:
         columns: what `score` can give.
         sharded: whether the weights are spread over processes, so that all of them must run every forward pass.
+        state_columns: may be set later, before the pass that gives them.
 
     Raises:
         `ValueError` for a reference that does not fit the policy, and for a launcher's setting or an adapter that
@@ -116,7 +118,7 @@ class FrozenModels:
         plugin = getattr(accelerator.state, "fsdp_plugin", None)
         # Only the main process has loaded weights; the others get theirs when a model is sharded
         self._empty_elsewhere = self.sharded and plugin is not None and bool(plugin.cpu_ram_efficient_loading)
-        self._mixed, self._state_columns = mixed, state_columns
+        self._mixed, self.state_columns = mixed, state_columns
         self._one_pass = False
         self._live = self._start = policy  # what `reference` and `start` switch
         self._budget = BatchBudget.of(args, policy)
@@ -303,9 +305,9 @@ class FrozenModels:
                 return run(both, self._both, budget=half, progress=progress)
         found: dict[str, np.ndarray] = {}
         if BASE_LOGPS in columns:
-            names = [BASE_LOGPS, *(self._state_columns.names if self._state_columns is not None else [])]
+            names = [BASE_LOGPS, *(self.state_columns.names if self.state_columns is not None else [])]
             with self.start() as model:
-                found |= run(names, lambda x: self._policy_columns(model, x), budget=budget, progress=progress)
+                found |= run(names, lambda x: self.policy_columns(model, x), budget=budget, progress=progress)
         if REF_LOGPS in columns:
             told = None if found else progress  # a token counts once
             with self.reference() as model:
@@ -336,12 +338,13 @@ class FrozenModels:
         with self.accelerator.autocast():
             return forward_logps(model, inputs)
 
-    def _policy_columns(self, model: Model, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        if (more := self._state_columns) is None:
+    def policy_columns(self, model: Model, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """`base_logps` of a batch, and the columns of `state_columns`."""
+        if (more := self.state_columns) is None:
             return {BASE_LOGPS: self.logps(model, inputs)}
         with hidden_states(model, more.layers) as states:
             logps = self.logps(model, inputs)
-            return {BASE_LOGPS: logps, **more.columns(states, logps)}
+            return {BASE_LOGPS: logps, **more.columns(states, logps, inputs)}
 
     def _both(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """One forward pass of twice the rows; the first half without the adapter that the second half has."""
@@ -365,7 +368,7 @@ class FrozenModels:
             return "the weights are sharded"
         if self._budget.padding_free:
             return "rows that are concatenated cannot use different adapters"
-        if self._state_columns is not None:
+        if self.state_columns is not None:
             return "hidden states are read for one side only"
         for name in set(names) - {_BASE_ROWS}:
             config = policy.peft_config[name]
