@@ -87,6 +87,7 @@ class FrozenModels:
             training changes it, stay in memory; else everything happens inside `ready`.
         mixed: one forward pass for both sides where PEFT can do that.
         state_columns: more columns of the policy's forward pass.
+        adapter_name: of the reference on the policy, where it is an adapter; another one for a second reference.
 
     Attributes:
         columns: what `score` can give.
@@ -111,6 +112,7 @@ class FrozenModels:
         online: bool = False,
         mixed: bool = False,
         state_columns: StateColumns | None = None,
+        adapter_name: str = REFERENCE_ADAPTER,
     ):
         self.policy, self.args, self.accelerator, self.collator = policy, args, accelerator, collator
         self.columns = [*([BASE_LOGPS] if base else []), *([REF_LOGPS] if source is not None else [])]
@@ -118,7 +120,7 @@ class FrozenModels:
         plugin = getattr(accelerator.state, "fsdp_plugin", None)
         # Only the main process has loaded weights; the others get theirs when a model is sharded
         self._empty_elsewhere = self.sharded and plugin is not None and bool(plugin.cpu_ram_efficient_loading)
-        self._mixed, self.state_columns = mixed, state_columns
+        self._mixed, self.state_columns, self._adapter_name = mixed, state_columns, adapter_name
         self._one_pass = False
         self._live = self._start = policy  # what `reference` and `start` switch
         self._budget = BatchBudget.of(args, policy)
@@ -185,11 +187,11 @@ class FrozenModels:
         elif source == BASE:
             return
         elif find_adapter_config_file(source) is not None:
-            self.adapter = REFERENCE_ADAPTER
+            self.adapter = self._adapter_name
             self.injected = not isinstance(policy, PeftModel)
             if isinstance(policy, PeftModel):
                 with _adapter_errors(source), same_trainable(policy):
-                    policy.load_adapter(source, REFERENCE_ADAPTER, is_trainable=False)
+                    policy.load_adapter(source, self._adapter_name, is_trainable=False)
         else:
             compared = _same_tokenizer(source, tokenizer, init_kwargs)  # before the weights are loaded
             self.own = create_model_from_path(source, **init_kwargs)
@@ -234,7 +236,7 @@ class FrozenModels:
             own = self.own
             return self._agreed(lambda: model_fingerprint(own))
         if self.injected:
-            with _with_adapter(self.policy, self.name) as model:
+            with _with_adapter(self.policy, self.name, self._adapter_name) as model:
                 return self._agreed(lambda: model_fingerprint(model, self.adapter))
         return self._agreed(lambda: model_fingerprint(self.policy, self.adapter))
 
@@ -269,7 +271,7 @@ class FrozenModels:
             if copied:
                 model = copy.deepcopy(model)
             if self.injected:
-                model = _inject(model, self.name) if copied else stack.enter_context(_with_adapter(model, self.name))
+                model = _inject(model, self.name, self._adapter_name) if copied else stack.enter_context(_with_adapter(model, self.name, self._adapter_name))
             self._live = self._start = self._prepare(model) if copied else model
             refusal = self._mixed and self._cannot_mix()
             if refusal:
@@ -383,19 +385,19 @@ class FrozenModels:
 
 
 @contextlib.contextmanager
-def _with_adapter(policy: Model, source: str) -> Iterator[PeftModel]:
+def _with_adapter(policy: Model, source: str, name: str) -> Iterator[PeftModel]:
     """The adapter's layers are put into the policy in place, and taken out again."""
     with same_trainable(policy):
-        model = _inject(policy, source)
+        model = _inject(policy, source, name)
         try:
             yield model
         finally:
             model.unload()
 
 
-def _inject(policy: Model, source: str) -> PeftModel:
+def _inject(policy: Model, source: str, name: str) -> PeftModel:
     with _adapter_errors(source):
-        return PeftModel.from_pretrained(policy, source, adapter_name=REFERENCE_ADAPTER)
+        return PeftModel.from_pretrained(policy, source, adapter_name=name)
 
 
 @contextlib.contextmanager

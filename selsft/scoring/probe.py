@@ -66,6 +66,17 @@ class Probe:
     bias: float
     facts: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def sha256(self) -> str:
+        """Hash of all that decides what it says."""
+        return hashlib.sha256(self.tensors + self.kind.encode()).hexdigest()
+
+    @property
+    def tensors(self) -> bytes:
+        """The file of its tensors."""
+        named = {f"layer.{layer}": weight for layer, weight in self.weights.items()}
+        return save(named | {"loss": self.loss, "bias": np.array([self.bias], np.float64)})
+
     def state_columns(self, special_ids: np.ndarray) -> StateColumns:
         """The column `wrong_probs` for the forward pass that scores.
 
@@ -395,10 +406,8 @@ def _rows_of(rows: JudgedRows) -> Iterator[np.ndarray]:
 def save_probe(probe: Probe, folder: Path) -> None:
     """Write `probe.safetensors` and `probe.json`; the latter appears when both are whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"layer.{layer}": weight for layer, weight in probe.weights.items()}
-    tensors |= {"loss": probe.loss, "bias": np.array([probe.bias], np.float64)}
     with replaced(folder / _WEIGHTS) as handle:
-        handle.write(save(tensors))
+        handle.write(probe.tensors)
     write_json(
         folder / _FACTS,
         {"format": FORMAT, "kind": probe.kind, "sha256": file_sha256(folder / _WEIGHTS), **probe.facts},
