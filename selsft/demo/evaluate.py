@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from selsft.demo.model import encode
 from selsft.demo.world import Fact, Statement, World, accepted
+from selsft.training.model import frozen
 
 BATCH = 128
 MAX_NEW_TOKENS = 32
@@ -36,47 +37,45 @@ class Scores:
     """Exact match on the known facts."""
 
 
-@torch.no_grad()
 def greedy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[str]:
-    model.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
-    for start in range(0, len(order), BATCH):
-        rows = order[start : start + BATCH]
-        batch = tokenizer(
-            [tokenizer.bos_token + prompts[i] for i in rows],
-            padding=True,
-            add_special_tokens=False,
-            return_tensors="pt",
-            return_token_type_ids=False,
-        )
-        out = model.generate(  # type: ignore[misc]  # its own annotation of `self`
-            **batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
-        )
-        texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        for i, text in zip(rows, texts, strict=True):
-            answers[i] = text.strip()
+    with frozen(model):
+        for start in range(0, len(order), BATCH):
+            rows = order[start : start + BATCH]
+            batch = tokenizer(
+                [tokenizer.bos_token + prompts[i] for i in rows],
+                padding=True,
+                add_special_tokens=False,
+                return_tensors="pt",
+                return_token_type_ids=False,
+            )
+            out = model.generate(  # type: ignore[misc]  # its own annotation of `self`
+                **batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
+            )
+            texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            for i, text in zip(rows, texts, strict=True):
+                answers[i] = text.strip()
     return answers
 
 
-@torch.no_grad()
 def answer_probabilities(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, statements: Sequence[Statement]
 ) -> list[float]:
     """The probability of each statement's answer, given its question and the words before the answer."""
-    model.eval()
     probabilities = []
-    for start in range(0, len(statements), BATCH):
-        chunk = statements[start : start + BATCH]
-        rows = [encode(s, tokenizer) for s in chunk]
-        width = max(len(row["input_ids"]) for row in rows)
-        pad = tokenizer.pad_token_id
-        ids = torch.tensor([row["input_ids"] + [pad] * (width - len(row["input_ids"])) for row in rows])
-        logps = model(input_ids=ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
-        for row, row_logps in zip(rows, logps, strict=True):
-            before, answer, _ = row["part_lengths"]
-            first = row["labels"].count(-100) + before - 1
-            probabilities.append(row_logps[first : first + answer].sum().exp().item())
+    with frozen(model):
+        for start in range(0, len(statements), BATCH):
+            chunk = statements[start : start + BATCH]
+            rows = [encode(s, tokenizer) for s in chunk]
+            width = max(len(row["input_ids"]) for row in rows)
+            pad = tokenizer.pad_token_id
+            ids = torch.tensor([row["input_ids"] + [pad] * (width - len(row["input_ids"])) for row in rows])
+            logps = model(input_ids=ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+            for row, row_logps in zip(rows, logps, strict=True):
+                before, answer, _ = row["part_lengths"]
+                first = row["labels"].count(-100) + before - 1
+                probabilities.append(row_logps[first : first + answer].sum().exp().item())
     return probabilities
 
 
