@@ -15,12 +15,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
+from numpy.typing import ArrayLike
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
@@ -38,7 +39,7 @@ from .quiet import QUIET, quiet, train_quietly
 from .run import execute
 from .stage import Stage, model_source
 
-Measure = Callable[[Model, PreTrainedTokenizerBase, Dataset, SelectiveSFTConfig], Mapping[str, Sequence[float]]]
+Measure = Callable[[Model, PreTrainedTokenizerBase, Dataset, SelectiveSFTConfig], Mapping[str, ArrayLike]]
 _ROWS, _NOTES = "rows.parquet", "arm.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
 # What arms share, or there would be nothing to compare
@@ -171,7 +172,7 @@ def compare_arms(
 
     def write_values(source: str, folder: Path) -> None:
         args = arguments(folder / "evaluation")
-        trained, tokenizer = load_model(source, dict(args.model_init_kwargs or {}))
+        trained, tokenizer = load_model(source, cast(dict, args.model_init_kwargs or {}))
         trained.to(args.device)  # type: ignore[arg-type]  # their own annotation
         with frozen(trained):
             values = {
