@@ -28,7 +28,7 @@ from ._compat import adapter_on_lm_head
 from .config import SelectiveSFTConfig
 from .data.chunks import TOKENS_PER_CHUNK, TokenChunk, supervised_mask, token_chunks
 from .data.columns import BASE_LOGPS, REF_LOGPS, token_columns
-from .data.scored_folder import ScoredFolder, is_scored, load_scored
+from .data.scored_folder import ScoredFolder, is_scored, load_scores
 from .data.tokenizers import tokenizer_sha256
 from .errors import InputError
 from .records import versions
@@ -109,7 +109,7 @@ def score_dataset(
     run.score()
     run.finish()
     trainer.accelerator.wait_for_everyone()
-    return load_scored(folder)
+    return load_scores(folder)
 
 
 def check_score_settings(

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "selection": {"errors", "records", "config", "data"},
     "scoring": {"errors", "records", "config", "_compat", "data", "training", "selection"},
     "trainer": {"errors", "config", "_compat", "data", "training", "selection", "scoring"},
+    "score": {"errors", "records", "config", "_compat", "data", "training", "scoring", "trainer"},
     "evaluation": {"errors", "records", "config", "_compat", "data", "training", "scoring", "trainer"},
     "report": {"errors", "records", "config", "data", "selection", "evaluation"},
     "workflow": {"errors", "records", "config", "data", "training", "trainer", "evaluation"},
@@ -35,7 +36,7 @@ MAY_IMPORT = {
     "bench": {"errors", "records"},
     "cli": {
         *("errors", "secrets", "records", "_compat", "config", "recipes", "data", "training", "selection", "scoring"),
-        *("trainer", "evaluation", "report", "workflow", "demo", "skills", "pipeline", "bench"),
+        *("trainer", "score", "evaluation", "report", "workflow", "demo", "skills", "pipeline", "bench"),
     },
 }
 KERNEL_IMPORTS = {"torch", "triton", "selsft_kernels"}

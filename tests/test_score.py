@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
-from selsft.data.scored_folder import load_scored
+from selsft.data.scored_folder import load_scores
 from selsft.score import score_dataset
 from tests.support import tiny
 from tests.support.oracle import plain_logps
@@ -78,4 +78,4 @@ def test_imported_values_take_the_place_of_a_model(args, tmp_path):
     )  # fmt: skip
     for column in ("input_ids", "labels", "base_logps", "ref_logps"):
         assert again[column][:] == whole[column][:]
-    assert len(load_scored(tmp_path / "b")) == 24
+    assert len(load_scores(tmp_path / "b")) == 24

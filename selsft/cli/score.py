@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .._compat import adapter_on_lm_head, end_training
 from ..data.loading import data_errors
-from ..data.scored_folder import is_scored, load_scored
+from ..data.scored_folder import is_scored, load_scores
 from ..errors import input_errors
 from ..report.terminal import print_summary, summarize
 from ..score import ScoringRun, check_score_settings, row_settings
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
         run.finish()
     if main_process:
         with input_errors():
-            summary = summarize(load_scored(folder), trainer._tokenizer, training, extra.show_tokens)
+            summary = summarize(load_scores(folder), trainer._tokenizer, training, extra.show_tokens)
         seconds = time.perf_counter() - start
         write_manifest(folder, record | {"finished": {"seconds": round(seconds, 1), **summary.numbers}})
         print_summary(summary, seconds, str(folder))

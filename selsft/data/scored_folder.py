@@ -230,7 +230,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def load_scored(path: str | Path) -> Dataset:
+def load_scores(path: str | Path) -> Dataset:
     """The rows of a finished folder, mapped into memory: `input_ids`, `labels`, `base_logps`, `ref_logps`.
 
     Raises:

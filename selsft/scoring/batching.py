@@ -9,6 +9,7 @@ rows; bucket samplers of fixed lengths, which pad to the bucket.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +27,13 @@ class BatchBudget:
     """How many rows go through the model at once.
 
     Args:
-        tokens: most tokens of a batch, padding included; a longer row has a batch of its own.
-        rows: a fixed number of rows instead, whatever their length.
+        tokens: most tokens of a batch, padding included; a longer row has a batch of its own. `None` sets no limit.
+        rows: most rows of a batch, whatever their length; `None` sets no limit.
         padding_free: whether the rows of a batch are concatenated, which needs a kernel that keeps them apart at no
             cost (flash attention). With others, attention over a concatenated batch costs the square of its length.
     """
 
-    tokens: int
+    tokens: int | None
     rows: int | None = None
     padding_free: bool = False
 
@@ -44,9 +45,13 @@ class BatchBudget:
         Args:
             models: those that the batches are for; padding-free if all of them use flash attention.
         """
-        tokens = args.per_device_eval_batch_size * (args.max_length or _DEFAULT_LENGTH)
+        tokens = args.scoring_batch_tokens or args.per_device_eval_batch_size * (args.max_length or _DEFAULT_LENGTH)
         flash = bool(models) and all(uses_flash_attention(model) for model in models)
-        return cls(args.scoring_batch_tokens or tokens, args.scoring_batch_size, flash)
+        return cls(None if args.scoring_batch_size else tokens, args.scoring_batch_size, flash)
+
+    def halved(self) -> BatchBudget:
+        """For batches of which every row is computed twice."""
+        return self if self.tokens is None else dataclasses.replace(self, tokens=max(self.tokens // 2, 1))
 
     def batches(self, lengths: np.ndarray) -> list[np.ndarray]:
         """Indices of the rows of each batch, longest rows first, so that running out of memory shows at once.
@@ -55,25 +60,22 @@ class BatchBudget:
             lengths: `(rows,)` int64.
         """
         order = np.argsort(-lengths, kind="stable")
-        if self.rows is not None:
-            return [order[start : start + self.rows] for start in range(0, len(order), self.rows)]
+        most = self.rows or self.tokens or max(len(order), 1)
         batches, start = [], 0
-        ends = np.cumsum(lengths[order])
         while start < len(order):
-            if self.padding_free:
-                done = ends[start - 1] if start else 0
-                count = int(np.searchsorted(ends, done + self.tokens, side="right")) - start
-            else:
-                count = self._padded(lengths[order[start:]])
-            stop = start + max(count, 1)
-            batches.append(order[start:stop])
-            start = stop
+            count = max(self._fitting(lengths[order[start : start + most]]), 1)
+            batches.append(order[start : start + count])
+            start += count
         return batches
 
-    def _padded(self, lengths: np.ndarray) -> int:
-        """How many of the rows, longest first, make a padded batch. In a small data set rows of like length are few:
-        there a batch of an eighth of the budget ends where rows are shorter than 0.9 of the longest."""
+    def _fitting(self, lengths: np.ndarray) -> int:
+        """How many of the rows, longest first, make a batch. In a small data set rows of like length are few: there a
+        padded batch of an eighth of the budget ends where rows are shorter than 0.9 of the longest."""
+        if self.tokens is None:
+            return len(lengths)
+        if self.padding_free:
+            return int(np.searchsorted(np.cumsum(lengths), self.tokens, side="right"))
         longest = max(int(lengths[0]), 1)
-        most = self.tokens // longest
+        most = min(self.tokens // longest, len(lengths))
         alike = int(np.searchsorted(-lengths[:most], -_ALIKE * longest, side="right"))
         return min(most, max(alike, -(-self.tokens // (_LEAST * longest))))

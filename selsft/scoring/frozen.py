@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import logging
 import os
@@ -302,9 +301,8 @@ class FrozenModels:
         )
         budget, both = self._budget, [BASE_LOGPS, REF_LOGPS]
         if self._one_pass and set(columns) == set(both):
-            half = dataclasses.replace(budget, tokens=max(budget.tokens // 2, 1))
             with frozen(self._live):
-                return run(both, self._both, budget=half, progress=progress)
+                return run(both, self._both, budget=budget.halved(), progress=progress)
         found: dict[str, np.ndarray] = {}
         if BASE_LOGPS in columns:
             names = [BASE_LOGPS, *(self.state_columns.names if self.state_columns is not None else [])]

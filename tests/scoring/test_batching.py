@@ -53,8 +53,11 @@ def test_batches_are_full_and_hardly_padded():
     batches = BatchBudget(8192).batches(few)
     assert sum(int(few[batch].max()) * len(batch) for batch in batches) < 1.15 * few.sum()
     assert len(batches) < 16
-    rows = BatchBudget(8192, rows=7).batches(lengths)
+    rows = BatchBudget(None, rows=7).batches(lengths)
     assert {len(batch) for batch in rows[:-1]} == {7}
+    both = BatchBudget(8192, rows=20).batches(lengths)
+    assert max(len(batch) for batch in both) == 20
+    assert all(len(batch) == 1 or lengths[batch].max() * len(batch) <= 8192 for batch in both)
 
 
 def test_the_budget_follows_the_settings():
@@ -67,7 +70,7 @@ def test_the_budget_follows_the_settings():
     args.scoring_batch_tokens = 500
     assert BatchBudget.of(args).tokens == 500
     args.scoring_batch_size = 3
-    assert BatchBudget.of(args).rows == 3
+    assert BatchBudget.of(args) == BatchBudget(None, rows=3)
     with pytest.raises(ValueError, match="scoring_batch_tokens=0 must be at least 1"):
         SelectiveSFTConfig("out", use_cpu=True, bf16=False, scoring_batch_tokens=0)
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 import selsft.scoring.frozen
 from selsft.cli import main
-from selsft.data.scored_folder import load_scored, read_manifest
+from selsft.data.scored_folder import load_scores, read_manifest
 from tests.cli.test_train import CPU, models, one_line, same, to_flags, weights
 from tests.support import tiny
 from tests.support.oracle import plain_logps
@@ -59,7 +59,7 @@ def shards(folder) -> dict[str, bytes]:
 
 def test_parts_hold_the_rows_in_order(run, models):
     assert run() == 0
-    manifest, scored = read_manifest("scored"), load_scored("scored")
+    manifest, scored = read_manifest("scored"), load_scores("scored")
     assert len(manifest["shards"]) > 5 and manifest["finished"]
     assert sum(shard["rows"] for shard in manifest["shards"]) == manifest["rows"] == len(scored) == 60
     assert manifest["tokens"] == sum(len(row) for row in scored["input_ids"])
@@ -91,7 +91,7 @@ def test_batches_change_no_score(run, budget):
     assert run() == 0
     assert run(scored_dir="other", **budget) == 0
     for name in ("base_logps", "ref_logps"):
-        first, second = (np.concatenate(load_scored(folder)[name][:]) for folder in ("scored", "other"))
+        first, second = (np.concatenate(load_scores(folder)[name][:]) for folder in ("scored", "other"))
         np.testing.assert_allclose(first, second, atol=2e-6)
 
 
@@ -115,7 +115,7 @@ def test_training_takes_the_folder_and_refuses_an_unfinished_one(run, models, ca
     assert run("train", output_dir="b", reference_model=models / "reference", **selection) == 0
     # Shards of 100 tokens have other batches than the trainer's shards, so scores agree to rounding
     assert same(weights("a"), weights("b"), tolerance=1e-5)
-    saved = load_scored("scored")
+    saved = load_scores("scored")
     saved.save_to_disk("old")  # what `selsft score` wrote before
     assert run("train", dataset_name="old", output_dir="c", **selection) == 0
     assert same(weights("a"), weights("c"))
@@ -286,7 +286,7 @@ def test_two_processes_write_what_one_writes(run, models, kind, monkeypatch):
     assert run() == 0
     root = Path(__file__).parents[2]
     script = (
-        "import sys; from tests.support.worker import shard_on_cpu; sys.argv[1] != 'ddp' and shard_on_cpu();"
+        "import sys; from tests.support.worker import prepare_process; prepare_process(sys.argv[1]);"
         "from selsft.cli import main; sys.exit(main(sys.argv[2:]))"
     )
     Path("launched.py").write_text(script)
@@ -307,7 +307,7 @@ def test_two_processes_write_what_one_writes(run, models, kind, monkeypatch):
         assert read_manifest("two")["shards"] == read_manifest("scored")["shards"]
     else:
         for name in ("base_logps", "ref_logps"):
-            one, two = (np.concatenate(load_scored(folder)[name][:]) for folder in ("scored", "two"))
+            one, two = (np.concatenate(load_scores(folder)[name][:]) for folder in ("scored", "two"))
             np.testing.assert_allclose(one, two, atol=2e-6)
-        assert load_scored("two")["input_ids"][:] == load_scored("scored")["input_ids"][:]
+        assert load_scores("two")["input_ids"][:] == load_scores("scored")["input_ids"][:]
         assert read_manifest("two")["identity"] == read_manifest("scored")["identity"]
