@@ -272,8 +272,8 @@ class SelectiveSFTConfig(SFTConfig):
     probe_clean: str | None = field(
         default=None,
         metadata={
-            "help": "For `selsft score`: clean rows, which are damaged by rules to fit the probe on, instead of judged "
-            "rows."
+            "help": "For `selsft score`: clean rows, which are damaged by rules to fit the probe on, instead of "
+            "judged rows."
         },
     )
     probe_corruptions: str | None = field(
@@ -483,7 +483,8 @@ class SelectiveSFTConfig(SFTConfig):
             (own and self.reference_model is not None, f"reference_model={self.reference_model!r} with "
              f"score={score!r}, which needs no reference: remove one of them"),
             ((own or score in ("surprisal", "probe")) and self.gate_reference_prob is not None,
-             f"gate_reference_prob={self.gate_reference_prob} with score={score!r}, which has no reference: remove it"),
+             f"gate_reference_prob={self.gate_reference_prob} with score={score!r}, which has no reference: remove "
+             "it"),
             (score == "contrast" and self.reference_model is not None
              and self.noisy_reference_model == self.reference_model, "reference_model and noisy_reference_model are "
              f"both {self.reference_model!r}, so all scores would be 0: score='contrast' compares two references"),

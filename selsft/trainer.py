@@ -75,7 +75,7 @@ class SelectiveSFTTrainer(SFTTrainer):
         - `token_weights` (`list[float]`), with `input_ids`: a signed weight for each token;
         - `spans` (`[[start, end, weight], ...]`, characters) of a text, a completion or a message, `corrected` texts,
           and `weight` or `train` of a message, content part or row (docs/spans.md);
-        - `base_logps` and `ref_logps`, `wrong_probs` or `noisy_logps` (`list[float]`), with `input_ids`: what a score
+        - `base_logps` and `ref_logps`, `probe_scores` or `noisy_logps` (`list[float]`), with `input_ids`: what a score
           is read from, computed before (`selsft score`);
         - `negative_mask` (`list[bool]`) or `token_scores` (`list[float]`), with `input_ids`, for `score="oracle"` and
           `score="given"`.

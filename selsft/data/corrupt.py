@@ -45,8 +45,8 @@ def corrupt_text(
     Where words are missing, nothing that is there is wrong: the next word is unknown.
 
     Args:
-        kinds: of `KINDS`; one is drawn for each damage. `swap` exchanges two words, `function`
-            replaces a preposition or determiner, `replace` takes a word of `vocabulary`, `insert` adds a function word.
+        kinds: of `KINDS`; one is drawn for each damage. `swap` exchanges two words, `function` replaces a preposition
+            or determiner, `replace` takes a word of `vocabulary`, `insert` adds a function word.
         share: of the words that are damaged, at least one.
     """
     words = [match.span() for match in _WORD.finditer(text)]
@@ -164,7 +164,7 @@ def _damage(
         new = _misspelt(old, rng)
     elif kind == "function":
         group = next((group for group in (_PREPOSITIONS, _DETERMINERS) if lower in group), None)
-        new = group and _cased(old, rng.choice([other for other in group if other != lower]))
+        new = _cased(old, rng.choice([other for other in group if other != lower])) if group else None
     elif kind == "replace":
         new = _cased(old, rng.choice(vocabulary))
     elif kind == "case":

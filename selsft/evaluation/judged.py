@@ -1,10 +1,10 @@
 """How good a score is on judged rows: discrimination, precision by threshold, and the threshold for a precision.
 
 Four levels. `token`: wrong tokens against right ones. `onset`: the first tokens of wrong spans against right tokens.
-`span`: wrong spans against right words, each by its worst token. `row`: rows with something wrong against rows without,
-each by the mean of its three worst tokens. Intervals are over rows, whose tokens are drawn together. Rejected: accuracy
-at a threshold, which a share of wrong tokens of some per cent makes meaningless; thresholds in nats by rule, which do
-not carry over from one data set to another while precisions do (docs/scores.md).
+`span`: wrong spans against right words, each by its worst token. `row`: rows with something wrong against rows
+without, each by the mean of its three worst tokens. Intervals are over rows, whose tokens are drawn together.
+Rejected: accuracy at a threshold, which means nothing where some per cent of the tokens are wrong; thresholds in nats
+by rule, which do not carry over from one data set to another while precisions do (docs/scores.md).
 """
 
 from __future__ import annotations

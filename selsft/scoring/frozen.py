@@ -270,7 +270,11 @@ class FrozenModels:
             if copied:
                 model = copy.deepcopy(model)
             if self.injected:
-                model = _inject(model, self.name, self._adapter_name) if copied else stack.enter_context(_with_adapter(model, self.name, self._adapter_name))
+                model = (
+                    _inject(model, self.name, self._adapter_name)
+                    if copied
+                    else stack.enter_context(_with_adapter(model, self.name, self._adapter_name))
+                )
             self._live = self._start = self._prepare(model) if copied else model
             refusal = self._mixed and self._cannot_mix()
             if refusal:

@@ -4,8 +4,8 @@ For each of five layers about the middle third of the depth, an L2-regularised l
 features: the state of token t, that of token t + 1 (which has seen what follows), log p of both. The logits of the
 layers are averaged, which is one linear map again, so no layer has to be chosen and applying it costs a product of
 `(hidden, 2)` a layer. A word is as wrong as its worst token, which selection takes care of (`score_pooling`). Logits
-become probabilities by Platt's calibration (1999) on out-of-fold rows. Judgements of whole rows train a map of the mean
-state and of the last one.
+become probabilities by Platt's calibration (1999) on out-of-fold rows. Judgements of whole rows train a map of the
+mean state and of the last one.
 
 `Probe.state_columns` runs inside the forward pass that scores: states live as long as a batch. Only to fit it are the
 states of judged tokens held in memory. Figures are in docs/scores.md. Rejected, each measured: MLP heads, PCA, layers
@@ -31,10 +31,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
 from ..data.chunks import TokenChunk
-from ..data.columns import BASE_LOGPS, WRONG_PROBS
+from ..data.columns import BASE_LOGPS, PROBE_SCORES
 from ..data.judged import JudgedRows
 from ..errors import InputError
-from ..records import file_sha256, replaced, write_json
+from ..records import file_sha256, read_json, replaced, write_json
 from ..training.model import base_model
 from .frozen import FrozenModels, StateColumns
 
@@ -43,7 +43,7 @@ STRENGTHS = (3e-4, 1e-3, 3e-3)  # scikit-learn's C: the inverse of the regularis
 FOLDS = 5
 TOKEN, ROW = "token", "row"
 FORMAT = 1
-_WEIGHTS, _FACTS = "probe.safetensors", "probe.json"
+_WEIGHTS, _FACTS, _HELD_OUT = "probe.safetensors", "probe.json", "out_of_fold.safetensors"
 _LOSS_FEATURES = {TOKEN: 2, ROW: 3}
 
 
@@ -78,7 +78,7 @@ class Probe:
         return save(named | {"loss": self.loss, "bias": np.array([self.bias], np.float64)})
 
     def state_columns(self, special_ids: np.ndarray) -> StateColumns:
-        """The column `wrong_probs` for the forward pass that scores.
+        """The column `probe_scores` for the forward pass that scores: minus the probability of being wrong.
 
         Args:
             special_ids: `(k,)` ids that are no part of an answer.
@@ -99,9 +99,9 @@ class Probe:
             else:
                 answer = (inputs["labels"] != -100) & ~torch.isin(inputs["input_ids"], special.to(device)) & valid
                 logit = row_values(this, following, logps, documents, answer, loss.to(device))
-            return {WRONG_PROBS: torch.sigmoid(logit + self.bias)}
+            return {PROBE_SCORES: -torch.sigmoid(logit + self.bias)}
 
-        return StateColumns([WRONG_PROBS], list(maps), columns)
+        return StateColumns([PROBE_SCORES], list(maps), columns)
 
 
 def probe_layers(depth: int) -> list[int]:
@@ -206,7 +206,9 @@ def design_of(
     answer = (rows.labels != -100) & ~np.isin(rows.input_ids, special_ids)
     states: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
     logps = np.zeros(rows.row.size, np.float32)
-    pairs, loss, chosen = [], [], []
+    pairs: list[np.ndarray] = []
+    loss: list[np.ndarray] = []
+    chosen: list[np.ndarray] = []
     kept = 0
     former, places = models.state_columns, np.zeros(0, np.int64)
 
@@ -240,8 +242,8 @@ def design_of(
             own = models.score(chunk, [BASE_LOGPS])[BASE_LOGPS]
             logps[start:end] = own
             if kind == ROW:
-                loss.append([[own[places].mean(), own[places].min(), np.log(places.size)]])
-                chosen.append([row])
+                loss.append(np.array([[own[places].mean(), own[places].min(), np.log(places.size)]]))
+                chosen.append(np.array([row]))
             else:
                 pairs.append(kept + np.searchsorted(places, np.stack([wanted, later], 1)))
                 loss.append(np.stack([own[wanted], np.where(wanted < last, own[later], 0)], 1))
@@ -266,11 +268,13 @@ class Fit:
         probe: fitted on all of the design.
         logits: `(n,)` calibrated, each by a probe that was not fitted on its group.
         partial: share of the training folds -> logits (not calibrated) of probes that were fitted on so much of them.
+        positions: of the design.
     """
 
     probe: Probe
     logits: np.ndarray
     partial: dict[float, np.ndarray]
+    positions: np.ndarray
 
 
 def fit_probe(
@@ -327,7 +331,7 @@ def fit_probe(
         float(scale * bias + shift),
         {"strength": strength, "folds": len(strengths), "judged": int(wrong.size), "wrong": int(wrong.sum())},
     )
-    return Fit(probe, scale * logits + shift, partial)
+    return Fit(probe, scale * logits + shift, partial, design.positions)
 
 
 def _folds(groups: np.ndarray, wrong: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -414,6 +418,30 @@ def save_probe(probe: Probe, folder: Path) -> None:
     )
 
 
+def save_fit(fit: Fit, folder: Path) -> None:
+    """Write the probe and its out-of-fold logits, so that a run that is resumed need not fit again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"partial.{share}": logits for share, logits in fit.partial.items()}
+    with replaced(folder / _HELD_OUT) as handle:
+        handle.write(save(tensors | {"logits": fit.logits, "positions": fit.positions}))
+    save_probe(fit.probe, folder)
+
+
+def load_fit(probe: Probe, folder: Path) -> Fit | None:
+    """The fit that `probe` comes from; `None` where its out-of-fold logits are not there."""
+    try:
+        tensors = load_file(folder / _HELD_OUT)
+    except (OSError, SafetensorError):
+        return None
+    partial = {float(name[8:]): logits for name, logits in tensors.items() if name.startswith("partial.")}
+    return Fit(probe, tensors["logits"], partial, tensors["positions"])
+
+
+def saved_key(folder: Path) -> str | None:
+    """The fact `key` of a probe that may be there: what it was fitted on and with."""
+    return read_json(folder / _FACTS).get("key")
+
+
 def load_probe(folder: str | Path, model_sha256: str, tokenizer_sha256: str) -> Probe:
     """A saved probe, for the model and the tokenizer that it was fitted with.
 
@@ -432,8 +460,8 @@ def load_probe(folder: str | Path, model_sha256: str, tokenizer_sha256: str) -> 
         ) from error
     if facts.get("format") != FORMAT or facts.get("kind") not in _LOSS_FEATURES:
         raise InputError(
-            f"probe={str(folder)!r} has the format {facts.get('format')!r}, and this version of selsft reads {FORMAT}: "
-            "fit it anew"
+            f"probe={str(folder)!r} has the format {facts.get('format')!r}, and this version of selsft reads "
+            f"{FORMAT}: fit it anew"
         )
     if facts.get("sha256") != sha256:
         raise InputError(f"probe={str(folder)!r}: {_WEIGHTS} is not the file that {_FACTS} names: fit it anew")

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from .._compat import get_config_model_id
 from ..config import SelectiveSFTConfig
 from ..data.chunks import TOKENS_PER_CHUNK, data_fingerprint, with_column
-from ..data.columns import BASE_LOGPS, REF_LOGPS, WEIGHTS, WRONG_PROBS
+from ..data.columns import BASE_LOGPS, PROBE_SCORES, REF_LOGPS, WEIGHTS
 from ..data.tokenizers import special_ids, tokenizer_sha256
 from ..data.words import Words
 from ..selection.excess import weigh_batches
@@ -32,7 +32,7 @@ from .probe import load_probe
 
 
 class TokenWeigher:
-    """Adds `token_weights`, and the columns that they are read from: `base_logps`, `ref_logps`, `wrong_probs`.
+    """Adds `token_weights`, and the columns that they are read from: `base_logps`, `ref_logps`, `probe_scores`.
 
     Args:
         model: the policy; it must still be as it is at the start of training.
@@ -74,7 +74,7 @@ class TokenWeigher:
             )
         compares = (source is not None and args.score == "influence") or args.forget_objective == "npo"
         compares |= args.score == "surprisal"
-        self._probe = args.score == "probe" and WRONG_PROBS not in given
+        self._probe = args.score == "probe" and PROBE_SCORES not in given
         self.models = FrozenModels(
             model, source, tokenizer, args, accelerator, collator,
             base=(compares and BASE_LOGPS not in given) or self._probe, online=online,
@@ -98,10 +98,12 @@ class TokenWeigher:
             scored = {}
             passes = {name: (name, rows) for name in models.columns}  # column -> the pass that gives it, its identity
             if self._probe:
-                passes[WRONG_PROBS] = (BASE_LOGPS, rows | {"probe_sha256": self._probe_sha256})
+                passes[PROBE_SCORES] = (BASE_LOGPS, rows | {"probe_sha256": self._probe_sha256})
                 if self.args.forget_objective != "npo":
                     del passes[BASE_LOGPS]
-            digests = {name: models.sha256(source) for name, (source, _) in passes.items()}  # before an adapter is put in
+            digests = {
+                name: models.sha256(source) for name, (source, _) in passes.items()
+            }  # before an adapter is put in
             with models.ready():
                 for name, (source, key) in passes.items():
                     scored[name] = cached_column(
@@ -152,7 +154,9 @@ class TokenWeigher:
     def weigh_stream(self, dataset: IterableDataset) -> IterableDataset:
         """Streamed rows with the weights that their own columns say, under a rule that needs no other rows."""
         return dataset.map(
-            lambda row: {WEIGHTS: row_weights(row, self.args, self.special_ids, self.collator.padding_free, self.words)}
+            lambda row: {
+                WEIGHTS: row_weights(row, self.args, self.special_ids, self.collator.padding_free, self.words)
+            }
         )
 
     def mask_special_tokens(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:

@@ -1,10 +1,11 @@
 """Scored tokens -> the column `token_weights`, for a batch, a streamed row, or a whole data set on disk.
 
 A score is high = useful; `raw_scores` has the formulas (docs/scores.md), and pooling follows (`pooling`). Selection
-needs no model, so changing a threshold, a base weight or a pooling never rescores. For a data set the boundary comes from `order_statistic` and the rows pass by in chunks, so 1e8 tokens need no more memory
-than 1e6. In this order: the rule (threshold or share, with the neutral band), what can never be negative (special
-tokens, the gate on the reference's probability), the cap per document, and `forget_weight=0`, which makes negatives
-neutral. `"excess"`, whose scores change with every step, is in `excess.py`.
+needs no model, so changing a threshold, a base weight or a pooling never rescores. For a data set the boundary comes
+from `order_statistic` and the rows pass by in chunks, so 1e8 tokens need no more memory than 1e6. In this order: the
+rule (threshold or share, with the neutral band), what can never be negative (special tokens, the gate on the
+reference's probability), the cap per document, and `forget_weight=0`, which makes negatives neutral.
+`"excess"`, whose scores change with every step, is in `excess.py`.
 
 Rejected: a class per scheme. They differ in where a score comes from, which is one line each, and in nothing else.
 """
@@ -25,11 +26,11 @@ from ..data.columns import (
     BASE_LOGPS,
     NEGATIVE_MASK,
     NOISY_LOGPS,
+    PROBE_SCORES,
     READ_COLUMNS,
     REF_LOGPS,
     TOKEN_SCORES,
     WEIGHTS,
-    WRONG_PROBS,
 )
 from ..data.words import Words
 from .pooling import pool_scores
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from ..config import SelectiveSFTConfig
 
 logger = logging.getLogger(__name__)
+
 
 def raw_scores(columns: Mapping[str, np.ndarray], args: SelectiveSFTConfig) -> np.ndarray:
     """Scores of tokens from their columns, float32 of the columns' shape, not pooled.
@@ -56,7 +58,7 @@ def raw_scores(columns: Mapping[str, np.ndarray], args: SelectiveSFTConfig) -> n
     if args.score == "surprisal":
         return column(BASE_LOGPS)
     if args.score == "probe":
-        return -column(WRONG_PROBS)
+        return column(PROBE_SCORES)
     if args.score == "contrast":
         return column(REF_LOGPS) - column(NOISY_LOGPS)
     if args.score == "given":

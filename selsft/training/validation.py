@@ -12,7 +12,7 @@ from datasets import IterableDataset
 from trl.data_utils import get_dataset_column_names
 
 from .._compat import DataCollatorForLanguageModeling
-from ..data.columns import BASE_LOGPS, NOISY_LOGPS, READ_COLUMNS, REF_LOGPS, SCORE_COLUMNS, WEIGHTS, WRONG_PROBS
+from ..data.columns import BASE_LOGPS, NOISY_LOGPS, PROBE_SCORES, READ_COLUMNS, REF_LOGPS, SCORE_COLUMNS, WEIGHTS
 from .collator import DataCollatorForSelectiveSFT
 from .model import Model
 
@@ -29,7 +29,7 @@ def refuse_unsupported(trainer: SelectiveSFTTrainer, source: str | Model | None,
     """
     args, names = trainer.args, get_dataset_column_names(trainer.train_dataset)
     parallelism = trainer.accelerator.parallelism_config
-    scores = {BASE_LOGPS, REF_LOGPS, NOISY_LOGPS, WRONG_PROBS} & set(given)
+    scores = {BASE_LOGPS, REF_LOGPS, NOISY_LOGPS, PROBE_SCORES} & set(given)
     streamed = isinstance(trainer.train_dataset, IterableDataset)
     collator = type(trainer.data_collator)
     score, column = args.score, SCORE_COLUMNS.get(args.score)
@@ -78,9 +78,9 @@ def refuse_unsupported(trainer: SelectiveSFTTrainer, source: str | Model | None,
             "`selsft score --score contrast` first and train on its folder",
         ),
         (
-            score == "probe" and args.probe is None and WRONG_PROBS not in given,
-            f"score='probe' needs a probe: set probe to a saved one, or run `selsft score --score probe --judged FILE` "
-            f"and train on its folder (column {WRONG_PROBS!r})",
+            score == "probe" and args.probe is None and PROBE_SCORES not in given,
+            "score='probe' needs a probe: set probe to a saved one, or run `selsft score --score probe --judged FILE` "
+            f"and train on its folder (column {PROBE_SCORES!r})",
         ),
         (
             streamed and scores and WEIGHTS not in given and score in ("influence", "surprisal", "probe", "contrast"),
