@@ -51,7 +51,7 @@ def select(
         counts["positive"] += int((weights[mask] > 0).sum())
         counts["negative"] += int((weights[mask] < 0).sum())
     counts["neutral"] = counts["trained"] - counts["positive"] - counts["negative"]
-    columns = ["input_ids", "labels", WEIGHTS] + ([BASE_LOGPS] if args.forget_objective == "npo" else [])
+    columns = ["input_ids", "labels", WEIGHTS] + ([BASE_LOGPS] if args.needs_start_logps else [])
     weighted.select_columns(columns).to_parquet(str(folder / SELECTED))
     found = {**counts, "rows": len(weighted), "worst": _worst(scored, tokenizer, special)}
     write_json(folder / COUNTS, found)
