@@ -14,13 +14,18 @@ demo: $(STAMP)
 # Two processes side by side. The Triton kernels run in the interpreter, under which everything else would crawl.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-test: $(STAMP)
+test: $(STAMP) .browser
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton
 	$(PYTEST) tests --ignore tests/triton
 
 # What one wants while editing, in two minutes.
 test-fast: $(STAMP)
 	$(PYTEST) -m "not slow" tests --ignore tests/triton
+
+# What the tests of the pages need; where it cannot be had, they say that they were skipped.
+.browser:
+	command -v chromium >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium; } || true
+	npm install --silent --prefix $@ axe-core@4 || mkdir -p $@
 
 # The core tests with the oldest supported versions; `make test` has the newest tested ones.
 OLDEST := .venv-oldest

@@ -26,17 +26,16 @@ from ._compat import (
     DataCollatorForLanguageModeling,
     adapter_on_lm_head,
     get_config_model_id,
-    prepare_deepspeed,
-    prepare_fsdp,
 )
 from .config import SelectiveSFTConfig
 from .data.columns import ACTIVE_ROWS, BASE_LOGPS, REF_LOGPS, SCORE_COLUMNS, TOKEN_COLUMNS, WEIGHTS, token_columns
-from .data.preparation import add_message_weights, brings_weights, has_message_weights, truncate_and_pack
-from .scoring.annotation import TokenAnnotator
+from .data.preparation import add_marked_weights, brings_weights, truncate_and_pack
+from .data.spans import check_marks, has_marks, join_parts
+from .scoring.weighing import TokenWeigher
 from .selection.excess import ExcessSelector
 from .training.collator import DataCollatorForSelectiveSFT
-from .training.head import STATS, SelectiveCausalLMOutput, SelectiveHead, add_selective_head, read_lm_head
-from .training.model import Model, base_model
+from .training.head import STATS, SelectiveCausalLMOutput, SelectiveHead
+from .training.model import Model
 from .training.schedules import forget_weight_at
 from .training.validation import refuse_unsupported
 
@@ -65,7 +64,8 @@ class SelectiveSFTTrainer(SFTTrainer):
 
     Train data may bring, besides everything that `SFTTrainer` accepts:
         - `token_weights` (`list[float]`), with `input_ids`: a signed weight for each token;
-        - `weight` (`float`) in the messages of a conversation;
+        - `spans` (`[[start, end, weight], ...]`, characters) of a text, a completion or a message, `corrected` texts,
+          and `weight` or `train` of a message, content part or row (docs/spans.md);
         - `base_logps` and `ref_logps` (`list[float]`), with `input_ids`: scores computed before (`selsft score`);
         - `negative_mask` (`list[bool]`) or `token_scores` (`list[float]`), with `input_ids`, for `score="oracle"` and
           `score="given"`.
@@ -132,10 +132,17 @@ class SelectiveSFTTrainer(SFTTrainer):
             args = SelectiveSFTConfig.from_training_arguments(args)
         source = reference_model if reference_model is not None else args.reference_model
         self._train_is_prepared = False
+        if train_dataset is not None:
+            check_marks(
+                train_dataset,
+                args.dataset_text_field,
+                formatting=formatting_func is not None,
+                reference=source is not None,
+            )
         may_select = (
             source is not None
             or args.score != "influence"
-            or (train_dataset is not None and brings_weights(train_dataset, args.score))
+            or (train_dataset is not None and brings_weights(train_dataset, args.score, args.dataset_text_field))
         )
         with adapter_on_lm_head() if may_select else contextlib.nullcontext():
             super().__init__(
@@ -163,52 +170,36 @@ class SelectiveSFTTrainer(SFTTrainer):
         if not isinstance(self.data_collator, DataCollatorForSelectiveSFT):
             parent = cast(DataCollatorForLanguageModeling, self.data_collator)
             self.data_collator = DataCollatorForSelectiveSFT.from_parent(parent)
-        add_selective_head(base_model(self.model))
-        read_lm_head(self.model.get_output_embeddings())  # refuses an adapter that the loss cannot follow
         # The loss is normalised over the optimizer step, whatever the model's own forward accepts
         self.model_accepts_loss_kwargs = True
-        self._annotator = TokenAnnotator(
-            self.model,
-            source,
-            self.args,
-            self.accelerator,
-            self.data_collator,
-            self._tokenizer,
-            self._prepare_frozen,
-            self._online,
+        self._weigher = TokenWeigher(
+            self.model, source, self.args, self.accelerator, self.data_collator, self._tokenizer, given, self._online
         )
         if isinstance(self.train_dataset, Dataset) and not self._online:
-            self.train_dataset = self._annotator.annotate(self.train_dataset, given)
+            self.train_dataset = self._weigher.weigh(self.train_dataset)
         elif WEIGHTS in given:
-            self.train_dataset = self._annotator.mask_special_tokens(self.train_dataset)
+            self.train_dataset = self._weigher.mask_special_tokens(self.train_dataset)
         elif self.args.score in SCORE_COLUMNS:
-            self.train_dataset = self._annotator.weigh_stream(cast(IterableDataset, self.train_dataset))
+            self.train_dataset = self._weigher.weigh_stream(cast(IterableDataset, self.train_dataset))
         if self.args.score == "excess":
             self._excess = ExcessSelector(
-                self.args, self.accelerator, self._annotator.special_ids, self._annotator.current_logps
+                self.args, self.accelerator, self._weigher.special_ids, self._weigher.current_logps
             )
             self.add_callback(self._excess)
 
-    def _prepare_frozen(self, model: Model) -> Model:
-        """Put a frozen model where the accelerator wants it, as TRL's DPO trainer does with its reference."""
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(model, self.accelerator)
-        if self.is_fsdp_enabled:
-            return cast(Model, prepare_fsdp(model, self.accelerator))
-        return self.accelerator.prepare_model(model, evaluation_mode=True)
-
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        """Train rows with token columns or weighted messages are truncated and packed with those columns; all other
+        """Train rows with token columns or marks of their text are truncated and packed with those columns; all other
         rows go through TRL's preparation as they are."""
         is_train, self._train_is_prepared = not self._train_is_prepared, True
-        weighted = is_train and has_message_weights(dataset)
+        weighted = is_train and has_marks(dataset, args.dataset_text_field)
+        dataset = join_parts(dataset)
         if not (weighted or (is_train and token_columns(dataset, args.score))):
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         plain = copy.copy(args)
         plain.max_length, plain.shuffle_dataset = None, False
         dataset = super()._prepare_dataset(dataset, processing_class, plain, False, formatting_func, dataset_name)
         if weighted:
-            dataset = add_message_weights(dataset, processing_class, self.chat_template, args)
+            dataset = add_marked_weights(dataset, processing_class, self.chat_template, args)
         return truncate_and_pack(dataset, args, packing, args.score)
 
     def _set_signature_columns_if_needed(self):
@@ -227,7 +218,7 @@ class SelectiveSFTTrainer(SFTTrainer):
         if not self._selective or not batches:
             return batches, num_items
         if self._online:
-            score = self._annotator.annotate_batch if self._excess is None else self._annotator.score_batch
+            score = self._weigher.weigh_batch if self._excess is None else self._weigher.score_batch
             for batch in batches:
                 score(batch)
         if self._excess is not None:

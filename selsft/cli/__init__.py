@@ -17,6 +17,7 @@ from ..errors import InputError, one_line
 COMMANDS = {
     "train": "fine-tune a model: learn the useful tokens, forget the misleading ones (flags of `trl sft` and more)",
     "score": "score the tokens of a data set with a reference, save them for `train`, and print a summary",
+    "inspect": "look at the tokens of a data set: choose a threshold, mark what is wrong",
     "evaluate": "NLL, exact match, EOS rate, KL to the base and more of a trained model on held-out rows",
     "run": "a recipe from raw data to a report: split, reference, score, select, train, evaluate",
     "skills": "train a model on random labels of multiple-choice tasks and measure how far it forgets",

@@ -1,4 +1,4 @@
-"""Token columns through TRL's data preparation: per-message weights, truncation, packing.
+"""Token columns through TRL's data preparation: marks of the text, truncation, packing.
 
 TRL truncates and packs `input_ids` and `labels` and either drops every other column or leaves it at its old length. So
 rows that bring weights or scores are tokenised by TRL without truncation and packing, and both are done here over all
@@ -19,28 +19,25 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, pack_dataset
 from trl.data_utils import get_dataset_column_names
 
+from ..errors import InputError
+from .alignment import Alignment
 from .columns import BASE_LOGPS, REF_LOGPS, TOKEN_SCORES, WEIGHTS, token_columns
+from .spans import TokenMarks, has_marks, mark_tokens, read_marks, weight_of
 
 
-def has_message_weights(dataset: Dataset | IterableDataset) -> bool:
-    """Whether the messages of a conversational data set carry a `weight`."""
-    names = get_dataset_column_names(dataset)
-    if "input_ids" in names or not {"messages", "completion"} & set(names):
-        return False
-    first: dict[str, Any] = next(iter(dataset), {})
-    messages = first.get("messages") or first.get("completion")
-    return isinstance(messages, list) and any(isinstance(m, dict) and "weight" in m for m in messages)
-
-
-def brings_weights(dataset: Dataset | IterableDataset, score: str = "influence") -> bool:
+def brings_weights(dataset: Dataset | IterableDataset, score: str = "influence", text_field: str = "text") -> bool:
     """Whether `dataset` says itself which tokens count how much."""
-    return bool(token_columns(dataset, score)) or has_message_weights(dataset)
+    return bool(token_columns(dataset, score)) or has_marks(dataset, text_field)
 
 
 def message_token_weights(
-    messages: list[dict[str, Any]], input_ids: list[int], tokenizer: PreTrainedTokenizerBase, **template_kwargs
+    messages: list[dict[str, Any]],
+    input_ids: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    default: float = 1.0,
+    **template_kwargs,
 ) -> list[float]:
-    """Weight of every token of a rendered conversation, from the `weight` of its messages (1 where there is none).
+    """Weight of every token of a rendered conversation, from the `weight` (or `train`) of its messages.
 
     The tokens of a message are those between the rendering of the conversation before it (with the generation prompt,
     for an assistant) and the rendering that includes it: its text and the end-of-turn marker, not its header.
@@ -48,18 +45,17 @@ def message_token_weights(
     Args:
         messages: `{"role", "content", "weight"}`, weight signed and finite.
         input_ids: the tokenised conversation, as the chat template renders it.
+        default: weight of everything else.
 
     Raises:
         `ValueError` when the template does not render a prefix of the conversation as a prefix of the tokens, as
         templates that drop earlier reasoning do: then no span of tokens belongs to the message.
     """
-    weights = [1.0] * len(input_ids)
+    weights = [default] * len(input_ids)
     for position, message in enumerate(messages):
-        weight = message.get("weight")
-        if weight is None or weight == 1:
+        weight = weight_of(message, f"message {position}")
+        if weight is None or weight == default:
             continue
-        if not isinstance(weight, int | float) or weight != weight or abs(weight) == float("inf"):
-            raise ValueError(f"weight={weight!r} of message {position} must be a finite number")
         before = _render(tokenizer, messages[:position], message["role"] == "assistant", template_kwargs)
         after = _render(tokenizer, messages[: position + 1], False, template_kwargs)
         if input_ids[: len(after)] != after or after[: len(before)] != before:
@@ -68,7 +64,7 @@ def message_token_weights(
                 "so its weight cannot be given to tokens: use a template that keeps earlier turns unchanged, or "
                 f"bring a {WEIGHTS!r} column with the tokenised data"
             )
-        weights[len(before) : len(after)] = [float(weight)] * (len(after) - len(before))
+        weights[len(before) : len(after)] = [weight] * (len(after) - len(before))
     return weights
 
 
@@ -81,25 +77,60 @@ def _render(tokenizer, messages: list[dict], generation_prompt: bool, template_k
     return list(rendered["input_ids"])
 
 
-def add_message_weights(
+def read_token_marks(
+    example: dict[str, Any],
+    row: int,
+    tokenizer: PreTrainedTokenizerBase,
+    alignment: Alignment,
+    chat_template: str | None,
+    text_field: str,
+    judged: bool = False,
+) -> TokenMarks:
+    """What row number `row`, tokenised by TRL and still with its text, says about its tokens.
+
+    Raises:
+        `InputError` naming the row.
+    """
+    marks = read_marks(example, row, text_field, tokenizer.eos_token)
+    tools = example.get("tools")
+    options = {
+        "chat_template": chat_template,
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **(example.get("chat_template_kwargs") or {}),
+    }
+    ids = example["input_ids"]
+    try:
+        return mark_tokens(
+            marks,
+            ids,
+            alignment,
+            lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False, **options)),
+            lambda messages, default: np.array(
+                message_token_weights(messages, ids, tokenizer, default, **options), np.float32
+            ),
+            judged,
+        )
+    except ValueError as error:
+        raise InputError(f"row {row}: {error}") from error
+
+
+def add_marked_weights(
     dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, chat_template: str | None, args: SFTConfig
 ) -> Dataset | IterableDataset:
-    """Add `token_weights` to rows that TRL has tokenised and that still have their messages."""
+    """Add `token_weights` to rows that TRL has tokenised and that still have their text and its marks.
 
-    def weigh(example):
-        messages = example["messages"] if "messages" in example else example["prompt"] + example["completion"]
-        tools = example.get("tools")
-        weights = message_token_weights(
-            messages,
-            example["input_ids"],
-            tokenizer,
-            chat_template=chat_template,
-            tools=json.loads(tools) if isinstance(tools, str) else tools,
-            **(example.get("chat_template_kwargs") or {}),
-        )
-        return {WEIGHTS: weights}
+    Raises:
+        `InputError` for the first row whose marks are wrong, naming it.
+    """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    alignment, text_field = Alignment(tokenizer), args.dataset_text_field
 
-    return dataset.map(weigh, **_map_options(dataset, args, "Weighing messages"))
+    def weigh(example, row):
+        tokens = read_token_marks(example, row, tokenizer, alignment, chat_template, text_field)
+        return {WEIGHTS: tokens.weights}
+
+    options = _map_options(dataset, args, "Finding marked tokens")
+    return dataset.map(weigh, with_indices=True, **options)
 
 
 def truncate_and_pack(

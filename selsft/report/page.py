@@ -7,6 +7,8 @@ page about data should show what is in it.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from ..records import replaced
 
 # Controls except tab and newline, soft hyphen, bidirectional and zero-width formatting except the joiners that emoji
 # and several scripts need, separators that break lines, surrogates, noncharacters, tags
-_HIDDEN = re.compile(
+HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufdd0-\ufdef\ufeff"
     "\ufff9-\ufffb\ufffe\uffff\ud800-\udfff\U000e0000-\U000e007f]"
 )
@@ -26,7 +28,7 @@ _HIDDEN = re.compile(
 
 def visible(text: str) -> str:
     """`text` with every character that a page would drop, hide or be reordered by written as an escape sequence."""
-    return _HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+    return HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def _shown(value: Any) -> Any:
@@ -37,6 +39,24 @@ _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("selsft.report"), autoescape=True, undefined=jinja2.StrictUndefined,
     finalize=_shown, trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
+
+
+def _script(name: str) -> Markup:
+    """A script of the package as an inline element."""
+    return Markup(f"<script>{_source(name)}</script>")
+
+
+def _policy(name: str) -> str:
+    """The source expression that allows this script alone to run, whatever else a page may come to hold."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(_source(name).encode()).digest()).decode()}'"
+
+
+def _source(name: str) -> str:
+    assert _ENVIRONMENT.loader is not None
+    return _ENVIRONMENT.loader.get_source(_ENVIRONMENT, name)[0]
+
+
+_ENVIRONMENT.globals |= {"script": _script, "policy": _policy}
 
 
 def write_page(path: Path, template: str, content: dict[str, Any]) -> Path:

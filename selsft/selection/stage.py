@@ -80,7 +80,7 @@ def _worst(scored: Dataset, tokenizer, special: np.ndarray) -> list[dict[str, An
                 "score": score,
                 "row": row,
                 "before": str(tokenizer.decode(before)),
-                "token": str(tokenizer.decode(token)),
+                "text": str(tokenizer.decode(token)),
                 "after": str(tokenizer.decode(after[:8])),
             }
         )

@@ -45,7 +45,7 @@ def run_folder(root):
         table |= {"reference": [f"gold {HOSTILE}"] * 3, "answer": [f"{name} {HOSTILE}", f"{name} b", "same"]}
         pq.write_table(pa.table(table), folder / ROWS)
         stages[f"evaluate-{name}"] = {"folder": f"evaluate-{name}", "reads": ["split"], "seconds": 1.5}
-    worst = [{"score": -3.0, "row": 7, "before": HOSTILE, "token": HOSTILE, "after": ""}]
+    worst = [{"score": -3.0, "row": 7, "before": HOSTILE, "text": "<b>worst", "after": ""}]
     counts = {"rows": 9, "tokens": 99, "trained": 90, "positive": 80, "neutral": 1, "negative": 9, "worst": worst}
     write_json(root / "select" / COUNTS, counts)
     stages["select"] = {"folder": "select", "reads": [], "seconds": None, "state": "new"}
@@ -60,6 +60,7 @@ def test_a_run_with_hostile_text(tmp_path):
     assert "script" not in page.tags and "<script" not in text
     assert not any(c in text for c in "\x00\x1b\u202e\u2066\ufeff")
     assert r"\u202egnp.exe" in text and any(data.startswith("gold <script>") for data in page.texts)
+    assert "<mark>&lt;b&gt;worst</mark>" in text and "hidden" not in page.texts
     assert "https://" not in text and "http://" not in text
     # Right to wrong first
     assert text.index("base b") > text.index("base &lt;script")

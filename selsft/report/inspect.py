@@ -1,0 +1,162 @@
+"""Rows of tokens as a page to look at, select on and mark, and as coloured text on a terminal.
+
+The page holds the numbers as they are, so that the counts at its sliders are those of training; its script
+(`templates/inspect.js`) draws only the rows in view. Rejected: HTML of every token, which a browser needs minutes for;
+scores rounded to 16 bits, which move tokens across a threshold.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from ..config import SelectiveSFTConfig
+from ..data.columns import BASE_LOGPS, REF_LOGPS, TOKEN_SCORES
+from .page import HIDDEN, write_page
+from .terminal import printable
+from .tokens import LABELLED, ROLE, SCORED, SPECIAL, START, TokenRows
+
+INFLUENCE, WEIGHTED = "influence", "weights"
+_SHOWN, _FACETS = 200, 40
+
+
+def score_names(rows: TokenRows) -> list[str]:
+    """What the rows can be coloured by: the best first; `weights` stands for what they bring, or what has a label."""
+    both = {BASE_LOGPS, REF_LOGPS} <= rows.scores.keys()
+    others = sorted(rows.scores.keys() - {BASE_LOGPS, REF_LOGPS}, key=lambda name: (name != TOKEN_SCORES, name))
+    logps = [name for name in (BASE_LOGPS, REF_LOGPS) if name in rows.scores]
+    names = [*([INFLUENCE] if both else []), *others, *logps]
+    return [*names, WEIGHTED] if rows.weights is not None or not names else names
+
+
+def score_of(rows: TokenRows, name: str, base_weight: float = 1.0) -> np.ndarray:
+    """A score of every token, `(n,)` float32; high is good."""
+    if name == INFLUENCE:
+        return rows.scores[REF_LOGPS] - np.float32(base_weight) * rows.scores[BASE_LOGPS]
+    if name == WEIGHTED:
+        return np.ones(len(rows.tokens), np.float32) if rows.weights is None else rows.weights
+    return rows.scores[name]
+
+
+def starting_threshold(rows: TokenRows, name: str, score: np.ndarray) -> float:
+    """A `negative_threshold` to begin with: training's own for influence, if it makes one token in 1,000 negative;
+    else the worst twentieth."""
+    found = score[(rows.flags & SCORED > 0) & np.isfinite(score)]
+    if not len(found) or (name == INFLUENCE and (found < -1).mean() >= 0.001):
+        return 1.0
+    return round(-float(np.quantile(found, 0.05)), 4)
+
+
+def classes(rows: TokenRows, score: np.ndarray, boundary: float, band: float, protect_special: bool) -> np.ndarray:
+    """Class of every token as training has it, `(n,)` int8: 1, 0 or -1; 2 for tokens that are not scored."""
+    scored = (rows.flags & SCORED > 0) & np.isfinite(score)
+    found = np.where(score < np.float32(boundary), -1, 1).astype(np.int8)
+    if band > 0:
+        found[np.abs(score - np.float32(boundary)) <= np.float32(band)] = 0
+    if protect_special:
+        found[(rows.flags & SPECIAL > 0) & (found < 0)] = 1
+    found[~scored] = 2
+    return found
+
+
+def write_inspection(path: Path, rows: TokenRows, about: dict[str, Any], settings: dict[str, Any]) -> Path:
+    """Write the page of some rows; returns its path.
+
+    Args:
+        about: `title`, `lines` (facts as texts), `total` (rows of the data set), `judged` (rows of a judged sample, as
+            they are in its file), `measured` (content of a folder's `judged.json`).
+        settings: `score`, `negative_threshold`, `neutral_band`, `score_base_weight`, `protect_special_tokens`.
+    """
+    digest = hashlib.sha256(
+        rows.tokens.tobytes() + rows.offsets.tobytes() + "\0".join(rows.pieces).encode("utf-8", "surrogatepass")
+    )
+    data = {
+        "key": digest.hexdigest()[:16],
+        "hidden": HIDDEN.pattern,
+        "bits": {"LABELLED": LABELLED, "SCORED": SCORED, "SPECIAL": SPECIAL, "ROLE": ROLE, "START": START},
+        "facts_rows": len(rows.numbers),
+        "pieces": rows.pieces,
+        "tokens": _packed(rows.tokens.astype(np.uint32)),
+        "offsets": _packed(rows.offsets.astype(np.uint32)),
+        "flags": _packed(rows.flags),
+        "numbers": _packed(rows.numbers.astype(np.uint32)),
+        "scores": score_names(rows),
+        "columns": {name: _packed(values) for name, values in rows.scores.items()},
+        "weights": None if rows.weights is None else _packed(rows.weights),
+        "facts": {name: [_short(value) for value in values] for name, values in rows.facts.items()},
+        "facets": [name for name, values in rows.facts.items() if _is_facet(values)],
+        "judged": about["judged"],
+        "settings": settings | {"has_base_weight": hasattr(SelectiveSFTConfig, "score_base_weight")},
+    }
+    content = {**about, "data": data, "tables": _measured(about["measured"])}
+    return write_page(path, "inspect.html", content)
+
+
+def _packed(values: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<")).tobytes()).decode()
+
+
+def _short(value: Any) -> Any:
+    """A value as JSON has it."""
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    return str(value)[:_SHOWN]
+
+
+def _is_facet(values: list[Any]) -> bool:
+    """Whether a column sorts the rows into a few kinds, as the source that they come from does."""
+    distinct = {value for value in values if not isinstance(value, float)}
+    return 2 <= len(distinct) <= _FACETS and len(distinct) <= len(values) / 2
+
+
+def _measured(judged: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a table from `judged.json`: how well each score finds what people marked."""
+    return [
+        {"sample": sample, "score": score, "level": level, **numbers}
+        for sample, scores in judged.items() if isinstance(scores, dict)
+        for score, levels in scores.items() if isinstance(levels, dict)
+        for level, numbers in levels.items() if isinstance(numbers, dict) and numbers.get("auc") is not None
+    ]  # fmt: skip
+
+
+def print_rows(rows: TokenRows, found: np.ndarray, show: int, console: Console | None = None) -> None:
+    """Print the rows with the largest share of negatives: negative tokens red, or in [brackets] without colours.
+
+    Args:
+        found: of `classes`.
+    """
+    console = console or Console(highlight=False, markup=False, soft_wrap=True)
+    starts, ends = rows.offsets[:-1], rows.offsets[1:]
+    counts = np.concatenate([[0], np.cumsum(found == -1)])
+    scored = np.concatenate([[0], np.cumsum(found != 2)])
+    negative, total = counts[ends] - counts[starts], scored[ends] - scored[starts]
+    whole = negative.sum(), max(total.sum(), 1)
+    console.print(f"{whole[0]:,} of {whole[1]:,} scored tokens are negative ({whole[0] / whole[1]:.1%})")
+    order = np.argsort(-negative / np.maximum(total, 1), kind="stable")[:show]
+    for row in order:
+        facts = [f"{name} {values[row]}" for name, values in rows.facts.items()]
+        head = f"row {rows.numbers[row]}  {negative[row]} of {total[row]} negative"
+        console.print(Text(printable("  ".join([head, *facts]))[:_SHOWN], style="bold"))
+        console.print(_coloured(rows, found, int(starts[row]), int(ends[row]), console.color_system is None))
+
+
+def _coloured(rows: TokenRows, found: np.ndarray, start: int, end: int, brackets: bool) -> Text:
+    text = Text()
+    for token in range(start, end):
+        piece = rows.pieces[rows.tokens[token]]
+        body = piece.lstrip()
+        text.append(printable(piece[: len(piece) - len(body)]).replace("\\n", "\n").replace("\\t", "\t"))
+        kind = int(found[token])
+        shown = "\n".join(map(printable, body.split("\n")))
+        if kind == -1 and brackets:
+            shown = f"[{shown}]"
+        text.append(shown, style={-1: "bold red", 0: "yellow", 2: "dim"}.get(kind, ""))
+    return text
