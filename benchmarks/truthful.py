@@ -155,7 +155,7 @@ def score_stage(options: argparse.Namespace, data: dict[str, list[dict]], refere
     shared, selection, adapter = recipe()
 
     def work(folder: Path) -> None:
-        settings = {**shared, **selection, "scoring_cache_dir": str(options.work / "arms" / "scores")}
+        settings = {**shared, **selection, "scoring_cache_dir": str(options.work / "scores")}
         args = SelectiveSFTConfig(output_dir=str(folder), reference_model=str(reference.folder / "model"), **settings)
         with quiet():
             trainer = SelectiveSFTTrainer(
@@ -209,7 +209,7 @@ def compare(options: argparse.Namespace, data: dict[str, list[dict]], references
         {name: arms[name] for name in options.arms},
         options.work / "arms",
         seeds=options.seeds,
-        settings=shared,
+        settings={**shared, "scoring_cache_dir": str(options.work / "scores")},
         peft_config=adapter,
         untrained={
             "base": options.model,
