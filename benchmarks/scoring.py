@@ -42,9 +42,9 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from selsft import DataCollatorForSelectiveSFT
-from selsft.data.chunks import TokenChunk
+from selsft.data.chunks import TokenChunk, token_chunks
 from selsft.data.scored_folder import ScoredFolder
-from selsft.scoring.batching import BatchBudget, shard_chunks
+from selsft.scoring.batching import BatchBudget
 from selsft.scoring.logprobs import ROW_COLUMNS, forward_logps, score_chunk
 from selsft.training.head import add_selective_head
 
@@ -81,7 +81,7 @@ def rows(tokens: int, vocab: int, seed: int = 0) -> Dataset:
 
 
 def one_chunk(data: Dataset) -> TokenChunk:
-    (chunk,) = shard_chunks(data, ROW_COLUMNS)
+    (chunk,) = token_chunks(data, ROW_COLUMNS)
     return chunk
 
 
@@ -92,11 +92,14 @@ def accelerator_of(options: argparse.Namespace) -> SimpleNamespace:
 # ---------------------------------------------------------------- the arms
 
 
+def one_column(chunk: TokenChunk, forward, *settings) -> np.ndarray:
+    return score_chunk(chunk, ["values"], lambda inputs: {"values": forward(inputs)}, *settings)["values"]
+
+
 def score_selsft(model, chunk: TokenChunk, options: argparse.Namespace) -> np.ndarray:
     collator, budget = DataCollatorForSelectiveSFT(pad_token_id=0), BatchBudget(options.budget)
     with torch.no_grad():
-        (flat,) = score_chunk(chunk, lambda x: [forward_logps(model, x)], collator, accelerator_of(options), budget)
-    return flat
+        return one_column(chunk, lambda x: forward_logps(model, x), collator, accelerator_of(options), budget)
 
 
 def score_plain(model, chunk: TokenChunk, options: argparse.Namespace) -> np.ndarray:
@@ -131,12 +134,11 @@ def score_plain(model, chunk: TokenChunk, options: argparse.Namespace) -> np.nda
 def score_body(model, chunk: TokenChunk, options: argparse.Namespace) -> np.ndarray:
     def forward(inputs):
         hidden = model.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        return [hidden.last_hidden_state[..., 0].float()]
+        return hidden.last_hidden_state[..., 0].float()
 
     collator, budget = DataCollatorForSelectiveSFT(pad_token_id=0), BatchBudget(options.budget)
     with torch.no_grad():
-        (flat,) = score_chunk(chunk, forward, collator, accelerator_of(options), budget)
-    return flat
+        return one_column(chunk, forward, collator, accelerator_of(options), budget)
 
 
 SCORE = {"selsft": score_selsft, "plain": score_plain, "body": score_body}
@@ -213,12 +215,12 @@ def scale(options: argparse.Namespace) -> list[dict]:
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             store = ScoredFolder(folder, {})
             store.open({})
-            for count, chunk in enumerate(shard_chunks(data, ROW_COLUMNS), start=1):
-                logps = [
-                    score_chunk(chunk, lambda x, m=model: [forward_logps(m, x)], collator, where, budget)[0]
+            for count, chunk in enumerate(token_chunks(data, ROW_COLUMNS), start=1):
+                base, ref = (
+                    one_column(chunk, lambda x, m=model: forward_logps(m, x), collator, where, budget)
                     for model in models
-                ]
-                store.write(count - 1, chunk, *logps)
+                )
+                store.write(count - 1, chunk, {"base_logps": base, "ref_logps": ref})
             store.finish(count)
 
     sizes = {size: rows(size, 8192) for size in (10_000, 1_000_000)}

@@ -1,13 +1,12 @@
 """Does the score find false answers, and does selection help? SmolLM2-135M on human-judged answers to TruthfulQA.
 
 A reference adapter is trained on true answers to one part of the training questions; true and false answers to
-another part are scored with it; three arms (plain SFT, ignoring the negative tokens, forgetting them) are trained on
-those from the same start, and judged on held-out questions. Every stage leaves a JSON file in the work folder and is
-skipped when that file exists, so that a run can be cut off and go on. Splits are by question, and the label of an
-answer is used for nothing but the choice of the reference's data and the evaluation.
+another part are scored with it; arms (plain SFT, ignoring the negative tokens, forgetting them, and human labels in
+the place of the score) are trained on those from the same start, and judged on held-out questions. Everything is a
+stage of `selsft.workflow` in the work folder, so a run that is cut off resumes. Splits are by question, and the label
+of an answer is used for nothing but the choice of the reference's data, the arm `human` and the evaluation.
 
-Rejected: one long script without stages, which on a CPU loses an hour to an interruption; and mixing questions of the
-reference's part into the scored part, which would measure memory of the very answers.
+Rejected: mixing questions of the reference's part into the scored part, which would measure memory of the answers.
 
     python benchmarks/truthful.py --data truthful_judged.jsonl --model MODEL_FOLDER --work runs/truthful
 """
@@ -15,33 +14,34 @@ reference's part into the scored part, which would measure memory of the very an
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
-import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config
 
 from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
-from selsft.scoring.batching import BatchBudget, shard_chunks
-from selsft.scoring.logprobs import ROW_COLUMNS, forward_logps, score_chunk
-from selsft.training.head import add_selective_head
-from selsft.training.model import frozen
+from selsft.evaluation.intervals import bootstrap
+from selsft.evaluation.likelihood import answer_nll
+from selsft.evaluation.metrics import auc, auc_interval
+from selsft.evaluation.rows import prepare
+from selsft.records import read_json, write_json
+from selsft.workflow.arms import ArmComparison, compare_arms
+from selsft.workflow.quiet import quiet, train_quietly
+from selsft.workflow.run import execute
+from selsft.workflow.stage import Stage, file_fingerprint, model_source
 
 RECIPE = Path(__file__).parent.parent / "selsft" / "recipes" / "truthfulqa-smollm2.yaml"
 SYSTEM = "Answer briefly and truthfully."
+SFT = {field.name for field in dataclasses.fields(SFTConfig)}
 # "human" takes the label in the place of the score: all tokens of a false answer are negative. It tells a score that
 # finds nothing from a trainer that does nothing, and is no method: who has labels leaves the false answers out.
-ARMS: dict[str, dict[str, Any]] = {
-    "sft": {"reference": False},
-    "ignore": {"forget_weight": 0.0},
-    "forget": {},
-    "human": {"reference": False, "labels": True},
-}
+ARMS = ("sft", "ignore", "forget", "human")
 
 
 # ---------------------------------------------------------------- data
@@ -69,11 +69,14 @@ def draw(questions: dict[str, list[dict]], names: list[str], labels: dict[bool, 
     return rows
 
 
-def conversation(row: dict, labels: bool = False) -> dict:
+def conversation(row: dict) -> dict:
+    """A row with two completions, of which `judged` carries the label as the weight of its message."""
     answer = {"role": "assistant", "content": row["answer"]}
     return {
         "prompt": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row["question"]}],
-        "completion": [answer | ({"weight": 1.0 if row["true"] else -1.0} if labels else {})],
+        "completion": [answer],
+        "judged": [answer | {"weight": 1.0 if row["true"] else -1.0}],
+        "question": row["question"],
     }
 
 
@@ -84,42 +87,40 @@ def make_data(options: argparse.Namespace) -> dict[str, list[dict]]:
     random.Random(0).shuffle(names)
     random.Random(0).shuffle(held_out)
     a, b = options.questions_a, options.questions_b
-    data = {
+    return {
         "reference": draw(training, names[:a], {True: 2}, 1),
         "train": draw(training, names[a : a + b], {True: 2, False: 2}, 2),
         "eval": draw(validation, held_out[: options.questions_eval], {True: 2, False: 2}, 3),
     }
-    for name, rows in data.items():
-        with (options.work / f"{name}.jsonl").open("w", encoding="utf8") as lines:
-            lines.writelines(json.dumps(conversation(row)) + "\n" for row in rows)
-    return data
+
+
+def rows_of(data: list[dict], judged: bool = False) -> Dataset:
+    rows = Dataset.from_list([conversation(row) for row in data])
+    return rows if judged else rows.remove_columns("judged")
 
 
 # ---------------------------------------------------------------- training and scoring
 
 
-def make_trainer(
-    options: argparse.Namespace, name: str, data, train: str, labels: bool = False, **changes
-) -> SelectiveSFTTrainer:
+def recipe(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """Settings of the recipe for all trainings, those of selection and forgetting, and the adapter."""
     parser = TrlParser((ScriptArguments, SelectiveSFTConfig, ModelConfig, DatasetMixtureConfig))
-    flags = ["--config", str(RECIPE), "--output_dir", str(options.work / name)]
-    flags += ["--model_name_or_path", str(options.model), "--scoring_cache_dir", str(options.work / "cache")]
-    flags += [part for key, value in changes.items() for part in (f"--{key}", str(value))]
+    flags = ["--config", str(RECIPE), "--output_dir", "unused", "--model_name_or_path", str(options.model)]
     _, args, model_args, _ = parser.parse_args_and_config(flags)
-    args.model_init_kwargs = {"dtype": model_args.dtype}
-    return SelectiveSFTTrainer(
-        model=model_args.model_name_or_path,
-        args=args,
-        train_dataset=Dataset.from_list([conversation(row, labels) for row in data[train]]),
-        eval_dataset=Dataset.from_list([conversation(row) for row in data["eval"]]),
-        peft_config=get_peft_config(model_args),
-    )
+    blank = SelectiveSFTConfig(output_dir="unused")
+    given = {name: value for name, value in vars(args).items() if value != getattr(blank, name, None)}
+    for name in ("output_dir", "logging_dir", "seed", "data_seed"):
+        given.pop(name, None)
+    shared = {name: value for name, value in given.items() if name in SFT and not name.startswith("_")}
+    shared["model_init_kwargs"] = {"dtype": model_args.dtype}
+    selection = {field.name: getattr(args, field.name) for field in dataclasses.fields(SelectiveSFTConfig)}
+    return shared, {k: v for k, v in selection.items() if k not in SFT and v is not None}, get_peft_config(model_args)
 
 
-def answer_masks(dataset: Dataset, special: set[int]) -> list[np.ndarray]:
+def answer_masks(rows: Dataset, special: set[int]) -> list[np.ndarray]:
     """Tokens of each row's answer, without the end-of-turn marker and what follows it."""
     masks = []
-    for row in dataset.select_columns(["input_ids", "labels"]):
+    for row in rows.select_columns(["input_ids", "labels"]):
         mask = np.asarray(row["labels"]) != -100
         ends = np.flatnonzero(mask & np.isin(row["input_ids"], list(special)))
         if ends.size:
@@ -128,160 +129,149 @@ def answer_masks(dataset: Dataset, special: set[int]) -> list[np.ndarray]:
     return masks
 
 
+def answer_logp(model, tokenizer, rows: Dataset, args: SelectiveSFTConfig) -> dict[str, np.ndarray]:
+    """Mean log-probability of the tokens of each held-out answer, nats (a measure of `compare_arms`)."""
+    held = prepare(model, tokenizer, rows, args)
+    masks = answer_masks(held.prepared, set(tokenizer.all_special_ids))
+    labels = [np.where(mask, row, -100).tolist() for mask, row in zip(masks, held.prepared["labels"], strict=True)]
+    held.prepared = held.prepared.remove_columns("labels").add_column("labels", labels)
+    return {"mean_logp": np.array([-total / count for total, count in answer_nll(held)])}
+
+
+def reference_stage(options: argparse.Namespace, data: dict[str, list[dict]], rate: float) -> Stage:
+    shared, _, adapter = recipe(options)
+    settings = {**shared, "learning_rate": rate, "num_train_epochs": 2}
+
+    def work(folder: Path) -> None:
+        args = SelectiveSFTConfig(output_dir=str(folder / "model"), seed=0, **settings)
+        trainer = SelectiveSFTTrainer(
+            str(options.model), args, train_dataset=rows_of(data["reference"]), peft_config=adapter
+        )
+        with quiet():
+            train_quietly(trainer, f"reference-{rate:g}")
+        trainer.save_model(str(folder / "model"))
+
+    inputs = {"model": model_source(str(options.model)), "data": file_fingerprint(options.data)}
+    sizes = {"questions": options.questions_a}
+    return Stage(f"reference-{rate:g}", {**settings, **sizes}, inputs, work, options.work)
+
+
+def score_stage(options: argparse.Namespace, data: dict[str, list[dict]], reference: Stage) -> Stage:
+    shared, selection, adapter = recipe(options)
+
+    def work(folder: Path) -> None:
+        settings = {**shared, **selection, "scoring_cache_dir": str(options.work / "arms" / "scores")}
+        args = SelectiveSFTConfig(output_dir=str(folder), reference_model=str(reference.folder / "model"), **settings)
+        with quiet():
+            trainer = SelectiveSFTTrainer(
+                str(options.model), args, train_dataset=rows_of(data["train"]), peft_config=adapter
+            )
+        dataset = trainer.train_dataset
+        columns = dataset.with_format("numpy")
+        base, ref, weights = (list(columns[name][:]) for name in ("base_logps", "ref_logps", "token_weights"))
+        masks = answer_masks(dataset, set(trainer.processing_class.all_special_ids))
+        scores = [r - b for r, b in zip(ref, base, strict=True)]
+        flat, chosen = (
+            np.concatenate([row[mask] for row, mask in zip(values, masks, strict=True)])
+            for values in (scores, weights)
+        )
+        quantiles = np.quantile(flat, [0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1])
+        found = {
+            "mean_score": mean_by_row(scores, masks),
+            "min_score": [float(row[mask].min()) for row, mask in zip(scores, masks, strict=True)],
+            "mean_base": mean_by_row(base, masks),
+            "mean_ref": mean_by_row(ref, masks),
+            "negatives": [int((row < 0).sum()) for row in weights],
+            "answer_tokens": int(flat.size),
+            "quantiles": [round(float(q), 3) for q in quantiles],
+            "negative_share": float((chosen < 0).mean()),
+        }
+        write_json(folder / "scores.json", found)
+
+    inputs: dict[str, Stage | str] = {"reference": reference, "data": file_fingerprint(options.data)}
+    name = reference.name.replace("reference", "scores")
+    return Stage(name, {"questions": options.questions_b}, inputs, work, options.work)
+
+
 def mean_by_row(values: list[np.ndarray], masks: list[np.ndarray]) -> list[float]:
     return [float(row[mask].mean()) for row, mask in zip(values, masks, strict=True)]
 
 
-def evaluate(trainer: SelectiveSFTTrainer) -> dict[str, list]:
-    """Mean log-probability of every held-out answer under the trained model."""
-    add_selective_head(trainer.model.get_base_model())
-    model, dataset = trainer.model, trainer.eval_dataset
-    rows: list[np.ndarray] = []
-    with frozen(model):
-        for chunk in shard_chunks(dataset, ROW_COLUMNS):
-            (flat,) = score_chunk(
-                chunk, lambda inputs: [forward_logps(model, inputs)], trainer.data_collator, trainer.accelerator,
-                BatchBudget.of(trainer.args, model),
-            )  # fmt: skip
-            rows += np.split(flat, np.cumsum(chunk.lengths)[:-1])
-    masks = answer_masks(dataset, set(trainer.processing_class.all_special_ids))
-    return {"mean_logp": mean_by_row(rows, masks), "tokens": [int(mask.sum()) for mask in masks]}
-
-
-def staged(options: argparse.Namespace, name: str, run) -> dict:
-    """The result of the stage, from its file when it is there."""
-    path = options.work / f"{name}.json"
-    if path.is_file():
-        return json.loads(path.read_text())
-    print(f"--- {name}", flush=True)
-    start = time.perf_counter()
-    result = run()
-    result["seconds"] = round(time.perf_counter() - start, 1)
-    path.write_text(json.dumps(result))
-    return result
-
-
-def train_reference(options, data, name: str, learning_rate: float, epochs: int) -> dict:
-    trainer = make_trainer(options, name, data, "reference", learning_rate=learning_rate, num_train_epochs=epochs)
-    before = evaluate(trainer) if not (options.work / "base.json").is_file() else None
-    if before is not None:
-        (options.work / "base.json").write_text(json.dumps(before))
-    start = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - start
-    trainer.save_model(str(options.work / name))
-    return {**evaluate(trainer), "train_seconds": round(seconds, 1), "log": trainer.state.log_history}
-
-
-def score(options, data, reference: str) -> dict:
-    trainer = make_trainer(options, "scoring", data, "train", reference_model=options.work / reference)
-    dataset = trainer.train_dataset
-    columns = dataset.with_format("numpy")
-    base, ref, weights = (list(columns[name][:]) for name in ("base_logps", "ref_logps", "token_weights"))
-    masks = answer_masks(dataset, set(trainer.processing_class.all_special_ids))
-    scores = [r - b for r, b in zip(ref, base, strict=True)]
-    flat = np.concatenate([row[mask] for row, mask in zip(scores, masks, strict=True)])
-    chosen = np.concatenate([row[mask] for row, mask in zip(weights, masks, strict=True)])
-    return {
-        "mean_score": mean_by_row(scores, masks),
-        "min_score": [float(row[mask].min()) for row, mask in zip(scores, masks, strict=True)],
-        "mean_base": mean_by_row(base, masks),
-        "mean_ref": mean_by_row(ref, masks),
-        "negatives": [int((row < 0).sum()) for row in weights],
-        "answer_tokens": int(flat.size),
-        "quantiles": [round(float(q), 3) for q in np.quantile(flat, [0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1])],
-        "negative_share": float((chosen < 0).mean()),
+def compare(options: argparse.Namespace, data: dict[str, list[dict]], references: list[Stage]) -> ArmComparison:
+    shared, selection, adapter = recipe(options)
+    scored = {"reference_model": references[0].folder / "model", **selection}
+    weighted = {name: value for name, value in selection.items() if name.startswith("forget_")}
+    arms = {
+        "sft": {},
+        "ignore": {**scored, "forget_weight": 0.0},
+        "forget": scored,
+        "human": {"columns": {"completion": "judged"}, **weighted},
     }
-
-
-def train_arm(options, data, arm: str, seed: int, reference: str, **changes) -> dict:
-    changes = {**ARMS[arm], **changes}
-    if changes.pop("reference", True):
-        changes["reference_model"] = options.work / reference
-    trainer = make_trainer(options, f"{arm}-{seed}", data, "train", seed=seed, **changes)
-    start = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - start
-    return {**evaluate(trainer), "train_seconds": round(seconds, 1), "log": trainer.state.log_history}
+    return compare_arms(
+        options.model,
+        rows_of(data["train"], judged=True),
+        rows_of(data["eval"]),
+        {name: arms[name] for name in options.arms},
+        options.work / "arms",
+        seeds=options.seeds,
+        settings=shared,
+        peft_config=adapter,
+        untrained={
+            "base": options.model,
+            **{stage.name.replace("-", "_"): stage.folder / "model" for stage in references},
+        },
+        measure=answer_logp,
+        group_column="question",
+    )
 
 
 # ---------------------------------------------------------------- statistics
 
 
-def auc(values: np.ndarray, label: np.ndarray) -> float:
-    """Probability that a value with `label` is above one without, ties counted half."""
-    high, low = values[label], values[~label]
-    return float((high[:, None] > low).mean() + 0.5 * (high[:, None] == low).mean())
-
-
-def bootstrap(statistic, questions: list[str], rounds: int = 2000) -> tuple[float, float]:
-    """95 % interval of `statistic(indices)` over resampled questions: answers to one question are not independent."""
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, question in enumerate(questions):
-        groups[question].append(index)
-    members, rng = [np.array(group) for group in groups.values()], np.random.default_rng(0)
-    draws = [
-        statistic(np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))]))
-        for _ in range(rounds)
-    ]
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(low), float(high)
-
-
 def within_questions(values: np.ndarray, label: np.ndarray, questions: list[str]) -> float:
     """AUC within each question that has both labels, averaged: how easy a question is falls out."""
-    wins = []
-    for question in sorted(set(questions)):
-        own = np.array([other == question for other in questions])
-        if (own & label).any() and (own & ~label).any():
-            wins.append(auc(values[own], label[own]))
-    return float(np.mean(wins))
+    areas = [auc(values[own], label[own]) for own in (np.array(questions) == name for name in sorted(set(questions)))]
+    return float(np.nanmean(areas))
 
 
-def margin(values: np.ndarray, label: np.ndarray) -> float:
+def margin(values: np.ndarray, label: np.ndarray, weights: np.ndarray | None = None) -> float:
     """Mean log-probability per token of true answers minus that of false ones, nats."""
-    return float(values[label].mean() - values[~label].mean())
+    weights = np.ones(len(values)) if weights is None else weights
+    return float(
+        np.average(values[label], weights=weights[label]) - np.average(values[~label], weights=weights[~label])
+    )
 
 
-def held_out(result: dict, rows: list[dict]) -> dict[str, float]:
-    """NLL of true and false answers (mean over answers of the mean over tokens) and how often the true one wins."""
-    logp, label = np.array(result["mean_logp"]), np.array([row["true"] for row in rows])
-    wins = within_questions(logp, label, [row["question"] for row in rows])
-    true, false = -logp[label].mean(), -logp[~label].mean()
-    return {"nll_true": true, "nll_false": false, "margin": margin(logp, label), "true_wins": wins}
+def report_scores(rows: list[dict], stage: Stage) -> None:
+    label, questions = np.array([row["true"] for row in rows]), [row["question"] for row in rows]
+    result = read_json(stage.folder / "scores.json")
+    print(f"\n{stage.name}: {len(rows)} answers ({label.mean():.3f} true), {result['answer_tokens']} answer tokens")
+    print(f"  negative {result['negative_share']:.4f}, quantiles {result['quantiles']}")
+    for name in ("mean_score", "min_score", "mean_base", "mean_ref"):
+        values = np.array(result[name])
+        found, within = auc_interval(values, label, questions), within_questions(values, label, questions)
+        print(f"  AUC {name:11s} {found.value:.3f} [{found.low:.3f}, {found.high:.3f}], within questions {within:.3f}")
+    negatives = np.array(result["negatives"])
+    print(f"  negative tokens: true answers {negatives[label].sum()}, false answers {negatives[~label].sum()}")
 
 
-def report(options: argparse.Namespace, data: dict[str, list[dict]]) -> None:
-    rows, label = data["train"], np.array([row["true"] for row in data["train"]])
-    questions = [row["question"] for row in rows]
-    for path in sorted(options.work.glob("scores-*.json")):
-        result = json.loads(path.read_text())
-        print(f"\n{path.stem}: {len(rows)} answers ({label.mean():.3f} true), {result['answer_tokens']} answer tokens")
-        print(f"  negative {result['negative_share']:.4f}, {result['seconds']} s, quantiles {result['quantiles']}")
-        for name in ("mean_score", "min_score", "mean_base", "mean_ref"):
-            values = np.array(result[name])
-            low, high = bootstrap(lambda i, v=values: auc(v[i], label[i]), questions)
-            within = within_questions(values, label, questions)
-            print(f"  AUC {name:11s} {auc(values, label):.3f} [{low:.3f}, {high:.3f}], within questions {within:.3f}")
-        negatives = np.array(result["negatives"])
-        print(f"  negative tokens: true answers {negatives[label].sum()}, false answers {negatives[~label].sum()}")
-    print(f"\n{'run':22s} {'NLL true':>9s} {'NLL false':>9s} {'margin':>8s} {'true wins':>9s} {'train s':>8s}")
-    runs = [path for name in ("base", "reference*", "arm-*") for path in sorted(options.work.glob(f"{name}.json"))]
-    for path in runs:
-        result = json.loads(path.read_text())
-        found = held_out(result, data["eval"])
-        print(f"{path.stem:22s} {found['nll_true']:9.4f} {found['nll_false']:9.4f} {found['margin']:8.4f} "
-              f"{found['true_wins']:9.4f} {result.get('train_seconds', 0):8.1f}")  # fmt: skip
-    rows, label = data["eval"], np.array([row["true"] for row in data["eval"]])
-    questions = [row["question"] for row in rows]
-    for path in sorted(options.work.glob("arm-*.json")):
-        plain = options.work / f"arm-sft-{path.stem.split('-')[-1]}.json"
-        if plain == path or not plain.is_file():
-            continue
-        ours, theirs = (np.array(json.loads(file.read_text())["mean_logp"]) for file in (path, plain))
-        difference = margin(ours, label) - margin(theirs, label)
-        low, high = bootstrap(lambda i, a=ours, b=theirs: margin(a[i], label[i]) - margin(b[i], label[i]), questions)
-        print(f"margin of {path.stem} over {plain.stem}: {difference:+.4f} [{low:+.4f}, {high:+.4f}]")
+def report_arms(rows: list[dict], found: ArmComparison) -> None:
+    """NLL of true and false answers (mean over answers of the mean over tokens), how often the true one wins, and the
+    margin of every arm over plain SFT with its interval over questions."""
+    label, questions = np.array([row["true"] for row in rows]), [row["question"] for row in rows]
+    print(f"\n{'model':22s} {'NLL true':>9s} {'NLL false':>9s} {'margin':>8s} {'true wins':>9s}")
+    for name, values in found.values.items():
+        for index, logp in enumerate(values["mean_logp"]):
+            shown = f"{name}-{found.seeds[index]}" if name in ARMS else name
+            wins = within_questions(logp, label, questions)
+            true, false = -logp[label].mean(), -logp[~label].mean()
+            print(f"{shown:22s} {true:9.4f} {false:9.4f} {margin(logp, label):8.4f} {wins:9.4f}")
+    for name in found.values.keys() & set(ARMS[1:]) if "sft" in found.values else ():
+        for seed, ours, plain in zip(
+            found.seeds, found.values[name]["mean_logp"], found.values["sft"]["mean_logp"], strict=True
+        ):
+            over = bootstrap(lambda w, a=ours, b=plain: margin(a, label, w) - margin(b, label, w), questions)
+            print(f"margin of {name}-{seed} over sft-{seed}: {over.value:+.4f} [{over.low:+.4f}, {over.high:+.4f}]")
 
 
 def main() -> None:
@@ -295,22 +285,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--reference_lr", type=float, nargs="+", default=[5e-4], help="the arms use the first one")
-    parser.add_argument("--report", action="store_true", help="only print what is there")
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
     data = make_data(options)
     print({name: len(rows) for name, rows in data.items()}, flush=True)
-    if not options.report:
-        for rate in options.reference_lr:
-            name = f"reference-{rate:g}"
-            staged(options, name, lambda n=name, r=rate: train_reference(options, data, n, r, 2))
-            staged(options, f"scores-{rate:g}", lambda n=name: score(options, data, n))
-        main_reference = f"reference-{options.reference_lr[0]:g}"
-        for seed in options.seeds:
-            for arm in options.arms:
-                run = lambda a=arm, s=seed: train_arm(options, data, a, s, main_reference)  # noqa: E731
-                staged(options, f"arm-{arm}-{seed}", run)
-    report(options, data)
+    references = [reference_stage(options, data, rate) for rate in options.reference_lr]
+    scores = [score_stage(options, data, reference) for reference in references]
+    execute([stage for pair in zip(references, scores, strict=True) for stage in pair], options.work, {})
+    found = compare(options, data, references)
+    for stage in scores:
+        report_scores(data["train"], stage)
+    report_arms(data["eval"], found)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ What is used, where it is, and which versions have it:
 - `create_model_from_path`, `get_config_model_id`, loading the reference as TRL loads the model: trl.trainer.utils, 1.0
   to 1.16
 - `pad`, padding of the token columns: trl.trainer.utils, 0.20 to 1.16
-- `prepare_deepspeed`, `prepare_fsdp`, a frozen model beside the trained one: trl.models.utils, 1.9 to 1.16
+- `prepare_deepspeed`, a frozen model beside the trained one: trl.models.utils, 1.9 to 1.16
+- `fsdp2_prepare_model`, the same under FSDP2: accelerate.utils.fsdp_utils, 1.6 to 1.14
 - `SFTTrainer._prepare_dataset`, `._set_signature_columns_if_needed`, `._metrics`, `._is_vision_dataset`,
   `._tokenizer`, `.padding_free`, `.chat_template`: 1.15 to 1.16
 - `BaseTunerLayer` as a global of trl.trainer.sft_trainer, for the refusal of adapters on `lm_head`: 1.15 to 1.16
@@ -72,8 +73,9 @@ def check_versions(installed: dict[str, str] | None = None) -> None:
 check_versions()
 
 import trl.trainer.sft_trainer as _sft_trainer  # noqa: E402
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model  # noqa: E402
 from transformers.utils.peft_utils import find_adapter_config_file  # noqa: E402
-from trl.models.utils import prepare_deepspeed, prepare_fsdp  # noqa: E402
+from trl.models.utils import prepare_deepspeed  # noqa: E402
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling  # noqa: E402
 from trl.trainer.utils import (  # noqa: E402
     FusedCausalLMOutput,
@@ -112,6 +114,23 @@ def adapter_on_lm_head() -> Iterator[None]:
         yield
 
 
+def prepare_fsdp2(model, accelerator):
+    """Shard a frozen model, layer by layer, in place; under `cpu_ram_efficient_loading` the other processes get the
+    weights of the main one. TRL's `prepare_fsdp` shards the model as one unit and leaves empty weights empty.
+
+    accelerate notes in its plugin which layers it wraps, and would then look for those of this model in the trained
+    one: so the plugin gets its own settings back.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    own = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
+    if {type(module).__name__ for module in model.modules()}.isdisjoint(plugin.transformer_cls_names_to_wrap or ()):
+        plugin.transformer_cls_names_to_wrap = None  # the layers are those of another architecture
+    try:
+        return fsdp2_prepare_model(accelerator, model).eval()
+    finally:
+        plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = own
+
+
 def uses_flash_attention(model) -> bool:
     """Whether the model's attention keeps concatenated rows apart at no cost."""
     return "flash" in (getattr(model.config, "_attn_implementation", None) or "")
@@ -136,7 +155,7 @@ __all__ = [
     "maybe_gather_lm_head_ctx",
     "pad",
     "prepare_deepspeed",
-    "prepare_fsdp",
+    "prepare_fsdp2",
     "use_adapter",
     "uses_flash_attention",
 ]

@@ -26,18 +26,16 @@ from ._compat import (
     DataCollatorForLanguageModeling,
     adapter_on_lm_head,
     get_config_model_id,
-    prepare_deepspeed,
-    prepare_fsdp,
 )
 from .config import SelectiveSFTConfig
 from .data.columns import ACTIVE_ROWS, BASE_LOGPS, REF_LOGPS, SCORE_COLUMNS, TOKEN_COLUMNS, WEIGHTS, token_columns
 from .data.preparation import add_marked_weights, brings_weights, truncate_and_pack
 from .data.spans import check_marks, has_marks, join_parts
-from .scoring.annotation import TokenAnnotator
+from .scoring.weighing import TokenWeigher
 from .selection.excess import ExcessSelector
 from .training.collator import DataCollatorForSelectiveSFT
-from .training.head import STATS, SelectiveCausalLMOutput, SelectiveHead, add_selective_head, read_lm_head
-from .training.model import Model, base_model
+from .training.head import STATS, SelectiveCausalLMOutput, SelectiveHead
+from .training.model import Model
 from .training.schedules import forget_weight_at
 from .training.validation import refuse_unsupported
 
@@ -66,7 +64,8 @@ class SelectiveSFTTrainer(SFTTrainer):
 
     Train data may bring, besides everything that `SFTTrainer` accepts:
         - `token_weights` (`list[float]`), with `input_ids`: a signed weight for each token;
-        - `weight` (`float`) in the messages of a conversation;
+        - `spans` (`[[start, end, weight], ...]`, characters) of a text, a completion or a message, `corrected` texts,
+          and `weight` or `train` of a message, content part or row (docs/spans.md);
         - `base_logps` and `ref_logps` (`list[float]`), with `input_ids`: scores computed before (`selsft score`);
         - `negative_mask` (`list[bool]`) or `token_scores` (`list[float]`), with `input_ids`, for `score="oracle"` and
           `score="given"`.
@@ -171,39 +170,22 @@ class SelectiveSFTTrainer(SFTTrainer):
         if not isinstance(self.data_collator, DataCollatorForSelectiveSFT):
             parent = cast(DataCollatorForLanguageModeling, self.data_collator)
             self.data_collator = DataCollatorForSelectiveSFT.from_parent(parent)
-        add_selective_head(base_model(self.model))
-        read_lm_head(self.model.get_output_embeddings())  # refuses an adapter that the loss cannot follow
         # The loss is normalised over the optimizer step, whatever the model's own forward accepts
         self.model_accepts_loss_kwargs = True
-        self._annotator = TokenAnnotator(
-            self.model,
-            source,
-            self.args,
-            self.accelerator,
-            self.data_collator,
-            self._tokenizer,
-            self._prepare_frozen,
-            self._online,
+        self._weigher = TokenWeigher(
+            self.model, source, self.args, self.accelerator, self.data_collator, self._tokenizer, given, self._online
         )
         if isinstance(self.train_dataset, Dataset) and not self._online:
-            self.train_dataset = self._annotator.annotate(self.train_dataset, given)
+            self.train_dataset = self._weigher.weigh(self.train_dataset)
         elif WEIGHTS in given:
-            self.train_dataset = self._annotator.mask_special_tokens(self.train_dataset)
+            self.train_dataset = self._weigher.mask_special_tokens(self.train_dataset)
         elif self.args.score in SCORE_COLUMNS:
-            self.train_dataset = self._annotator.weigh_stream(cast(IterableDataset, self.train_dataset))
+            self.train_dataset = self._weigher.weigh_stream(cast(IterableDataset, self.train_dataset))
         if self.args.score == "excess":
             self._excess = ExcessSelector(
-                self.args, self.accelerator, self._annotator.special_ids, self._annotator.current_logps
+                self.args, self.accelerator, self._weigher.special_ids, self._weigher.current_logps
             )
             self.add_callback(self._excess)
-
-    def _prepare_frozen(self, model: Model) -> Model:
-        """Put a frozen model where the accelerator wants it, as TRL's DPO trainer does with its reference."""
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(model, self.accelerator)
-        if self.is_fsdp_enabled:
-            return cast(Model, prepare_fsdp(model, self.accelerator))
-        return self.accelerator.prepare_model(model, evaluation_mode=True)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         """Train rows with token columns or marks of their text are truncated and packed with those columns; all other
@@ -236,7 +218,7 @@ class SelectiveSFTTrainer(SFTTrainer):
         if not self._selective or not batches:
             return batches, num_items
         if self._online:
-            score = self._annotator.annotate_batch if self._excess is None else self._annotator.score_batch
+            score = self._weigher.weigh_batch if self._excess is None else self._weigher.score_batch
             for batch in batches:
                 score(batch)
         if self._excess is not None:

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "selection": {"errors", "records", "config", "data"},
     "scoring": {"errors", "records", "config", "_compat", "data", "training", "selection"},
     "trainer": {"errors", "config", "_compat", "data", "training", "selection", "scoring"},
+    "score": {"errors", "records", "config", "_compat", "data", "training", "scoring", "trainer"},
     "evaluation": {"errors", "records", "config", "_compat", "data", "training", "scoring", "trainer"},
     "report": {"errors", "records", "config", "data", "selection", "evaluation"},
     "workflow": {"errors", "records", "config", "data", "training", "trainer", "evaluation"},
@@ -29,13 +30,13 @@ MAY_IMPORT = {
         *("errors", "records", "config", "data", "training", "trainer", "scoring", "evaluation", "workflow", "report"),
     },
     "pipeline": {
-        *("errors", "records", "config", "recipes", "data", "training", "trainer", "selection", "scoring"),
+        *("errors", "secrets", "records", "config", "recipes", "data", "training", "trainer", "selection", "scoring"),
         *("evaluation", "workflow", "report", "demo"),
     },
     "bench": {"errors", "records"},
     "cli": {
         *("errors", "secrets", "records", "_compat", "config", "recipes", "data", "training", "selection", "scoring"),
-        *("trainer", "evaluation", "report", "workflow", "demo", "skills", "pipeline", "bench"),
+        *("trainer", "score", "evaluation", "report", "workflow", "demo", "skills", "pipeline", "bench"),
     },
 }
 KERNEL_IMPORTS = {"torch", "triton", "selsft_kernels"}

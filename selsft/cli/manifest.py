@@ -12,10 +12,10 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..data.chunks import data_fingerprint, token_chunks
 from ..records import now, versions, write_json
-from ..scoring.logprobs import data_fingerprint, row_lengths
-from ..scoring.reference import model_fingerprint
 from ..trainer import SelectiveSFTTrainer
+from ..training.fingerprint import model_fingerprint
 from .arguments import Arguments
 
 NAME = "selsft_run.json"
@@ -64,6 +64,6 @@ def _data(arguments: Arguments, dataset) -> dict[str, Any]:
     found: dict[str, Any] = {"source": arguments.source.description, "split": arguments.script.dataset_train_split}
     if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
         found["rows"] = len(dataset)
-        found["tokens"] = int(row_lengths(dataset).sum())
+        found["tokens"] = sum(chunk.size for chunk in token_chunks(dataset, ["input_ids"]))
         found["sha256"] = data_fingerprint(dataset)
     return found

@@ -14,6 +14,7 @@ import yaml
 from trl import TrlParser
 
 from ..errors import InputError, input_errors
+from ..secrets import to_environment
 from ..skills.config import StudyConfig
 from .arguments import _HelpFormatter, _with_config_path
 from .launch import launched
@@ -88,6 +89,7 @@ class SkillsParser(TrlParser):
                 raise InputError(f"--config is not a YAML file: {error}") from error
             if rest[0]:
                 raise InputError(f"unknown argument {rest[0][0]}: see selsft skills --help")
+            to_environment(config.__dict__)
         return config
 
 

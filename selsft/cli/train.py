@@ -18,7 +18,7 @@ from trl import get_peft_config, get_quantization_config
 from .._compat import end_training
 from ..data.loading import data_errors, load_splits
 from ..errors import InputError, input_errors
-from ..scoring.reference import BASE
+from ..scoring.frozen import BASE
 from ..trainer import SelectiveSFTTrainer
 from ..training.checkpoints import last_checkpoint
 from .arguments import Arguments, CommandParser

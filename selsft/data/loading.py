@@ -25,7 +25,7 @@ from datasets.exceptions import DatasetsError
 from trl import DatasetMixtureConfig, get_dataset
 
 from ..errors import InputError, input_errors
-from .scored_folder import is_scored, load_scored
+from .scored_folder import is_scored, load_scores
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 COMPRESSED = {".gz", ".xz", ".zst", ".bz2"}
@@ -164,7 +164,7 @@ def _load(source: DataSource) -> DatasetDict | IterableDatasetDict | dict[str, D
     if scored or (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         if source.streaming:
             raise InputError(f"dataset_streaming=True is not possible with the saved data set {name!r}: leave it out")
-        saved = load_scored(name) if scored else load_from_disk(name)
+        saved = load_scores(name) if scored else load_from_disk(name)
         return saved if isinstance(saved, DatasetDict) else {source.split: saved}
     if builder := _builder(name):
         return load_dataset(builder, data_files={source.split: name}, streaming=source.streaming)

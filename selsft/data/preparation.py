@@ -122,6 +122,7 @@ def add_marked_weights(
     Raises:
         `InputError` for the first row whose marks are wrong, naming it.
     """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
     alignment, text_field = Alignment(tokenizer), args.dataset_text_field
 
     def weigh(example, row):

@@ -1,18 +1,23 @@
 """A folder of scores: Parquet shards of consecutive rows and a manifest that says what made them.
 
-A shard appears by a rename when it is whole, so what exists is finished, whatever killed the process that was at
-work. Shards carry a hash of their rows and of the settings, and are taken over only where both still hold. Nothing in
-a shard depends on time or on the process that wrote it: a resumed run ends in the same bytes as an uninterrupted one.
-Rejected: one Arrow data set written at the end, which loses hours to an interrupt, and a list of finished shards in
-the manifest while they are made, which several processes would have to lock.
+`selsft score` writes one for training to read, and the trainer keeps its own scores in such folders. A shard appears
+by a rename when it is whole, so what exists is finished, whatever killed the process that was at work. Shards carry
+hashes of their rows, of their scores and of the identity (all that decides a score besides the rows), and are taken
+over only where all three hold. Nothing in a shard depends on time or on the process that wrote it: a resumed run ends
+in the same bytes as an uninterrupted one. Rejected: one Arrow data set written at the end, which loses hours to an
+interrupt, and a list of finished shards in the manifest while they are made, which several processes would have to
+lock.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import re
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +27,15 @@ import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 
 from ..records import file_sha256, json_sha256, replaced, write_json
-from .chunks import TokenChunk
-from .columns import BASE_LOGPS, REF_LOGPS
+from .chunks import TokenChunk, chunk_sha256
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "selsft_scores.json"
 FORMAT = 2
 _SHARD = re.compile(r"shard-(\d{5,})\.parquet")
-_TYPES = {"input_ids": pa.int32(), "labels": pa.int32(), BASE_LOGPS: pa.float32(), REF_LOGPS: pa.float32()}
-_REMEDY = "go on with the former settings, choose another scored_dir, or compute everything anew with --rescore true"
+_ROWS = ("input_ids", "labels")
+_REMEDY = "resume with the former settings, choose another scored_dir, or compute everything anew with --rescore true"
 
 
 class ScoredFolder:
@@ -56,9 +60,6 @@ class ScoredFolder:
             `ValueError` when the folder was made by something else, naming what differs.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        for name in (".shard-*.parquet.*", f".{MANIFEST}.*"):
-            for leftover in self.path.glob(name):  # of a process that was killed
-                leftover.unlink(missing_ok=True)
         if rescore:
             (self.path / MANIFEST).unlink(missing_ok=True)
             for shard in self._shards().values():
@@ -73,33 +74,27 @@ class ScoredFolder:
 
     def check(self) -> None:
         """Raise `ValueError` when the folder was made by something else than this run."""
-        before = read_manifest(self.path)
-        if before.get("format") != FORMAT:
-            raise ValueError(
-                f"scored_dir={str(self.path)!r} has the format {before.get('format')}, this version of selsft writes "
-                f"{FORMAT}: choose another scored_dir"
-            )
-        changed = differences(before["identity"], self.identity)
-        if changed:
+        if changed := differences(read_manifest(self.path)["identity"], self.identity):
             raise ValueError(f"scored_dir={str(self.path)!r} was made with {'; '.join(changed)}: {_REMEDY}")
 
     def finished(self, index: int, chunk: TokenChunk) -> bool:
         """Whether shard `index` is there and was made from the rows of `chunk`.
 
         Raises:
-            `ValueError` when it was made from other rows.
+            `ValueError` when it was made from other rows, or by another run.
         """
         path = self.path / _name(index)
         try:
             found = _metadata(path)
+            identity, data = found["identity_sha256"], found["data_sha256"]
         except FileNotFoundError:
             return False
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             logger.warning(f"{path} cannot be read ({error}): it is computed again.")
             return False
-        if found["identity_sha256"] != self._identity_sha256:
+        if identity != self._identity_sha256:
             raise ValueError(f"{path} was made by another run than the other shards: {_REMEDY}")
-        if found["data_sha256"] != chunk_sha256(chunk):
+        if data != chunk_sha256(chunk):
             last = chunk.first_row + len(chunk.lengths) - 1
             raise ValueError(
                 f"the data has changed: {path} was made from other rows than the rows {chunk.first_row} to {last} of "
@@ -107,39 +102,51 @@ class ScoredFolder:
             )
         return True
 
-    def write(self, index: int, chunk: TokenChunk, base: np.ndarray, ref: np.ndarray) -> None:
-        """Write shard `index`: the rows of `chunk` and flat `(tokens,)` log-probabilities."""
+    def write(self, index: int, chunk: TokenChunk, scores: Mapping[str, np.ndarray]) -> None:
+        """Write shard `index`: the rows of `chunk` and flat `(tokens,)` float columns."""
         offsets = pa.array(np.concatenate([[0], np.cumsum(chunk.lengths)]).astype(np.int32))
-        flat = {**chunk.columns, BASE_LOGPS: base, REF_LOGPS: ref}
-        columns = {
-            name: pa.ListArray.from_arrays(offsets, pa.array(np.asarray(flat[name]), type=kind, safe=True))
-            for name, kind in _TYPES.items()
-        }
+        flat = {name: pa.array(np.asarray(chunk.columns[name]), type=pa.int32(), safe=True) for name in _ROWS}
+        flat |= {name: pa.array(values, type=pa.float32()) for name, values in scores.items()}
         info = {
             "index": index,
             "first_row": chunk.first_row,
             "rows": len(chunk.lengths),
             "tokens": chunk.size,
             "data_sha256": chunk_sha256(chunk),
+            "scores_sha256": _scores_sha256(scores),
             "identity_sha256": self._identity_sha256,
         }
         metadata = {"selsft": json.dumps(info)}
         if tokenizer := self.identity.get("tokenizer_sha256"):
             metadata["tokenizer_sha256"] = tokenizer
+        columns = {name: pa.ListArray.from_arrays(offsets, values) for name, values in flat.items()}
         with replaced(self.path / _name(index)) as handle:
             table = pa.table(columns).replace_schema_metadata(metadata)
             pq.write_table(table, handle, compression="zstd", write_page_checksum=True)
+
+    def read(self, index: int) -> dict[str, np.ndarray]:
+        """The scores of a shard that is there: column -> flat `(tokens,)` float32.
+
+        Raises:
+            `ValueError` for a shard whose content is not what was written.
+        """
+        return _read(self.path / _name(index))
 
     def missing(self, count: int) -> list[int]:
         """Which of the shards `0 ... count - 1` are not there."""
         there = self._shards()
         return [index for index in range(count) if index not in there]
 
-    def finish(self, count: int) -> dict[str, Any]:
+    def finish(self, count: int, idle: float = 0.0) -> dict[str, Any]:
         """Write the manifest of a whole folder of `count` shards, and return it.
 
+        Args:
+            idle: what a killed process has left half-written is removed when nothing has touched it for so many
+                seconds; another run may be at work in a shared folder.
+
         Raises:
-            `ValueError` when there are more shards, since then the data has fewer rows than before.
+            `ValueError` when there are more shards, since then the data has fewer rows than before, and for a shard
+            that is damaged.
         """
         there = self._shards()
         if extra := sorted(set(there) - set(range(count))):
@@ -151,7 +158,7 @@ class ScoredFolder:
         for index in range(count):
             info = _metadata(there[index])
             assert info["first_row"] == row and info["identity_sha256"] == self._identity_sha256
-            _verify(there[index])
+            _read(there[index])  # it may come from an earlier run
             shards.append({
                 "file": there[index].name, "first_row": row, "rows": info["rows"], "tokens": info["tokens"],
                 "bytes": there[index].stat().st_size, "sha256": file_sha256(there[index]),
@@ -166,6 +173,11 @@ class ScoredFolder:
             "shards": shards,
         }
         self._write(manifest)
+        for name in (".shard-*.parquet.*", f".{MANIFEST}.*"):
+            for leftover in self.path.glob(name):
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - leftover.stat().st_mtime >= idle:
+                        leftover.unlink()
         return manifest
 
     def _shards(self) -> dict[int, Path]:
@@ -200,15 +212,29 @@ def is_scored(path: str | Path) -> bool:
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest of a folder of scores."""
-    return json.loads((Path(path) / MANIFEST).read_text())
+    """The manifest of a folder of scores.
+
+    Raises:
+        `ValueError` when it is damaged, or of a version of selsft that wrote another format.
+    """
+    file = Path(path) / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is damaged ({error}): score the data anew with --rescore true") from error
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"scored_dir={str(path)!r} has the format {manifest.get('format')}, this version of selsft reads and "
+            f"writes {FORMAT}: choose another scored_dir and score the data anew"
+        )
+    return manifest
 
 
-def load_scored(path: str | Path) -> Dataset:
+def load_scores(path: str | Path) -> Dataset:
     """The rows of a finished folder, mapped into memory: `input_ids`, `labels`, `base_logps`, `ref_logps`.
 
     Raises:
-        `ValueError` for a folder that is not finished, and for a shard that is missing or damaged.
+        `ValueError` for a folder that is not finished, and for a shard that is missing, damaged or of another run.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -216,26 +242,17 @@ def load_scored(path: str | Path) -> Dataset:
         there = len([name for name in path.iterdir() if _SHARD.fullmatch(name.name)])
         raise ValueError(
             f"{str(path)!r} holds scores that are not finished ({there} shards so far): run the same `selsft score` "
-            "command again, which goes on where it stopped"
+            "command again, which resumes where it stopped"
         )
+    identity = json_sha256(manifest["identity"])
     for shard in manifest["shards"]:
         file = path / shard["file"]
         if not file.is_file() or file_sha256(file) != shard["sha256"]:
-            state = "is damaged" if file.is_file() else "is missing"
-            raise ValueError(
-                f"{str(file)!r} {state}: remove it and run the same `selsft score` command again, which computes this "
-                "shard alone"
-            )
+            raise _damaged(file, "is damaged" if file.is_file() else "is missing")
+        if _metadata(file)["identity_sha256"] != identity:
+            raise _damaged(file, "was made by another run than the manifest")
     files = [str(path / shard["file"]) for shard in manifest["shards"]]
     return load_dataset("parquet", data_files=files, split="train")
-
-
-def chunk_sha256(chunk: TokenChunk) -> str:
-    """Hash of the lengths, token ids and labels of consecutive rows."""
-    digest = hashlib.sha256(np.asarray(chunk.lengths, np.int64).tobytes())
-    for name in ("input_ids", "labels"):
-        digest.update(np.ascontiguousarray(chunk.columns[name], np.int64).data)
-    return digest.hexdigest()
 
 
 def _name(index: int) -> str:
@@ -243,15 +260,32 @@ def _name(index: int) -> str:
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    return json.loads(pq.read_schema(path).metadata[b"selsft"])
+    return json.loads((pq.read_schema(path).metadata or {})[b"selsft"])
 
 
-def _verify(path: Path) -> None:
-    """Read the shard with its checksums; it may come from an earlier run."""
+def _read(path: Path) -> dict[str, np.ndarray]:
     try:
-        pq.read_table(path, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{str(path)!r} is damaged ({str(error).splitlines()[0]}): remove it and run the same `selsft score` "
-            "command again, which computes this shard alone"
-        ) from error
+        table = pq.read_table(path, page_checksum_verification=True)
+        names = [name for name in table.column_names if name not in _ROWS]
+        scores = {name: table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in names}
+        wanted = _metadata(path)["scores_sha256"]
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise _damaged(path, f"is damaged ({str(error).splitlines()[0]})") from error
+    if _scores_sha256(scores) != wanted:
+        raise _damaged(path, "is damaged (the scores are not those that were written)")
+    return scores
+
+
+def _scores_sha256(scores: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name, values in sorted(scores.items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(values, np.float32).data)
+    return digest.hexdigest()
+
+
+def _damaged(path: Path, state: str) -> ValueError:
+    return ValueError(
+        f"{str(path)!r} {state}: remove it and run the same `selsft score` command again, which computes this shard "
+        "alone"
+    )

@@ -17,11 +17,13 @@ import json
 import math
 import numbers
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, Value
 from trl.data_utils import get_dataset_column_names
 
@@ -41,6 +43,7 @@ _PARTS_OF = "selsft_marks_of_"
 _IN_PARTS = "\0"  # stands for marks of content parts among the keys of messages
 _PEEK = 256  # rows of a stream without features that are looked at for marks
 _PART, _SPAN = 1, 2
+_JSON_KEY = rf'"({"|".join(sorted(_MESSAGE_KEYS))})"\s*:'
 _PRIVATE = re.compile("[\U000f0000-\U0010ffff]")
 
 
@@ -111,23 +114,46 @@ def _keys(dataset: Dataset | IterableDataset, name: str) -> set[str]:
     if isinstance(kind, Value):
         return set()
     struct = getattr(kind, "feature", None)
-    if isinstance(struct, Mapping) and not any(type(struct.get(content)).__name__ == "Json" for content in _CONTENTS):
+    keys: set[str] = set()
+    if isinstance(struct, Mapping):
         parts = [getattr(struct.get(content), "feature", None) for content in _CONTENTS]
-        keys = {key for part in parts if isinstance(part, Mapping) for key in _PART_KEYS & set(part)}
-        return set(struct) | keys | ({_IN_PARTS} if keys else set())
+        inside = {key for part in parts if isinstance(part, Mapping) for key in _PART_KEYS & set(part)}
+        keys = set(struct) | inside | ({_IN_PARTS} if inside else set())
+        if not any(type(struct.get(content)).__name__ == "Json" for content in _CONTENTS):
+            return keys
     # Keys that differ between messages are stored as JSON, and of those the features say nothing
-    found: set[str] = set()
-    rows = dataset.select_columns([name]) if isinstance(dataset, Dataset) else dataset.take(_PEEK)
-    for row in rows:
-        for message in row[name] if isinstance(row.get(name), list) else []:
-            found |= {key for key, value in message.items() if value is not None}
-            for parts in (message.get(content) for content in _CONTENTS):
-                for part in parts if isinstance(parts, list) else []:
-                    keys = {key for key in _PART_KEYS if isinstance(part, dict) and part.get(key) is not None}
-                    found |= keys | ({_IN_PARTS} if keys else set())
-        if _IN_PARTS in found:
+    messages = _json_messages(dataset, name) if isinstance(dataset, Dataset) else _first_messages(dataset, name)
+    for message in messages:
+        keys |= {key for key, value in message.items() if value is not None}
+        for content in (message.get(content) for content in _CONTENTS):
+            for part in content if isinstance(content, list) else []:
+                inside = {key for key in _PART_KEYS if isinstance(part, dict) and part.get(key) is not None}
+                keys |= inside | ({_IN_PARTS} if inside else set())
+        if _IN_PARTS in keys:
             break
-    return found
+    return keys
+
+
+def _first_messages(dataset: IterableDataset, name: str) -> Iterator[dict[str, Any]]:
+    for row in dataset.take(_PEEK):
+        messages = row.get(name)
+        yield from (message for message in messages if isinstance(message, dict)) if isinstance(messages, list) else ()
+
+
+def _json_messages(dataset: Dataset, name: str) -> Iterator[dict[str, Any]]:
+    """Messages, or their contents, of which the stored JSON has the key of a mark."""
+    for block in dataset.select_columns([name]).with_format("arrow").iter(batch_size=10_000):
+        column = block[name].combine_chunks()
+        while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+            column = column.flatten()
+        fields = {"": column}
+        if pa.types.is_struct(column.type):
+            fields = {field.name: column.field(field.name) for field in column.type if field.name in _CONTENTS}
+        for key, texts in fields.items():
+            texts = texts.storage if isinstance(texts, pa.ExtensionArray) else texts
+            for text in texts.filter(pc.match_substring_regex(texts, _JSON_KEY)).to_pylist():
+                value = json.loads(text)
+                yield {key: value} if key else value
 
 
 def check_marks(
@@ -152,6 +178,8 @@ def check_marks(
     for column in (*TOKEN_COLUMNS, *SCORE_COLUMNS.values()):
         if column in names:
             raise InputError(f"{what}, and the column {column!r} too: both say which tokens count. Drop one of them")
+    if {"image", "images"} & names:
+        raise InputError(f"{what}, and images, whose tokens are made in the collator: only text can be marked")
     if formatting:
         raise InputError(f"{what}, and formatting_func makes another text of them: format the rows beforehand")
     if reference:

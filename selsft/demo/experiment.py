@@ -1,25 +1,32 @@
 """One seed of the demo, from the world to the table: what is trained, in which order, and what is kept of it.
 
-All arms start from the same base, see the same rows in the same order, and are scored by the same reference.
+The arms are `workflow.arms.compare_arms`; they start from the same base and are scored by the same reference.
 """
 
 from __future__ import annotations
 
 import random
-import tempfile
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from selsft.demo.evaluate import Scores, auc, evaluate
+from selsft.config import SelectiveSFTConfig
+from selsft.demo.evaluate import Scores, answers, questions
 from selsft.demo.model import encode_all, make_model, train_tokenizer
-from selsft.demo.train import Advance, Recipe, selective_trainer, train_plain, train_selective
+from selsft.demo.train import Recipe, train_model
 from selsft.demo.world import World, WorldConfig, make_world
-from selsft.workflow.quiet import quiet
+from selsft.evaluation.metrics import auc
+from selsft.records import read_json
+from selsft.trainer import SelectiveSFTTrainer
+from selsft.workflow.arms import compare_arms
+from selsft.workflow.quiet import QUIET, quiet
+from selsft.workflow.run import execute
+from selsft.workflow.stage import RECORD, Stage
 
 ARMS = ("base", "reference", "plain SFT", "ignore negatives", "forget negatives")
 
@@ -37,12 +44,6 @@ class DemoConfig:
     training: Recipe = field(default_factory=lambda: Recipe(epochs=3, learning_rate=5e-4))
     forget_weight: float = 1.0
     samples_per_group: int = 3
-
-
-class Stages(Protocol):
-    """Shows progress and keeps the time; `report.Progress` is the one with bars."""
-
-    def stage(self, name: str, total: int) -> AbstractContextManager[Advance]: ...
 
 
 @dataclass
@@ -81,6 +82,8 @@ class SeedResult:
     scores: dict[str, Scores]
     tokens: TokenStats
     samples: list[Sample]
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of each model, with its evaluation where it is an arm."""
 
 
 def _negatives(row: dict) -> list[bool]:
@@ -164,47 +167,34 @@ def _pieces(row: dict, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, bo
     return [(str(tokenizer.decode(ids)), negative, wrong) for ids, negative, wrong in runs]
 
 
-def run_seed(seed: int, config: DemoConfig, stages: Stages) -> SeedResult:
-    with quiet(), tempfile.TemporaryDirectory(prefix="selsft-demo-") as folder:
-        return _run_seed(seed, config, stages, folder)
-
-
-def _run_seed(seed: int, config: DemoConfig, stages: Stages, folder: str) -> SeedResult:
+def run_seed(seed: int, config: DemoConfig, folder: Path, echo: Callable[[str], None] = print) -> SeedResult:
+    """One seed in `folder`: base and reference, then the arms. Cut off, it resumes with the stage that it was in."""
     world = make_world(seed, config.world)
-    with stages.stage("tokenizer and rows", 1) as advance:
-        tokenizer = train_tokenizer(world.pretraining, config.vocab_size)
-        pretraining, clean, noisy = (
-            encode_all(split, tokenizer) for split in (world.pretraining, world.reference, world.training)
+    tokenizer = train_tokenizer(world.pretraining, config.vocab_size)
+    noisy = encode_all(world.training, tokenizer)
+    base, reference = _model_stages(world, tokenizer, seed, config, folder)
+    with quiet():
+        execute([base, reference], folder, {"seed": seed}, echo=echo)
+        models = {stage.name: stage.folder / "model" for stage in (base, reference)}
+        scored = {"reference_model": str(models["reference"])}
+        found = compare_arms(
+            models["base"],
+            noisy,
+            questions(world, tokenizer),
+            {
+                "plain": {},
+                "ignore": {**scored, "forget_weight": 0.0},
+                "forget": {**scored, "forget_weight": config.forget_weight},
+            },
+            folder / "arms",
+            seeds=[seed + 2],
+            settings=config.training.settings(len(noisy)),
+            untrained=models,
+            measure=answers,
+            echo=echo,
         )
-        advance()
-
+        rows = _scored_rows(models["base"], noisy, config, {**scored, "forget_weight": 0.0}, folder / "arms")
     start = make_model(tokenizer, seed, config.hidden_size, config.layers)
-    with stages.stage("pretraining", config.pretraining.steps(len(pretraining))) as advance:
-        base = train_plain(start, tokenizer, pretraining, config.pretraining, seed, folder, advance)
-    with stages.stage("clean reference", config.reference.steps(len(clean))) as advance:
-        reference = train_plain(base, tokenizer, clean, config.reference, seed + 1, folder, advance)
-    arms = {"base": base, "reference": reference}
-
-    steps, order = config.training.steps(len(noisy)), seed + 2
-    with stages.stage("arm 1: plain SFT", steps) as advance:
-        arms["plain SFT"] = train_plain(base, tokenizer, noisy, config.training, order, folder, advance)
-    with stages.stage("scoring the tokens", 1) as advance:
-        ignoring = selective_trainer(base, tokenizer, noisy, config.training, order, folder, reference, 0.0)
-        scored = ignoring.train_dataset
-        advance()
-    with stages.stage("arm 2: ignore negatives", steps) as advance:
-        arms["ignore negatives"] = train_selective(ignoring, advance)
-    with stages.stage("arm 3: forget negatives", steps) as advance:
-        forgetting = selective_trainer(
-            base, tokenizer, noisy, config.training, order, folder, reference, config.forget_weight
-        )
-        arms["forget negatives"] = train_selective(forgetting, advance)
-
-    scores = {}
-    with stages.stage("asking all five", len(ARMS)) as advance:
-        for name in ARMS:
-            scores[name] = evaluate(arms[name], tokenizer, world)
-            advance()
     sizes = {
         "known facts": len(world.known),
         "target facts": len(world.target),
@@ -217,10 +207,39 @@ def _run_seed(seed: int, config: DemoConfig, stages: Stages, folder: str) -> See
         "parameters": start.num_parameters(),
         "vocabulary": len(tokenizer),
     }
+    names = dict(zip(ARMS, ("base", "reference", "plain", "ignore", "forget"), strict=True))
+    made = [base.folder, reference.folder, *(found.folders[names[arm]][0] for arm in ARMS[2:])]
     return SeedResult(
         seed,
         sizes,
-        scores,
-        token_stats(world, scored, tokenizer.eos_token_id),
-        pick_samples(world, scored, tokenizer, seed, config.samples_per_group),
+        {arm: Scores(**{key: found.mean(name, key) for key in found.values[name]}) for arm, name in names.items()},
+        token_stats(world, rows, tokenizer.eos_token_id),
+        pick_samples(world, rows, tokenizer, seed, config.samples_per_group),
+        {arm: read_json(each / RECORD)["seconds"] for arm, each in zip(ARMS, made, strict=True)},
     )
+
+
+def _model_stages(world: World, tokenizer: Any, seed: int, config: DemoConfig, root: Path) -> tuple[Stage, Stage]:
+    settings = {**asdict(config), "seed": seed}
+    sizes = {key: settings[key] for key in ("world", "vocab_size", "hidden_size", "layers", "seed")}
+
+    def pretrain(folder: Path) -> None:
+        start = make_model(tokenizer, seed, config.hidden_size, config.layers)
+        rows = encode_all(world.pretraining, tokenizer)
+        train_model(start, tokenizer, rows, config.pretraining, seed, folder / "model")
+
+    def train_reference(folder: Path) -> None:
+        start = LlamaForCausalLM.from_pretrained(base.folder / "model")
+        rows = encode_all(world.reference, tokenizer)
+        train_model(start, tokenizer, rows, config.reference, seed + 1, folder / "model")
+
+    base = Stage("base", {**sizes, "recipe": settings["pretraining"]}, {}, pretrain, root)
+    reference = {**sizes, "recipe": settings["reference"]}
+    return base, Stage("reference", reference, {"base": base}, train_reference, root)
+
+
+def _scored_rows(base: Path, rows: Dataset, config: DemoConfig, arm: dict[str, Any], folder: Path) -> Dataset:
+    """The rows of an arm with the columns that its trainer adds; their scores are read from the arms' cache."""
+    settings = {**config.training.settings(len(rows)), **QUIET, **arm}
+    args = SelectiveSFTConfig(output_dir=str(folder), scoring_cache_dir=str(folder / "scores"), **settings)
+    return cast(Dataset, SelectiveSFTTrainer(str(base), args, train_dataset=rows).train_dataset)

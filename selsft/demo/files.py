@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 from selsft.demo.experiment import DemoConfig
 from selsft.demo.model import encode, make_model, train_tokenizer
-from selsft.demo.train import train_plain
+from selsft.demo.train import train_model
 from selsft.demo.world import Statement, accepted, make_world
 
 
@@ -44,13 +42,7 @@ def write_world(folder: Path, seed: int = 0, countries: int | None = None, epoch
 
     pretraining = Dataset.from_list(rows(world.pretraining))
     start = make_model(tokenizer, seed, config.hidden_size, config.layers)
-    scratch = folder / "scratch"
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(folder / "base")
-    base = train_plain(start, tokenizer, pretraining, recipe, seed, str(scratch), lambda: None)
-    base.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    shutil.rmtree(scratch, ignore_errors=True)
+    train_model(start, tokenizer, pretraining, recipe, seed, folder / "base")
 
 
 def _write(path: Path, rows: list[dict]) -> None:

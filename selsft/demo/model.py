@@ -6,7 +6,6 @@ megabytes would be more lifelike, but it would know the facts already and would 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 
 import torch
@@ -48,14 +47,6 @@ def make_model(
         pad_token_id=tokenizer.pad_token_id,
     )
     return LlamaForCausalLM(config)
-
-
-def clone(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """A copy to train further. `copy.deepcopy` of a model that was in a trainer shares weights with the original: the
-    forward that the trainer has put into it keeps the original in a closure."""
-    fresh = LlamaForCausalLM(copy.deepcopy(model.config))
-    fresh.load_state_dict(model.state_dict())
-    return fresh
 
 
 def encode(statement: Statement, tokenizer: PreTrainedTokenizerFast) -> dict[str, list[int]]:

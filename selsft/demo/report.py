@@ -1,4 +1,4 @@
-"""How the demo shows itself: bars while it works, then tables and sentences, on the terminal and in a page.
+"""How the demo shows itself: tables and sentences, on the terminal and in a page.
 
 rich draws both, and its export escapes the text, so the page is self-contained and an answer that looks like HTML
 stays an answer. A template of our own would only repeat that.
@@ -7,16 +7,12 @@ stays an answer. A template of our own would only repeat that.
 from __future__ import annotations
 
 import io
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
@@ -42,30 +38,6 @@ TOKENS = {
     "true_known": "negatives in known facts the reference forgot",
 }
 NEGATIVE, WRONG, BOTH = "bold red", "underline", "bold red underline"
-
-
-class Progress:
-    """One bar per stage; `seconds` is how long each took."""
-
-    def __init__(self, console: Console):
-        self.console = console
-        self.seconds: dict[str, float] = {}
-        self.prefix = ""
-
-    @contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Callable[[], None]]:
-        columns = (
-            TextColumn(f"{self.prefix}{{task.description:<24}}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        start = time.perf_counter()
-        with RichProgress(*columns, console=self.console) as progress:
-            task = progress.add_task(name, total=total)
-            yield lambda: progress.advance(task)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def _spread(values: Sequence[float], digits: int = 3) -> str:
@@ -158,28 +130,26 @@ def sentences(result: SeedResult, brackets: bool = False) -> RenderableType:
     return Group(*lines)
 
 
-def timing_line(seconds: dict[str, float], total: float) -> Text:
-    return Text("Seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()) + f"; in all {total:.1f}")
+def timing_line(results: Sequence[SeedResult]) -> Text:
+    seconds = {arm: sum(r.seconds.get(arm, 0.0) for r in results) for arm in ARMS}
+    return Text("Seconds: " + ", ".join(f"{arm} {value:.1f}" for arm, value in seconds.items()))
 
 
-def render(
-    console: Console, results: Sequence[SeedResult], seconds: dict[str, float], total: float, head: bool = True
-) -> None:
+def render(console: Console, results: Sequence[SeedResult]) -> None:
     """Print everything. Lines are only blank where rich would otherwise run two tables together."""
-    if head:
-        console.print(intro(results[0]))
+    console.print(intro(results[0]))
     console.print(token_table(results))
     console.print(score_table(results))
     if len(results) > 1:
         console.print(paired_table(results))
     console.print(sentences(results[0], brackets=console.color_system is None))
-    console.print(timing_line(seconds, total))
+    console.print(timing_line(results))
 
 
-def page(results: Sequence[SeedResult], seconds: dict[str, float], total: float, width: int = 110) -> Console:
+def page(results: Sequence[SeedResult], width: int = 110) -> Console:
     """A console that has recorded the report, for `save_html` and `save_svg`."""
     console = Console(record=True, file=io.StringIO(), width=width, force_terminal=True, color_system="truecolor")
-    render(console, results, seconds, total)
+    render(console, results)
     return console
 
 

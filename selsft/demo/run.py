@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
-import sys
+import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ..records import versions, write_json
+
 THREADS = 2
-PACKAGES = ("selsft", "torch", "transformers", "trl", "datasets", "tokenizers")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -29,7 +28,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="DIR",
-        help="new folder for config, results and the report (default: runs/demo/ and the time)",
+        help="new folder for models, results and the report, or that of a demo that was cut off (default: runs/demo/ "
+        "and the time)",
     )
     parser.add_argument(
         "--forget-weight", type=float, metavar="W", help="weight of the forgetting term at the end of training"
@@ -44,26 +44,17 @@ def _positive(text: str) -> int:
     return value
 
 
-def versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # run from a source tree that was never installed
-            found[name] = "not installed"
-    return found
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     output = args.output or Path("runs", "demo", time.strftime("%Y%m%d-%H%M%S"))
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    cut_off = (output / "config.json").is_file() and not (output / "results.json").exists()
+    if output.exists() and not cut_off and (not output.is_dir() or any(output.iterdir())):
         parser.error(f"--output {output} exists already: choose a new folder, the demo overwrites no run")
     if args.forget_weight is not None and not args.forget_weight >= 0:
         parser.error(f"--forget-weight {args.forget_weight} must not be negative")
     # The demo needs no network: nothing may look for updates or report usage. Set before the libraries are imported.
-    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "TQDM_DISABLE"):
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
         os.environ.setdefault(name, "1")
 
     from dataclasses import replace
@@ -84,37 +75,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config, seeds: Sequence[int], output: Path, console) -> list:
-    """Run `seeds`, print the report and write it into `output`, an empty folder."""
+    """Run `seeds` in `output`, print the report and write it there."""
     import torch
 
     from selsft.demo.experiment import run_seed
-    from selsft.demo.report import Progress, as_rows, page, render
+    from selsft.demo.report import as_rows, page, render
 
-    record: dict[str, object] = {"config": asdict(config), "seeds": list(seeds), "versions": versions()}
-    record["threads"] = torch.get_num_threads()
-    (output / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    about: dict[str, object] = {"config": asdict(config), "seeds": list(seeds), "threads": torch.get_num_threads()}
+    about |= {"python": platform.python_version(), "versions": versions()}
+    write_json(output / "config.json", about)
 
-    start = time.perf_counter()
-    progress = Progress(console)
+    def echo(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
     results = []
     for seed in seeds:
-        progress.prefix = f"seed {seed}  " if len(seeds) > 1 else ""
-        results.append(run_seed(seed, config, progress))
-    total = time.perf_counter() - start
-
-    everything = {
-        **record,
-        "seconds": progress.seconds,
-        "seconds_in_all": total,
-        "results": [asdict(result) for result in results],
-    }
-    (output / "results.json").write_text(json.dumps(everything, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        echo(f"Seed {seed}")
+        results.append(run_seed(seed, config, output / f"seed-{seed}", echo))
+    write_json(output / "results.json", {**about, "results": [asdict(result) for result in results]})
     rows = as_rows(results)
     with (output / "results.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    render(console, results, progress.seconds, total)
-    page(results, progress.seconds, total).save_html(str(output / "report.html"))
-    console.print(f"Written to {output}: config.json, results.json, results.csv, report.html", markup=False)
+    render(console, results)
+    page(results).save_html(str(output / "report.html"))
+    echo(f"Written to {output}: config.json, results.json, results.csv, report.html")
     return results

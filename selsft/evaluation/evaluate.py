@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..config import SelectiveSFTConfig
-from ..scoring.reference import use_start
+from ..scoring.frozen import use_start
 from ..training.model import Model
 from .generation import exact_match, greedy_answers
 from .likelihood import answer_nll, kl_to_base, text_perplexity

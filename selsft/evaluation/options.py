@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -25,6 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from selsft_kernels import linear_logprob
 
+from ..scoring.batching import BatchBudget
 from ..training.head import read_lm_head
 from ..training.model import Model, base_model, frozen
 from .examples import MultipleChoiceExample, Pair, encode_pair
@@ -100,7 +101,6 @@ def count_tokens(
     return sum(map(len, _plan(tokenizer, examples, max_length, keep_last=states)[0]))
 
 
-@torch.no_grad()
 def score_options(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
@@ -145,7 +145,8 @@ def score_options(
 
     quiet = not progress or bool(os.environ.get("TQDM_DISABLE"))
     with frozen(model), tqdm(total=len(rows), desc=description, leave=False, disable=quiet) as bar:
-        for batch in _batches([len(row) for row in rows], batch_tokens, batch_size):
+        for indices in BatchBudget(batch_tokens, batch_size).batches(np.array([len(row) for row in rows])):
+            batch = indices.tolist()
             width = max(len(rows[row]) for row in batch)
             # Padding on the right, behind everything that a causal model looks at. Any token will do.
             ids = torch.tensor([rows[row] + [0] * (width - len(rows[row])) for row in batch])
@@ -223,19 +224,6 @@ def _fit(pair: Pair, limit: int, name: str, number: int) -> list[int]:
             "leaves room for: raise max_length, or drop the example"
         )
     return [*pair.context, *pair.continuation][-limit:]
-
-
-def _batches(lengths: Sequence[int], batch_tokens: int, batch_size: int | None) -> Iterator[list[int]]:
-    """Rows of like length together, the longest first: running out of memory shows in the first batch."""
-    batch: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        full = len(batch) == batch_size
-        if batch and (full or (len(batch) + 1) * lengths[batch[0]] > batch_tokens):
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
 
 
 def _forward(

@@ -28,6 +28,7 @@ from ..errors import InputError
 from ..evaluation.settings import EvaluateArguments
 from ..recipes import find_recipe
 from ..scoring.settings import ScoreArguments
+from ..secrets import to_environment
 from .split import SplitSettings
 
 STAGES = ("world", "split", "reference", "score", "select", "train", "evaluate")
@@ -131,6 +132,8 @@ def load_recipe(source: str, overrides: list[str]) -> Recipe:
     for flag, value in _pairs(overrides):
         stage, dot, name = flag.rpartition(".")
         (recipe.stages.setdefault(stage, {}) if dot else recipe.common)[name] = value
+    for flags in (recipe.common, *recipe.stages.values()):
+        to_environment(flags)
     _check(recipe)
     return recipe
 

@@ -1,4 +1,4 @@
-"""Per-token log-probabilities of a data set under a frozen model, computed once and cached on disk.
+"""Per-token columns of rows under a frozen model: log-probabilities, and what else one forward pass can give.
 
 Scores are computed on the *final* rows, after TRL has tokenised, truncated and packed them, and through the collator
 that training uses, so that column index t belongs to token t in every packing mode. The documents of a packed row see
@@ -9,27 +9,25 @@ them alike, and the model would see another context than in training.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import importlib.metadata
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
-from datasets import Dataset
+from torch import nn
 from transformers import DataCollator
 
 from ..data.chunks import TokenChunk
-from ..records import now
 from ..training.head import SelectiveHead
-from .batching import BatchBudget, shard_chunks
-from .cache import LogpCache, data_fingerprint
+from ..training.model import Model, base_model
+from .batching import BatchBudget
 
-# Forward pass of one batch: log-probabilities of `(batch, seq_len)`, 0 where the label is -100, one tensor per model
-Forward = Callable[[dict], Sequence[torch.Tensor]]
+# Forward pass of one batch: column -> `(batch, seq_len)`, 0 where the label is -100
+Forward = Callable[[dict], Mapping[str, torch.Tensor]]
 ROW_COLUMNS = ["input_ids", "labels"]
 
 
@@ -51,24 +49,62 @@ def forward_logps(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
     return torch.nn.functional.pad(logps[:, logps.size(1) - (width - 1) :], (1, 0)).float()
 
 
+@contextlib.contextmanager
+def hidden_states(model: Model, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Some hidden states of each forward pass inside; the next pass replaces them. `output_hidden_states` would keep
+    those of all layers until the pass ends.
+
+    Args:
+        layers: as `output_hidden_states` counts: 0 for the embeddings, i for the output of layer i, before the final
+            norm.
+
+    Yields:
+        layer -> `(batch, seq_len, hidden)`, filled by a forward pass; virtual tokens of prompt learning come first.
+
+    Raises:
+        `ValueError` for a layer that the model does not have.
+    """
+    backbone = base_model(model).base_model
+    depth = base_model(model).config.get_text_config().num_hidden_layers
+    stack = next(m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    found: dict[int, torch.Tensor] = {}
+    if wrong := [layer for layer in layers if not 0 <= layer <= depth]:
+        raise ValueError(f"layers={wrong}: the model has the layers 0 (embeddings) to {depth}")
+
+    def keep(layer: int, module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
+        found[layer] = output if isinstance(output, torch.Tensor) else output[0]
+
+    def keep_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        found[0] = args[0] if args else kwargs["hidden_states"]
+
+    hooks = [stack[layer - 1].register_forward_hook(functools.partial(keep, layer)) for layer in layers if layer]
+    if 0 in layers:
+        hooks.append(stack[0].register_forward_pre_hook(keep_input, with_kwargs=True))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def score_chunk(
     chunk: TokenChunk,
+    names: Sequence[str],
     forward: Forward,
     collator: DataCollator,
     accelerator: Accelerator,
     budget: BatchBudget,
     *,
-    models: int = 1,
     joint: bool = False,
     progress: Callable[[int], object] | None = None,
-) -> list[np.ndarray]:
-    """Log-probabilities of consecutive rows: one flat `(tokens,)` float32 array per model, 0 where nothing is trained.
+) -> dict[str, np.ndarray]:
+    """Columns of consecutive rows, flat `(tokens,)` float32, 0 where nothing is supervised.
 
     Rows without a label never meet the model.
 
     Args:
         chunk: with the columns `input_ids` and `labels`; packed rows with `documents` are scored document by document.
-        models: how many tensors `forward` returns.
+        names: the columns that `forward` gives.
         joint: whether all processes score this chunk together: each takes every `num_processes`-th batch, runs as many
             forward passes as the others (sharded weights need all of them) and gets all results.
         progress: told the number of tokens of each batch.
@@ -83,7 +119,7 @@ def score_chunk(
     batches = [wanted[batch] for batch in budget.batches(lengths[wanted])]
     collator = _like(collator, budget.padding_free)
     world, rank = (accelerator.num_processes, accelerator.process_index) if joint else (1, 0)
-    flat = [np.zeros(len(ids), np.float32) for _ in range(models)]
+    flat = {name: np.zeros(len(ids), np.float32) for name in names}
     for step in range(-(-len(batches) // world)):
         mine = step * world + rank
         chosen = batches[min(mine, len(batches) - 1)]  # the last round repeats a batch where one is short
@@ -92,15 +128,16 @@ def score_chunk(
             key: value.to(accelerator.device) if isinstance(value, torch.Tensor) else value
             for key, value in collator(rows).items()
         }
-        found = forward(inputs)
+        columns = forward(inputs)
         if mine < len(batches):
-            for values, logps in zip(flat, found, strict=True):
-                _spread(values, logps.cpu().numpy(), starts[chosen], lengths[chosen])
+            for name, values in flat.items():
+                _spread(values, columns[name].float().cpu().numpy(), starts[chosen], lengths[chosen])
         if progress is not None:
             progress(int(lengths[chosen].sum()))
     if world == 1:
         return flat
-    return [accelerator.reduce(torch.from_numpy(f).to(accelerator.device), "sum").cpu().numpy() for f in flat]
+    sums = {name: accelerator.reduce(torch.from_numpy(f).to(accelerator.device), "sum") for name, f in flat.items()}
+    return {name: cast(torch.Tensor, values).cpu().numpy() for name, values in sums.items()}
 
 
 def _like(collator: DataCollator, padding_free: bool) -> DataCollator:
@@ -118,93 +155,3 @@ def _spread(flat: np.ndarray, logps: np.ndarray, starts: np.ndarray, lengths: np
         parts = [row[:length] for row, length in zip(logps, lengths, strict=True)]
     for start, part in zip(starts, parts, strict=True):
         flat[start : start + len(part)] = part
-
-
-def row_lengths(dataset: Dataset) -> np.ndarray:
-    """Number of tokens of each row, `(rows,)` int64."""
-    parts = [
-        np.asarray(batch["input_ids"].combine_chunks().value_lengths(), dtype=np.int64)
-        for batch in dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000)
-    ]
-    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
-
-
-def cached_logps(
-    dataset: Dataset,
-    forward: Callable[[dict], torch.Tensor],
-    collator: DataCollator,
-    accelerator: Accelerator,
-    *,
-    budget: BatchBudget,
-    cache: LogpCache,
-    model_hash: str,
-    model_name: str,
-    description: str,
-) -> Dataset:
-    """Log-probabilities of all rows, from the cache when these rows were scored with these weights before.
-
-    Returns:
-        a data set of the one column `logps`, float32 lists of the rows' lengths, mapped into memory.
-    """
-    fingerprint, precision = data_fingerprint(dataset), str(accelerator.mixed_precision)
-    key, lengths = cache.key(fingerprint, model_hash, precision), row_lengths(dataset)
-    # One process decides, so that all of them score or none does
-    rows = cache.read(key, lengths)
-    if _everywhere(rows is not None, accelerator) and rows is not None:
-        return rows
-    writes = accelerator.is_local_main_process  # machines may or may not share the folder
-    if writes:
-        cache.check_writable()
-    start = time.perf_counter()
-    split = getattr(collator, "padding_free", False)
-    bar = tqdm(total=int(lengths.sum()), desc=description, unit="token", unit_scale=True, disable=_quiet())
-
-    def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for chunk in shard_chunks(dataset.with_format(None), ROW_COLUMNS):
-            if not split:
-                chunk.documents = None  # the collator of training does not keep them apart either
-            (flat,) = score_chunk(
-                chunk, lambda x: [forward(x)], collator, accelerator, budget, joint=True, progress=bar.update
-            )
-            yield flat, chunk.lengths
-
-    def manifest() -> dict:
-        return {
-            "model": model_name,
-            "model_sha256": model_hash,
-            "data_sha256": fingerprint,
-            "rows": len(lengths),
-            "tokens": int(lengths.sum()),
-            "mixed_precision": precision,
-            "seconds": round(time.perf_counter() - start, 3),
-            "created": now(),
-            "versions": {
-                name: importlib.metadata.version(name) for name in ("selsft", "torch", "transformers", "trl", "peft")
-            },
-        }
-
-    with bar:
-        if writes:
-            rows = cache.write(key, chunks(), manifest)
-        else:
-            for _ in chunks():  # takes part in every forward pass
-                pass
-    accelerator.wait_for_everyone()
-    if rows is None or not writes:
-        rows = cache.read(key, lengths)
-    if not _everywhere(rows is not None, accelerator) or rows is None:
-        raise ValueError(
-            f"scoring_cache_dir={str(cache.folder)!r}: another process cannot read the scores that were written "
-            "there: choose a folder with free space that all processes of a machine see"
-        )
-    return rows
-
-
-def _everywhere(holds: bool, accelerator: Accelerator) -> bool:
-    """Whether something holds in all processes."""
-    count = torch.tensor([holds], device=accelerator.device, dtype=torch.float32)
-    return float(accelerator.reduce(count, reduction="sum")) == accelerator.num_processes
-
-
-def _quiet() -> bool:
-    return bool(os.environ.get("TQDM_DISABLE"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .batching import TOKENS_PER_SHARD
+from ..data.chunks import TOKENS_PER_CHUNK
 
 
 @dataclass
@@ -17,7 +17,7 @@ class ScoreArguments:
     )
     show_tokens: int = field(default=10, metadata={"help": "How many of the most negative tokens to print."})
     shard_tokens: int = field(
-        default=TOKENS_PER_SHARD,
+        default=TOKENS_PER_CHUNK,
         metadata={"help": "Tokens of a shard: what is in memory at once, and what an interrupt can cost."},
     )
     base_logps: str | None = field(

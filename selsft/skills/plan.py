@@ -60,21 +60,19 @@ def study_models(config: StudyConfig) -> list[StudyModel]:
     redraw = "-per_epoch" if config.redraw == "per_epoch" else ""
     retain = "-retain" if config.retain_tasks else ""
     tasks, shared = config.task_list, config.reference == "shared"
-    first, later = (
-        {"epochs": config.num_train_epochs, "learning_rate": config.learning_rate},
-        {"epochs": config.forget_num_train_epochs, "learning_rate": config.forget_learning_rate},
-    )
+    first = config.num_train_epochs, config.learning_rate
+    later = config.forget_num_train_epochs, config.forget_learning_rate
     base = StudyModel("base", config.seed)
     models = [base]
     for seed in range(config.seed, config.seed + config.seeds):
         for task in tasks:
             label, own = (ALL_TASKS, tuple(tasks)) if shared else (task, (task,))
-            reference = StudyModel("finetuned", seed, label, parent=base, tasks=own, **first)
+            reference = StudyModel("finetuned", seed, label, "", base, "", own, *first)
             if reference not in models:
                 models.append(reference)
             for method in config.method_names if task in config.label_task_names else []:
                 variant = f"{method}-{kind}{redraw if is_random_labels(method) else ''}{retain}"
-                models.append(StudyModel("forgotten", seed, task, method, reference, variant, (task,), **later))
+                models.append(StudyModel("forgotten", seed, task, method, reference, variant, (task,), *later))
     return models
 
 

@@ -8,14 +8,12 @@ loop of our own, which would be smaller, and prove nothing about the trainer tha
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import tqdm
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, TaskType
 from transformers import (
@@ -23,7 +21,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
     TrainerCallback,
 )
 
@@ -32,7 +29,7 @@ from ..evaluation.examples import MultipleChoiceExample, training_data, training
 from ..evaluation.options import OptionScores, score_options
 from ..trainer import SelectiveSFTTrainer
 from ..training.model import Model
-from ..workflow.quiet import quiet
+from ..workflow.quiet import QUIET, quiet, train_quietly
 from .config import StudyConfig, is_random_labels
 from .randomize import assign_labels, match_rate
 from .tasks import SkillTask, rng
@@ -149,11 +146,9 @@ def train(
         if config.use_peft and not isinstance(model, PeftModel):
             adapter = _lora(config)
         trainer = SelectiveSFTTrainer(model, args, train_dataset=data, processing_class=tokenizer, peft_config=adapter)
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_Bar(description))
         for callback in callbacks:
             trainer.add_callback(callback)
-        trainer.train()
+        train_quietly(trainer, description)
         return trainer.model.eval()
 
 
@@ -194,10 +189,7 @@ def _arguments(
         "bf16": config.bf16,
         "gradient_checkpointing": False,
         "dataloader_pin_memory": False,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
+        **QUIET,
         "scoring_cache_dir": f"{folder}/scores",
     }
     if method and not is_random_labels(method):
@@ -226,23 +218,6 @@ class CurveCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every == 0:
             self.curve[state.global_step] = self.score(model)
-
-
-class _Bar(TrainerCallback):
-    """One bar that goes away, instead of the trainer's own that stays for every stage."""
-
-    def __init__(self, description: str):
-        self.description = description
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        hidden = bool(os.environ.get("TQDM_DISABLE"))
-        self.bar = tqdm(total=state.max_steps, desc=self.description, leave=False, disable=hidden)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
 
 
 def scorer(

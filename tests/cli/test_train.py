@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 from selsft.cli import main
 from selsft.cli.arguments import CommandParser
 from selsft.cli.launch import resolve_accelerate_config
-from selsft.data.scored_folder import load_scored
+from selsft.data.scored_folder import load_scores
 from selsft.errors import InputError
 from selsft.recipes import RECIPES
 from selsft.report.terminal import printable
@@ -160,7 +160,7 @@ def test_scored_data_trains_as_the_reference_does(run, models, capsys, reference
     flags = {"dataset_name": "data.jsonl", "reference_model": models / reference}
     assert run("score", **flags, scored_dir="scored", negative_threshold=0.2) == 0
     printed = capsys.readouterr().out
-    scored = load_scored("scored")
+    scored = load_scores("scored")
     assert set(scored.column_names) == {"input_ids", "labels", "base_logps", "ref_logps"}
     # The summary says what is in the folder
     record = json.load(open("scored/selsft_run.json"))["finished"]
@@ -188,7 +188,7 @@ def test_packed_rows_are_saved_as_documents(run, models, strategy):
     assert run("score", **flags, scored_dir="packed", packing=True, packing_strategy=strategy) == 0
     assert run("train", dataset_name="packed", output_dir="out", packing=True, max_length=24) == 0
     if strategy == "bfd":  # wrapping cuts documents, whose parts then have another past
-        rows = {name: {tuple(row["input_ids"]): row for row in load_scored(name)} for name in ("plain", "packed")}
+        rows = {name: {tuple(row["input_ids"]): row for row in load_scores(name)} for name in ("plain", "packed")}
         assert rows["plain"].keys() == rows["packed"].keys()
         for ids, row in rows["plain"].items():
             for column in ("base_logps", "ref_logps"):

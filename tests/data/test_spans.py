@@ -12,6 +12,7 @@ from peft import LoraConfig
 from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
 from selsft.data.alignment import Alignment
 from selsft.data.preparation import read_token_marks
+from selsft.data.spans import has_marks, join_parts
 from tests.data.test_preparation import MODES
 from tests.support import tiny, tokenizers
 from tests.support.characters import weights_of
@@ -376,6 +377,77 @@ def test_marks_that_come_late_are_seen(streamed, tmp_path, options):
     assert [min(row["token_weights"]) for row in rows] == [1.0] * 20 + [-1.0] * 2 + [0.0] * 2
 
 
+@pytest.mark.parametrize("streamed", [False, True], ids=["loaded", "streamed"])
+def test_axolotls_own_form(streamed, tmp_path, options):
+    """`conversations` of `from` and `value`, with the keys that its documentation shows."""
+    row = {
+        "conversations": [
+            {"from": "system", "value": "alpha", "train": False},
+            {"from": "human", "value": "beta", "train": True},
+            {
+                "from": "assistant",
+                "value": "gamma delta eta",
+                "train_detail": [
+                    {"begin_offset": 0, "end_offset": 4, "train": True},
+                    {"begin_offset": 5, "end_offset": 10, "train": False},
+                    {"begin_offset": 11, "end_offset": 14, "train": True},
+                ],
+            },
+        ]
+    }
+    data = load_dataset(
+        "json", data_files=write(tmp_path, [row] * 8), split="train", streaming=streamed,
+        cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    run = SelectiveSFTTrainer(
+        tiny.llama(), SelectiveSFTConfig(**{**options, "max_length": 64}), train_dataset=data,
+        processing_class=tiny.tokenizer(),
+    )  # fmt: skip
+    row = next(iter(run.train_dataset))
+    unknown = [t for t, weight in zip(row["input_ids"], row["token_weights"], strict=True) if weight == 0]
+    assert tiny.tokenizer().decode(unknown) == "<|im_start|>system\nalpha<|im_end|> delta"
+    assert set(row["token_weights"]) == {0.0, 1.0}
+
+
+def test_parts_of_the_reasoning(options):
+    parts = [{"type": "text", "text": "beta", "train": False}, {"type": "text", "text": " gamma", "train": True}]
+    answer = {
+        "role": "assistant",
+        "reasoning_content": parts,
+        "content": [{"type": "text", "text": "delta", "train": True}],
+    }
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{% if m.reasoning_content %}{{ m.reasoning_content }};{% endif %}"
+        "{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    run = SelectiveSFTTrainer(
+        tiny.llama(), SelectiveSFTConfig(**options), train_dataset=Dataset.from_list([{"messages": [answer]}] * 4),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    for row in run.train_dataset:
+        unknown = [t for t, weight in zip(row["input_ids"], row["token_weights"], strict=True) if weight == 0]
+        assert tokenizer.decode(unknown) == "beta"
+
+
+def test_text_about_marks_is_no_mark(tmp_path):
+    messages = [
+        {"role": "user", "content": 'a key is "spans": [[0, 1]]'},
+        {"role": "assistant", "content": "x", "name": "y"},
+    ]
+    data = load_dataset(
+        "json", data_files=write(tmp_path, [{"messages": messages}]), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert not has_marks(data)
+    messages[1]["train"] = False
+    (tmp_path / "other").mkdir()
+    data = load_dataset(
+        "json", data_files=write(tmp_path / "other", [{"messages": messages}]), split="train",
+        cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    assert has_marks(data)
+
+
 BAD = {
     "not a list": ({"spans": "0-3"}, r"row 1: spans='0-3' must be a list"),
     "form": ({"spans": [[0, 3, -1, 2]]}, r"row 1: span \[0, 3, -1, 2\] has another form"),
@@ -465,6 +537,8 @@ def test_two_sources_of_weights_are_refused(options):
     refused(options, data, "has the column 'spans', and formatting_func", formatting_func=lambda row: row["text"])
     twice = data.add_column("token_weights", [[1.0]] * ROWS)
     refused(options, twice, "has the column 'spans', and the column 'token_weights' too")
+    images = data.add_column("image", ["x"] * ROWS)
+    refused(options, images, "has the column 'spans', and images")
     tokenised_rows = tiny.tokenised_data(4).add_column("spans", [[[0, 1]]] * 4)
     refused(options, tokenised_rows, "the column 'spans', which speaks of a text, and tokenised rows")
     refused(options, dataset_of("messages"), "spans or weights, and a reference_model", reference_model="base")
@@ -481,8 +555,6 @@ def test_parts_with_spans_of_the_message_are_refused(options):
 
 def test_parts_without_marks_are_left_to_the_template(options):
     """Nothing about such rows is ours."""
-    from selsft.data.spans import has_marks, join_parts
-
     parts = [{"type": "text", "text": "beta"}]
     data = Dataset.from_list([{"messages": [{"role": "assistant", "content": parts}]}])
     assert not has_marks(data) and join_parts(data) is data

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from selsft.demo.evaluate import Scores, auc
+from selsft.demo.evaluate import Scores
 from selsft.demo.model import encode, train_tokenizer
 from selsft.demo.run import main, make_parser
 from selsft.demo.world import (
@@ -152,13 +152,6 @@ def test_accepted_responses_are_the_forms_of_the_training_text():
     assert len(RESPONSES) == 4
 
 
-def test_auc_counts_pairs_and_halves_ties():
-    scores, positive = np.array([3.0, 1.0, 2.0, 1.0]), np.array([True, True, False, False])
-    pairs = [1.0 if a > b else 0.5 if a == b else 0.0 for a in scores[positive] for b in scores[~positive]]
-    assert auc(scores, positive) == np.mean(pairs)
-    assert np.isnan(auc(scores, np.zeros(4, bool)))
-
-
 def _result(prompt="Q: Who?\nA:", pieces=((" Rome", True, True), (".", False, False))):
     from selsft.demo.experiment import ARMS, Sample, SeedResult, TokenStats
 
@@ -183,7 +176,7 @@ def test_a_hostile_answer_stays_text_in_the_page(tmp_path):
 
     hostile = _result("Q: <img src=x onerror=alert(1)>?\nA:", [(' <script>alert("x")</script>[red]', True, True)])
     for name, save in (("page.html", "save_html"), ("page.svg", "save_svg")):
-        getattr(page([hostile], {"stage": 1.0}, 1.0, width=200), save)(str(tmp_path / name))
+        getattr(page([hostile], width=200), save)(str(tmp_path / name))
         text = (tmp_path / name).read_text(encoding="utf-8")
         assert "<script" not in text and "<img" not in text
         assert "&lt;script&gt;" in text and "[red]" in text
@@ -246,7 +239,8 @@ def test_the_whole_flow_runs(tiny, tmp_path):
 
     screen = StringIO()
     (result,) = run(tiny, [1], tmp_path, Console(file=screen, width=110))
-    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "results.json", "results.csv", "report.html"}
+    made = {"config.json", "results.json", "results.csv", "report.html", "seed-1"}
+    assert {p.name for p in tmp_path.iterdir()} == made
     saved = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert saved["results"][0]["scores"]["plain SFT"]["exact_match"] == result.scores["plain SFT"].exact_match
     assert saved["config"]["world"]["countries"] == 4 and saved["versions"]["torch"]
@@ -257,3 +251,11 @@ def test_the_whole_flow_runs(tiny, tmp_path):
     assert result.tokens.negative_share > 0
     probabilities = [result.scores[arm].wrong_probability for arm in ARMS[2:]]
     assert len(set(probabilities)) == 3  # three different models came out of one start
+
+    before = (tmp_path / "results.csv").read_text(encoding="utf-8")
+    (tmp_path / "results.json").unlink()  # cut off before its end: everything that was trained is found again
+    screen.truncate(0)
+    run(tiny, [1], tmp_path, Console(file=screen, width=110))
+    lines = [line for line in screen.getvalue().splitlines() if line.startswith("[")]
+    assert len(lines) == 7 and all("skipped" in line for line in lines)
+    assert (tmp_path / "results.csv").read_text(encoding="utf-8") == before

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 
 from selsft import DataCollatorForSelectiveSFT, SelectiveSFTConfig
+from selsft.data.chunks import token_chunks
 from selsft.report.terminal import QUANTILES, ScoreHistogram, summarize
-from selsft.scoring.batching import BatchBudget, shard_chunks
+from selsft.scoring.batching import BatchBudget
+from selsft.scoring.frozen import FrozenModels
 from selsft.scoring.logprobs import ROW_COLUMNS, score_chunk
-from selsft.scoring.pair import ModelPair
 from tests.cli.test_train import models
 from tests.support import tiny
 
@@ -52,8 +53,11 @@ def test_batches_are_full_and_hardly_padded():
     batches = BatchBudget(8192).batches(few)
     assert sum(int(few[batch].max()) * len(batch) for batch in batches) < 1.15 * few.sum()
     assert len(batches) < 16
-    rows = BatchBudget(8192, rows=7).batches(lengths)
+    rows = BatchBudget(None, rows=7).batches(lengths)
     assert {len(batch) for batch in rows[:-1]} == {7}
+    both = BatchBudget(8192, rows=20).batches(lengths)
+    assert max(len(batch) for batch in both) == 20
+    assert all(len(batch) == 1 or lengths[batch].max() * len(batch) <= 8192 for batch in both)
 
 
 def test_the_budget_follows_the_settings():
@@ -66,7 +70,7 @@ def test_the_budget_follows_the_settings():
     args.scoring_batch_tokens = 500
     assert BatchBudget.of(args).tokens == 500
     args.scoring_batch_size = 3
-    assert BatchBudget.of(args).rows == 3
+    assert BatchBudget.of(args) == BatchBudget(None, rows=3)
     with pytest.raises(ValueError, match="scoring_batch_tokens=0 must be at least 1"):
         SelectiveSFTConfig("out", use_cpu=True, bf16=False, scoring_batch_tokens=0)
 
@@ -82,9 +86,9 @@ def numbered(lengths: list[int]) -> dict[str, list]:
 @given(lengths_of_rows.filter(len), st.integers(1, 120))
 def test_shards_are_the_rows_in_order_also_when_streamed(lengths, tokens):
     data = numbered(lengths)
-    mapped = list(shard_chunks(Dataset.from_dict(data), ROW_COLUMNS, tokens))
+    mapped = list(token_chunks(Dataset.from_dict(data), ROW_COLUMNS, tokens))
     rows = [{name: data[name][i] for name in data} for i in range(len(lengths))]
-    streamed = list(shard_chunks(IterableDataset.from_generator(lambda: iter(rows)), ROW_COLUMNS, tokens))
+    streamed = list(token_chunks(IterableDataset.from_generator(lambda: iter(rows)), ROW_COLUMNS, tokens))
     for found in (mapped, streamed):
         assert np.concatenate([chunk.lengths for chunk in found]).tolist() == lengths
         assert np.concatenate([chunk.columns["input_ids"] for chunk in found]).tolist() == list(range(sum(lengths)))
@@ -104,7 +108,7 @@ def test_shards_of_packed_rows(documents):
     data = numbered([sum(row) for row in inner]) | {"seq_lengths": inner}
     rows = [{name: data[name][i] for name in data} for i in range(4)]
     for source in (Dataset.from_dict(data), IterableDataset.from_generator(lambda: iter(rows))):
-        found = list(shard_chunks(source, ROW_COLUMNS, 9, documents=documents))
+        found = list(token_chunks(source, ROW_COLUMNS, 9, documents=documents))
         lengths = [chunk.lengths.tolist() for chunk in found]
         if documents:
             assert lengths == [[3, 2, 4], [1, 1, 5, 2], [6]] and all(chunk.documents is None for chunk in found)
@@ -124,7 +128,7 @@ def test_streamed_rows_are_not_gathered():
             yield {"input_ids": [index] * 5, "labels": [index] * 5}
 
     done = 0
-    for chunk in shard_chunks(IterableDataset.from_generator(rows), ROW_COLUMNS, tokens=5_000):
+    for chunk in token_chunks(IterableDataset.from_generator(rows), ROW_COLUMNS, tokens=5_000):
         assert chunk.first_row == done and chunk.columns["input_ids"][0] == done
         done += len(chunk.lengths)
         assert len(read) - done <= 1_000 + 512
@@ -135,15 +139,16 @@ def test_rows_without_a_label_never_meet_the_model():
     data = numbered([5, 6, 7])
     data["labels"][1] = [-100] * 6
     data["labels"][2] = [3] + [-100] * 6  # the first token is predicted by nothing
-    (chunk,) = shard_chunks(Dataset.from_dict(data), ROW_COLUMNS)
+    (chunk,) = token_chunks(Dataset.from_dict(data), ROW_COLUMNS)
     seen = []
 
     def forward(inputs):
         seen.append(inputs["input_ids"].tolist())
-        return [torch.full(inputs["input_ids"].shape, -1.0)]
+        return {"logps": torch.full(inputs["input_ids"].shape, -1.0)}
 
     accelerator = SimpleNamespace(device=torch.device("cpu"))
-    (flat,) = score_chunk(chunk, forward, DataCollatorForSelectiveSFT(pad_token_id=0), accelerator, BatchBudget(99))
+    collator = DataCollatorForSelectiveSFT(pad_token_id=0)
+    flat = score_chunk(chunk, ["logps"], forward, collator, accelerator, BatchBudget(99))["logps"]
     assert seen == [[data["input_ids"][0]]]
     assert flat.tolist() == [-1.0] * 5 + [0.0] * 13
 
@@ -160,14 +165,12 @@ def adapted(seed: int, **changes) -> PeftModel:
     return get_peft_model(model, LoraConfig(**{**LORA, **changes}))
 
 
-def pair(policy, source, options, **changes) -> ModelPair:
+def frozen_models(policy, source, options, **changes) -> FrozenModels:
     from accelerate import Accelerator
 
     args = SelectiveSFTConfig(**{**options, "scoring_batch_tokens": 60})
     collator = DataCollatorForSelectiveSFT(pad_token_id=0)
-    return ModelPair(
-        policy, source, tiny.tokenizer(), args, Accelerator(cpu=True), collator, lambda model: model, **changes
-    )
+    return FrozenModels(policy, source, tiny.tokenizer(), args, Accelerator(cpu=True), collator, **changes)
 
 
 def plain_pass(model, chunk) -> np.ndarray:
@@ -210,12 +213,13 @@ def test_one_pass_gives_what_two_give(case, options, tmp_path, caplog):
     adapted(2).save_pretrained(tmp_path / "adapter")
     tiny.llama(seed=9, tie_word_embeddings=False).save_pretrained(tmp_path / "model")
     policy = make()
-    (chunk,) = shard_chunks(tiny.tokenised_data(16), ROW_COLUMNS)
+    (chunk,) = token_chunks(tiny.tokenised_data(16), ROW_COLUMNS)
     found = {}
     for mixed in (False, True):
-        models = pair(make(), source if source == "base" else str(tmp_path / source), options, mixed=mixed)
-        with mock.patch.object(models, "_both", wraps=models._both) as both, models.ready() as run:
-            found[mixed] = run(chunk)
+        reference = source if source == "base" else str(tmp_path / source)
+        models = frozen_models(make(), reference, options, mixed=mixed)
+        with mock.patch.object(models, "_both", wraps=models._both) as both, models.ready():
+            found[mixed] = models.score(chunk, models.columns)
         assert both.called == (mixed and mixes is True)
     if mixes is not True:
         assert "two forward passes: " in caplog.text and mixes in caplog.text

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from selsft.data.scored_folder import load_scored, read_manifest
+from selsft.data.scored_folder import load_scores, read_manifest
 from tests.cli.test_train import models, one_line
 from tests.scoring.test_scored_folder import run, shards
 from tests.support import tiny
@@ -22,7 +22,7 @@ __all__ = ["models", "run"]  # fixtures
 
 def served(side="ref_logps", column="logps", change=lambda rows: None, metadata=None, path="server.parquet", groups=7):
     """What an inference server may have written, from a finished folder."""
-    scored = load_scored("scored")
+    scored = load_scores("scored")
     rows = {"input_ids": scored["input_ids"][:], column: scored[side][:]}
     for values in rows[column]:
         values[0] = None  # servers have nothing to say about the first token
@@ -45,7 +45,7 @@ def test_either_side_comes_from_elsewhere(run, models, side, column):
     assert run(**flags, scored_dir="imported") == 0
     assert (len(run.calls) == 0) == (side == "both")
     for name in ("base_logps", "ref_logps", "input_ids", "labels"):
-        assert load_scored("imported")[name][:] == load_scored("scored")[name][:]
+        assert load_scores("imported")[name][:] == load_scores("scored")[name][:]
 
 
 def test_a_folder_of_files_and_of_our_own_parts(run):
@@ -57,7 +57,7 @@ def test_a_folder_of_files_and_of_our_own_parts(run):
         pq.write_table(table.slice(index * 20, 20), f"server/{index}.parquet")
     for source in ("server", "scored"):
         assert run(reference_model=None, ref_logps=source, scored_dir=f"from-{source}") == 0
-        assert load_scored(f"from-{source}")["ref_logps"][:] == load_scored("scored")["ref_logps"][:]
+        assert load_scores(f"from-{source}")["ref_logps"][:] == load_scores("scored")["ref_logps"][:]
 
 
 def swap(rows):
@@ -190,7 +190,7 @@ def test_bad_data_is_one_line_with_its_row(run, capsys, name, streaming):
 def test_truncation_makes_a_long_row_fine(run):
     Path("long.jsonl").write_bytes(FILES["long.jsonl"])
     assert run(dataset_name="long.jsonl", max_length=256) == 0
-    assert max(map(len, load_scored("scored")["input_ids"])) == 256
+    assert max(map(len, load_scores("scored")["input_ids"])) == 256
 
 
 def test_other_bad_input(run, capsys, models):

@@ -11,8 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-import selsft.scoring.cache
-import selsft.scoring.pair
+import selsft.scoring.frozen
 from selsft.cli import score
 from selsft.cli.arguments import CommandParser
 from selsft.data.scored_folder import ScoredFolder, read_manifest
@@ -35,8 +34,8 @@ class Job:
         flags |= {"scoring_batch_size": 64}
         flags |= {"reference_model": models / "reference", "output_dir": "unused", "show_tokens": 0}
         self.arguments = CommandParser("score", "", "", score.ScoreArguments).parse(to_flags(flags))
-        self.trainer, self.pair, _ = score._prepare(self.arguments, Path("unused"))
-        original = selsft.scoring.pair.forward_logps
+        self.scoring = score.prepare(self.arguments, Path("unused"))
+        original = selsft.scoring.frozen.forward_logps
 
         def logged(model, inputs):
             with self.log.open("ab", buffering=0) as handle:
@@ -44,13 +43,13 @@ class Job:
             return original(model, inputs)
 
         self.forward = logged
-        self.identity = score._identity(self.arguments, self.trainer, self.pair, {})
 
     def work(self, folder: str) -> None:
-        selsft.scoring.pair.forward_logps = self.forward
-        store = ScoredFolder(folder, self.identity)
-        store.open({"versions": {}})
-        store.finish(score.score_shards(self.arguments, self.trainer, self.pair, {}, store))
+        selsft.scoring.frozen.forward_logps = self.forward
+        self.scoring.store = ScoredFolder(folder, self.scoring.store.identity)
+        self.scoring.open({})
+        self.scoring.score()
+        self.scoring.finish()
 
     def start(self, folder: str, before=lambda: None) -> int:
         process = os.fork()
@@ -135,7 +134,7 @@ def test_killed_at_the_worst_moments(job, moment, shard):
                 handle.truncate(200)
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        selsft.scoring.cache.os.replace, pq.write_table = replace, write_table
+        os.replace, pq.write_table = replace, write_table
 
     if moment == "manifest" and shard:
         pytest.skip("the manifest belongs to no shard")
@@ -149,7 +148,7 @@ def test_killed_at_the_worst_moments(job, moment, shard):
 
 
 def test_an_interrupted_run_says_how_to_go_on(run, capsys, monkeypatch):
-    forward, calls = selsft.scoring.pair.forward_logps, []
+    forward, calls = selsft.scoring.frozen.forward_logps, []
 
     def interrupted(model, inputs):
         calls.append(1)
@@ -158,10 +157,10 @@ def test_an_interrupted_run_says_how_to_go_on(run, capsys, monkeypatch):
         return forward(model, inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(selsft.scoring.pair, "forward_logps", interrupted)
+        patch.setattr(selsft.scoring.frozen, "forward_logps", interrupted)
         capsys.readouterr()
         assert run() == 130
-    assert "Finished shards are kept in scored: the same command goes on" in capsys.readouterr().err
+    assert "Finished shards are kept in scored: the same command resumes" in capsys.readouterr().err
     assert len(shards("scored")) == 3
     assert run() == 0 and run(scored_dir="peace") == 0
     assert shards("scored") == shards("peace")

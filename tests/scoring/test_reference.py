@@ -10,7 +10,6 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
-from selsft.scoring.reference import model_fingerprint
 from tests.support import tiny
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -165,14 +164,3 @@ def test_adapter_of_another_model_is_refused(options, tmp_path):
 def test_missing_reference_is_refused(options, tmp_path):
     with pytest.raises((OSError, ValueError), match="nowhere"):
         make(options, tmp_path, tiny.llama(), reference_model=str(tmp_path / "nowhere"))
-
-
-def test_fingerprint_sees_weights_and_not_wrappers():
-    base = model_fingerprint(tiny.llama())
-    assert model_fingerprint(tiny.llama(seed=1)) != base
-    assert model_fingerprint(tiny.llama().bfloat16()) != base
-    assert model_fingerprint(tiny.llama(rms_norm_eps=1e-3)) != base
-    fresh = get_peft_model(tiny.llama(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    assert model_fingerprint(fresh, adapter=None) == base
-    trained = adapted(tiny.llama(), seed=1)
-    assert model_fingerprint(trained) not in (base, model_fingerprint(adapted(tiny.llama(), seed=2)))

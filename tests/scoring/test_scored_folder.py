@@ -10,10 +10,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-import selsft.scoring.cache
-import selsft.scoring.pair
+import selsft.scoring.frozen
 from selsft.cli import main
-from selsft.data.scored_folder import load_scored, read_manifest
+from selsft.data.scored_folder import load_scores, read_manifest
 from tests.cli.test_train import CPU, models, one_line, same, to_flags, weights
 from tests.support import tiny
 from tests.support.oracle import plain_logps
@@ -32,11 +31,11 @@ def run(models, tmp_path, monkeypatch):
     tiny.prompt_data(60).to_json("data.jsonl")
     calls = []
 
-    def counted(model, inputs, original=selsft.scoring.pair.forward_logps):
+    def counted(model, inputs, original=selsft.scoring.frozen.forward_logps):
         calls.append(len(inputs["input_ids"]))
         return original(model, inputs)
 
-    monkeypatch.setattr(selsft.scoring.pair, "forward_logps", counted)
+    monkeypatch.setattr(selsft.scoring.frozen, "forward_logps", counted)
 
     def run(command="score", **flags):
         calls.clear()
@@ -60,7 +59,7 @@ def shards(folder) -> dict[str, bytes]:
 
 def test_parts_hold_the_rows_in_order(run, models):
     assert run() == 0
-    manifest, scored = read_manifest("scored"), load_scored("scored")
+    manifest, scored = read_manifest("scored"), load_scores("scored")
     assert len(manifest["shards"]) > 5 and manifest["finished"]
     assert sum(shard["rows"] for shard in manifest["shards"]) == manifest["rows"] == len(scored) == 60
     assert manifest["tokens"] == sum(len(row) for row in scored["input_ids"])
@@ -92,7 +91,7 @@ def test_batches_change_no_score(run, budget):
     assert run() == 0
     assert run(scored_dir="other", **budget) == 0
     for name in ("base_logps", "ref_logps"):
-        first, second = (np.concatenate(load_scored(folder)[name][:]) for folder in ("scored", "other"))
+        first, second = (np.concatenate(load_scores(folder)[name][:]) for folder in ("scored", "other"))
         np.testing.assert_allclose(first, second, atol=2e-6)
 
 
@@ -116,7 +115,7 @@ def test_training_takes_the_folder_and_refuses_an_unfinished_one(run, models, ca
     assert run("train", output_dir="b", reference_model=models / "reference", **selection) == 0
     # Shards of 100 tokens have other batches than the trainer's shards, so scores agree to rounding
     assert same(weights("a"), weights("b"), tolerance=1e-5)
-    saved = load_scored("scored")
+    saved = load_scores("scored")
     saved.save_to_disk("old")  # what `selsft score` wrote before
     assert run("train", dataset_name="old", output_dir="c", **selection) == 0
     assert same(weights("a"), weights("c"))
@@ -149,6 +148,25 @@ def test_a_damaged_part_is_refused_and_computed_again(run, capsys, damage):
         path.unlink()
     assert run() == 0
     assert len(run.calls) == 2 and shards("scored") == whole
+
+
+def test_a_shard_of_another_run_is_refused(run, models, capsys):
+    """The same rows, another reference: only the identity in the shard tells."""
+    assert run() == 0
+    change("reference", models)
+    assert run(reference_model="reference", scored_dir="other") == 0
+    shutil.copy("other/shard-00002.parquet", "scored/shard-00002.parquet")
+    capsys.readouterr()
+    assert run() == 2
+    one_line(capsys, "shard-00002.parquet was made by another run than the other shards", "--rescore true")
+    # The manifest of a finished folder knows the file; a manifest that was edited to fit knows the identity
+    assert run("train", dataset_name="scored", output_dir="a") == 2
+    one_line(capsys, "shard-00002.parquet' is damaged")
+    manifest = read_manifest("scored")
+    manifest["shards"][2] = read_manifest("other")["shards"][2]
+    Path("scored/selsft_scores.json").write_text(json.dumps(manifest))
+    assert run("train", dataset_name="scored", output_dir="a") == 2
+    one_line(capsys, "shard-00002.parquet' was made by another run than the manifest")
 
 
 # ---------------------------------------------------------------- something has changed
@@ -256,18 +274,19 @@ def test_a_foreign_folder_is_left_alone(run, capsys):
 # ---------------------------------------------------------------- several processes
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp_shipped"])
 def test_two_processes_write_what_one_writes(run, models, kind, monkeypatch):
-    """Shards in turn without sharding (the same bytes), together with FSDP2 (equal to rounding)."""
+    """Shards in turn without sharding (the same bytes), together with FSDP2 (equal to rounding), also where only the
+    main process has loaded weights."""
     import subprocess
     import sys
 
-    from tests.training.test_distributed import FSDP
+    from tests.training.test_distributed import KINDS
 
     assert run() == 0
     root = Path(__file__).parents[2]
     script = (
-        "import sys; from tests.support.worker import shard_on_cpu; sys.argv[1] == 'fsdp' and shard_on_cpu();"
+        "import sys; from tests.support.worker import shard_on_cpu; sys.argv[1] != 'ddp' and shard_on_cpu();"
         "from selsft.cli import main; sys.exit(main(sys.argv[2:]))"
     )
     Path("launched.py").write_text(script)
@@ -275,7 +294,7 @@ def test_two_processes_write_what_one_writes(run, models, kind, monkeypatch):
     flags |= {"scoring_batch_size": 64}
     flags |= {"scored_dir": "two", "reference_model": models / "reference"}
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", *(FSDP if kind == "fsdp" else ["--multi_gpu"]),
+        sys.executable, "-m", "accelerate.commands.launch", *KINDS[kind],
         "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
         "--main_process_port", "0", "launched.py", kind, "score", *to_flags(flags),
     ]  # fmt: skip
@@ -288,6 +307,7 @@ def test_two_processes_write_what_one_writes(run, models, kind, monkeypatch):
         assert read_manifest("two")["shards"] == read_manifest("scored")["shards"]
     else:
         for name in ("base_logps", "ref_logps"):
-            one, two = (np.concatenate(load_scored(folder)[name][:]) for folder in ("scored", "two"))
+            one, two = (np.concatenate(load_scores(folder)[name][:]) for folder in ("scored", "two"))
             np.testing.assert_allclose(one, two, atol=2e-6)
-        assert load_scored("two")["input_ids"][:] == load_scored("scored")["input_ids"][:]
+        assert load_scores("two")["input_ids"][:] == load_scores("scored")["input_ids"][:]
+        assert read_manifest("two")["identity"] == read_manifest("scored")["identity"]

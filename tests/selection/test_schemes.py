@@ -174,7 +174,7 @@ def test_gate_and_cap_online_are_those_precomputed(options, tmp_path):
         online = make(changes, reference=tiny.llama(seed=1), precompute_scores=False)
         values = set()
         for ready, raw in zip(offline.get_train_dataloader(), online.get_train_dataloader(), strict=True):
-            online._annotator.annotate_batch(raw)
+            online._weigher.weigh_batch(raw)
             assert torch.equal(ready["token_weights"], raw["token_weights"]), mode
             values |= set(ready["token_weights"][ready["labels"] != -100].tolist())
         assert values == {-1.0, 0.0, 1.0}

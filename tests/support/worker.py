@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
+from selsft.training.fingerprint import model_fingerprint
 from tests.support import tiny
 
 
@@ -40,11 +41,30 @@ CASES = {
     "reference_online": {"reference": True, "precompute_scores": False},
     "reference_online_lora": {"reference": True, "precompute_scores": False, "lora": True},
     "reference_adapter": {"reference": "adapter", "lora": True},
+    "reference_adapter_full": {"reference": "adapter"},
     "packed": {"reference": True, "packing": True, "max_length": 14},
     "excess": {"reference": True, **EXCESS, "gradient_accumulation_steps": 2},
     "excess_online_lora": {"reference": True, **EXCESS, "precompute_scores": False, "lora": True},
     "excess_one_pass": {"reference": True, **EXCESS, "excess_passes": 1, "gradient_accumulation_steps": 2},
 }
+
+
+# Models that are loaded from a folder, which processes may do in different ways
+LOADED = {
+    "loaded": {"loaded": True, "reference": "folder"},
+    "loaded_npo": {"loaded": True, "weights": unequal, "forget_objective": "npo"},
+    "loaded_online": {"loaded": True, "reference": "folder", "precompute_scores": False},
+    "loaded_lora": {"loaded": True, "reference": "adapter", "lora": True},
+    "loaded_full_adapter": {"loaded": True, "reference": "adapter"},
+}
+
+
+def saved_model(folder: Path, seed: int) -> str:
+    """Folder of a model; made by the process that launches the others, since not all of them would save."""
+    path = folder / f"model-{seed}"
+    if not path.exists():
+        tiny.llama(seed=seed, tie_word_embeddings=False).save_pretrained(path)
+    return str(path)
 
 
 def saved_adapter(folder: Path) -> str:
@@ -64,8 +84,12 @@ def train(
     case: str, folder: Path, batch_size: int, sharded: bool = False
 ) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """Three SGD steps over the same 8 rows, whatever the number of processes; the logs and the final weights."""
-    settings = dict(CASES[case])
-    weights, lora, reference = (settings.pop(name, None) for name in ("weights", "lora", "reference"))
+    settings = dict((CASES | LOADED)[case])
+    weights, lora, reference, loaded = (settings.pop(k, None) for k in ("weights", "lora", "reference", "loaded"))
+    if reference == "adapter":
+        reference = saved_adapter(folder)
+    elif reference is not None:
+        reference = saved_model(folder, 1) if loaded else tiny.llama(seed=1)
     accumulation = settings.pop("gradient_accumulation_steps", 1)
     args = SelectiveSFTConfig(
         str(folder / f"{case}-out"), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
@@ -77,10 +101,13 @@ def train(
     )  # fmt: skip
     columns = {"token_weights": weights} if weights else {}
     trainer = SelectiveSFTTrainer(
-        tiny.llama(tie_word_embeddings=False), args, train_dataset=tiny.tokenised_data(8, **columns),
-        processing_class=tiny.tokenizer(), peft_config=LoraConfig(**LORA) if lora else None,
-        reference_model=saved_adapter(folder) if reference == "adapter" else tiny.llama(seed=1) if reference else None,
-    )  # fmt: skip
+        saved_model(folder, 0) if loaded else tiny.llama(tie_word_embeddings=False),
+        args,
+        train_dataset=tiny.tokenised_data(8, **columns),
+        processing_class=tiny.tokenizer(),
+        peft_config=LoraConfig(**LORA) if lora else None,
+        reference_model=reference,
+    )
     if lora:  # B = 0 gives the factors A no gradient in the first step
         with torch.no_grad():
             for name, parameter in trainer.model.named_parameters():
@@ -89,6 +116,7 @@ def train(
     trainer.train()
     assert sharded == any(isinstance(parameter, DTensor) for parameter in trainer.model_wrapped.parameters())
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped if sharded else trainer.model)
+    (folder / f"{case}-{os.environ.get('RANK', '0')}.sha256").write_text(model_fingerprint(trainer.model))
     return [row for row in trainer.state.log_history if "grad_norm" in row], state
 
 
@@ -119,4 +147,4 @@ def main(folder: Path, sharded: bool, cases: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2] == "fsdp", sys.argv[3:])
+    main(Path(sys.argv[1]), sys.argv[2].startswith("fsdp"), sys.argv[3:])

@@ -8,12 +8,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import trl
 from safetensors.torch import load_file
 
-from tests.support.worker import CASES, train
+from selsft.training.fingerprint import model_fingerprint
+from tests.support import tiny
+from tests.support.worker import CASES, LOADED, saved_model, train
 
 SHARDED = [name for name in CASES if name not in ("separate", "one_without_negatives", "packed")]
 FSDP = [
@@ -22,16 +26,23 @@ FSDP = [
 ]  # fmt: skip
 
 
+# As it ships with TRL: only the main process loads weights
+SHIPPED = ["--config_file", str(Path(trl.__file__).parent / "accelerate_configs" / "fsdp2.yaml")]
+KINDS = {"ddp": ["--multi_gpu"], "fsdp": FSDP, "fsdp_shipped": SHIPPED}
+
+
 def launch(folder, kind, cases):
     """`accelerate launch` of the worker with two processes; a port of 0 lets it find a free one."""
+    for seed in (0, 1):
+        saved_model(folder, seed)
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", *(FSDP if kind == "fsdp" else ["--multi_gpu"]),
+        sys.executable, "-m", "accelerate.commands.launch", *KINDS[kind],
         "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
         "--main_process_port", "0", "-m", "tests.support.worker", str(folder), kind, *cases,
     ]  # fmt: skip
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[-12000:]
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +58,18 @@ def single(tmp_path_factory):
     return result
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+@pytest.fixture(scope="module", params=KINDS)
 def double(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    cases = list(CASES) if request.param == "ddp" else SHARDED
-    launch(folder, request.param, cases)
+    launch(folder, request.param, {"ddp": list(CASES), "fsdp": SHARDED, "fsdp_shipped": list(LOADED)}[request.param])
     return folder
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *LOADED])
 def test_two_processes_equal_one(case, double, single):
     path = double / f"{case}.json"
     if not path.exists():
-        pytest.skip("runs under DDP; nothing of it depends on sharding")
+        pytest.skip("runs in another kind; nothing of it depends on this one")
     rows, state = single(case)
     negatives = 0.0
     for row, wanted in zip(json.loads(path.read_text()), rows, strict=True):
@@ -67,7 +77,13 @@ def test_two_processes_equal_one(case, double, single):
             assert row[key] == pytest.approx(wanted[key], rel=1e-5, abs=1e-7), (key, row, wanted)
         negatives += row["negative_fraction"]
     assert negatives > 0.3
+    digests = {(double / f"{case}-{rank}.sha256").read_text() for rank in (0, 1)}
+    assert len(digests) == 1  # of the whole model, sharded or not
     final = load_file(double / f"{case}.safetensors")
+    if case in ("unequal", "loaded"):
+        model = tiny.llama(tie_word_embeddings=False)
+        model.load_state_dict(final)
+        assert digests == {model_fingerprint(model)}
     assert final.keys() == state.keys()
     for name, value in state.items():
         torch.testing.assert_close(final[name], value, rtol=1e-5, atol=1e-5, msg=name)

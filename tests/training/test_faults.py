@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +18,6 @@ from hypothesis import strategies as st
 from selsft import DataCollatorForSelectiveSFT, SelectiveSFTConfig, SelectiveSFTTrainer
 from selsft._compat import SUPPORTED, check_versions
 from selsft.data.preparation import truncate_and_pack
-from selsft.scoring.cache import LogpCache
 from tests.support import tiny
 
 
@@ -120,10 +118,10 @@ def test_a_value_that_is_not_finite_names_its_row(row, position, options):
 def test_given_weights_score_nothing(options, monkeypatch):
     """Also on a sharded policy: no copy of it is made when there is nothing to score."""
     run = make(options, tiny.tokenised_data(4, token_weights=alternating))
-    run._annotator.sharded = True
+    run._weigher.models.sharded = True
     refuse = SimpleNamespace(deepcopy=lambda model: pytest.fail("the policy was copied"))
-    monkeypatch.setattr("selsft.scoring.annotation.copy", refuse)
-    run._annotator.annotate(run.train_dataset, ["token_weights"])
+    monkeypatch.setattr("selsft.scoring.frozen.copy", refuse)
+    run._weigher.weigh(run.train_dataset)
 
 
 def test_constant_scores_are_reported(options, tmp_path, caplog):
@@ -141,33 +139,18 @@ def test_reference_that_is_not_finite_is_refused(options, tmp_path):
         make(options, tiny.prompt_data(), reference=broken, scoring_cache_dir=str(tmp_path))
 
 
-def test_runs_share_a_cache_folder(tmp_path):
-    """Writers and readers at once: a reader gets the whole file or none."""
-    cache = LogpCache(str(tmp_path))
-    rows = [np.full(50, value, np.float32) for value in range(40)]
-    lengths = np.array([50] * 40)
-
-    def work(index):
-        if index % 2:
-            cache.write("key", [(np.concatenate(rows), lengths)], lambda: {"writer": index})
-        return cache.read("key", lengths)
-
-    with ThreadPoolExecutor(8) as pool:
-        found = [result for result in pool.map(work, range(60)) if result is not None]
-    assert len(found) >= 30
-    assert all(np.array_equal(np.concatenate(result["logps"][:]), np.concatenate(rows)) for result in found)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["key.arrow", "key.json"]
-
-
 SCRIPT = """
-import sys, time
+import os, sys, time
 from datasets import Dataset
 from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
-import selsft.scoring.cache
 from tests.support import tiny
 folder, slow_cache = sys.argv[1], sys.argv[2] == "slow"
-if slow_cache:  # the moment between writing the file and giving it its name
-    selsft.scoring.cache.os.replace = lambda source, target: (print("WRITING", flush=True), time.sleep(60))
+def replace(source, target, original=os.replace):
+    if slow_cache and str(target).endswith(".parquet"):  # between writing a shard and giving it its name
+        print("WRITING", flush=True)
+        time.sleep(60)
+    original(source, target)
+os.replace = replace
 args = SelectiveSFTConfig(
     folder + "/out", use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", logging_steps=1,
     max_steps=8, save_steps=2, learning_rate=1e-2, negative_threshold=0.1, forget_weight=1.0, disable_tqdm=True,
@@ -207,13 +190,13 @@ def run_script(folder, *arguments, kill_at=None):
 
 
 def test_killed_runs_come_to_the_same_end(tmp_path):
-    """Killed while the cache is written, started again, killed in training, resumed: the weights of a run in peace."""
+    """Killed while the cache is written, started again, killed in training, resumed: the weights are the same."""
     from safetensors.torch import load_file
 
     peace, trouble = tmp_path / "peace", tmp_path / "trouble"
     run_script(peace, "fast")
     run_script(trouble, "slow", kill_at="WRITING")
-    assert not list((trouble / "cache").glob("*.arrow"))  # nothing has the name of a finished file
+    assert not list((trouble / "cache").rglob("*.parquet"))  # nothing has the name of a finished shard
     run_script(trouble, "kill", kill_at="STEP 5")
     checkpoint = trouble / "out" / "checkpoint-4"
     assert checkpoint.is_dir()
@@ -273,6 +256,7 @@ def test_versions_outside_the_range_are_refused():
         check_versions({package: found for package, found in good.items() if package != "peft"})
 
 
+@pytest.mark.filterwarnings("ignore:`label_smoothing_factor`:FutureWarning")  # of TRL, about its own loss
 def test_refusals_come_before_scoring(options, tmp_path):
     """A config that cannot work is refused before a model is scored."""
     with pytest.raises(ValueError, match="label_smoothing_factor"):

@@ -13,6 +13,8 @@ from selsft import PAPER_2508_04329, SelectiveSFTConfig, SelectiveSFTTrainer
 from tests.support import tiny
 from tests.support.oracle import expected_loss
 
+# Of TRL, about what its own loss does with settings that are refused here
+pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v2.0.0:FutureWarning")
 OBJECTIVES = ("unlikelihood", "probability", "npo", "wga", "gradient_ascent")
 
 

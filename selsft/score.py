@@ -1,0 +1,307 @@
+"""The scores of a data set, in a folder that training reads: `score_dataset`, and what `selsft score` runs.
+
+A trainer without a reference prepares the rows, so that tokens and truncation are those of training; then chunks of
+consecutive rows go through policy and reference and to disk one by one (`data.scored_folder`). The token weights are
+not saved, only the log-probabilities they come from: training chooses its own threshold. Rejected: scoring through the
+trainer, which weighs all rows or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate.utils import tqdm
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
+from transformers import PreTrainedTokenizerBase
+
+from ._compat import adapter_on_lm_head
+from .config import SelectiveSFTConfig
+from .data.chunks import TOKENS_PER_CHUNK, TokenChunk, supervised_mask, token_chunks
+from .data.columns import BASE_LOGPS, REF_LOGPS, token_columns
+from .data.scored_folder import ScoredFolder, is_scored, load_scores
+from .data.tokenizers import tokenizer_sha256
+from .errors import InputError
+from .records import versions
+from .scoring.frozen import FrozenModels
+from .scoring.imported import ImportedLogps
+from .scoring.logprobs import ROW_COLUMNS
+from .trainer import SelectiveSFTTrainer
+from .training.model import Model, base_model
+
+
+def score_dataset(
+    model: str | Path | Model,
+    dataset: Dataset | IterableDataset,
+    *,
+    output_dir: str | Path,
+    reference_model: str | Path | Model | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    args: SelectiveSFTConfig | None = None,
+    peft_config: PeftConfig | None = None,
+    base_logps: str | Path | None = None,
+    ref_logps: str | Path | None = None,
+    shard_tokens: int = TOKENS_PER_CHUNK,
+    mixed_batches: bool = False,
+    rescore: bool = False,
+) -> Dataset:
+    """Log-probabilities of every token of `dataset` under a model and its reference, kept in a folder.
+
+    What `selsft score` does. A call that was interrupted resumes when it is made again: finished shards are kept. With
+    several processes (`accelerate launch`), all of them call this.
+
+    Args:
+        model: as in [`SelectiveSFTTrainer`]; scored as it is.
+        dataset: rows in any form that [`SelectiveSFTTrainer`] trains on, without token columns; mapped or streamed.
+        output_dir: folder of the scores: new, or one that this call has begun.
+        reference_model: see [`SelectiveSFTConfig`]; `args.reference_model` by default.
+        tokenizer: that of `model` by default.
+        args: settings that decide tokens (`max_length`, `packing`, ...), precision and batches.
+        peft_config: for a model that will be trained with a new adapter, and a reference that is `"base"` or one.
+        base_logps, ref_logps: Parquet file or folder with log-probabilities computed elsewhere, in the place of those
+            of `model` or of the reference ([`ImportedLogps`]).
+        shard_tokens: tokens of a shard: what is in memory at once, and what an interrupt can cost.
+        mixed_batches: score policy and reference in one forward pass where both are LoRA adapters of one model.
+        rescore: remove the scores in the folder, whatever made them.
+
+    Returns:
+        one row per document: `input_ids` and `labels` (int32), `base_logps` and `ref_logps` (float32, nats, 0 where
+        nothing is supervised); column index t belongs to token t. It is mapped into memory, and may be the
+        `train_dataset` of a trainer.
+
+    Raises:
+        `ValueError` naming the field or row, the value and the remedy: for a folder that holds something else or was
+        made by something else, and for rows, models or imported values that do not fit.
+    """
+    args = args if args is not None else SelectiveSFTConfig(str(output_dir))
+    reference = args.reference_model if reference_model is None else reference_model
+    reference = str(reference) if isinstance(reference, Path) else reference
+    check_score_settings(args, reference, ref_logps, shard_tokens)
+    folder = Path(output_dir)
+    if not is_scored(folder) and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(
+            f"output_dir={str(folder)!r} exists and is not empty, nothing was overwritten: choose another"
+        )
+    with adapter_on_lm_head():
+        trainer = SelectiveSFTTrainer(
+            str(model) if isinstance(model, Path) else model,
+            row_settings(args, folder),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+    run = ScoringRun(
+        trainer, folder, reference, base_logps=base_logps, ref_logps=ref_logps, shard_tokens=shard_tokens,
+        mixed_batches=mixed_batches,
+    )  # fmt: skip
+    run.open(
+        {"model": base_logps or trainer.model.config._name_or_path, "reference": ref_logps or run.models.name}, rescore
+    )
+    run.score()
+    run.finish()
+    trainer.accelerator.wait_for_everyone()
+    return load_scores(folder)
+
+
+def check_score_settings(
+    args: SelectiveSFTConfig, reference: str | Model | None, ref_logps: str | Path | None, shard_tokens: int
+) -> None:
+    """Raise `InputError` for settings that cannot be scored with, before anything is loaded."""
+    if reference is None and ref_logps is None:
+        raise InputError(
+            "reference_model is missing: scores compare the model with --reference_model NAME or FOLDER, or with "
+            "--ref_logps FILE"
+        )
+    if reference is not None and ref_logps is not None:
+        raise InputError(
+            f"reference_model={reference!r} and ref_logps={str(ref_logps)!r} exclude each other: both say what the "
+            "reference says"
+        )
+    if args.score != "influence":
+        raise InputError(
+            f"score={args.score!r} is not computed beforehand: leave it to `selsft train`, or score 'influence'"
+        )
+    if shard_tokens < 1:
+        raise InputError(f"shard_tokens={shard_tokens} must be at least 1")
+
+
+def row_settings(args: SelectiveSFTConfig, folder: Path) -> SelectiveSFTConfig:
+    """Settings of the trainer that prepares the rows: as training sees them, one document each."""
+    made = copy.copy(args)
+    made.reference_model, made.output_dir = None, str(folder)
+    made.eval_strategy, made.push_to_hub = "no", False
+    made.max_steps = max(made.max_steps, 1)  # a trainer of streamed rows must know its end
+    if made.packing and made.packing_strategy == "bfd" and made.max_length is not None:
+        # Truncates and then packs whole documents, which see nothing of each other: so they are scored unpacked
+        made.packing, made.truncation_mode = False, "keep_start"
+    return made
+
+
+class ScoringRun:
+    """Rows, what scores them, and the folder that keeps the scores.
+
+    Args:
+        trainer: made with `row_settings`; its model is the policy at the start of training.
+        folder: of the scores.
+        reference, base_logps, ref_logps, shard_tokens, mixed_batches: see `score_dataset`.
+
+    Raises:
+        `ValueError` for rows that have token columns already, and for a reference or imported values that do not fit.
+    """
+
+    def __init__(
+        self,
+        trainer: SelectiveSFTTrainer,
+        folder: Path,
+        reference: str | Model | None,
+        *,
+        base_logps: str | Path | None = None,
+        ref_logps: str | Path | None = None,
+        shard_tokens: int = TOKENS_PER_CHUNK,
+        mixed_batches: bool = False,
+    ):
+        if columns := token_columns(trainer.train_dataset):
+            raise InputError(f"the data has the columns {columns} already: leave them out to score it")
+        self.trainer, self.shard_tokens = trainer, shard_tokens
+        self.count = 0  # shards of the data, known at the end
+        tokenizer: PreTrainedTokenizerBase = trainer._tokenizer
+        self.models = models = FrozenModels(
+            trainer.model, reference, tokenizer, trainer.args, trainer.accelerator, trainer.data_collator,
+            base=base_logps is None, mixed=mixed_batches,
+        )  # fmt: skip
+        expected = {"tokenizer_sha256": tokenizer_sha256(tokenizer, trainer.chat_template)}
+        sides = ((BASE_LOGPS, base_logps), (REF_LOGPS, ref_logps))
+        self.imported = {
+            name: ImportedLogps(
+                path, name, expected | ({"model_sha256": models.policy_sha256} if name == BASE_LOGPS else {})
+            )
+            for name, path in sides
+            if path is not None
+        }
+        self.store = ScoredFolder(folder, self._identity(expected["tokenizer_sha256"]))
+
+    def _identity(self, tokenizer: str) -> dict[str, Any]:
+        """All that decides a score besides the rows. Sizes of batches are missing: they change the last bit only."""
+        args, models = self.trainer.args, self.models
+        given = {name: source.sha256 for name, source in self.imported.items()}
+        tokens = ("max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss", "dataset_text_field")
+        base, ref = BASE_LOGPS in models.columns, REF_LOGPS in models.columns
+        return {
+            "dtype": models.precision(BASE_LOGPS)["dtype"] if base else None,
+            "reference_dtype": models.precision(REF_LOGPS)["dtype"] if ref else None,
+            "mixed_precision": models.precision(BASE_LOGPS)["mixed_precision"],
+            "model_sha256": models.policy_sha256 if base else given[BASE_LOGPS],
+            "reference_sha256": models.reference_sha256 if ref else given[REF_LOGPS],
+            "tokenizer_sha256": tokenizer,
+            **{name: getattr(args, name) for name in tokens},
+            "packing_strategy": args.packing_strategy if args.packing else None,
+            "shuffle_seed": args.seed if args.shuffle_dataset else None,
+            "shard_tokens": self.shard_tokens,
+        }
+
+    def open(self, facts: dict[str, Any], rescore: bool = False) -> None:
+        """Create the folder, or take up the one that is there. Called in all processes.
+
+        Raises:
+            `ValueError` when the folder was made by something else, naming what differs.
+        """
+        if self.trainer.accelerator.is_main_process:
+            self.store.open({**facts, "versions": versions()}, rescore)
+        self.trainer.accelerator.wait_for_everyone()
+        self.store.check()
+
+    def score(self, reading: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext) -> None:
+        """Score the shards that are not there, each process in turn.
+
+        Shards are independent, so processes do not talk to each other; with sharded weights all of them score every
+        shard together. Memory-mapped rows are checked before the first forward pass, streamed ones as they come.
+
+        Args:
+            reading: entered while rows are read and compared.
+
+        Raises:
+            `ValueError` for a row without tokens or longer than the model's context, for shards of other rows, and for
+            imported values that do not fit.
+        """
+        trainer, store, sharded = self.trainer, self.store, self.models.sharded
+        accelerator, dataset = trainer.accelerator, trainer.train_dataset
+        context = getattr(base_model(trainer.model).config.get_text_config(), "max_position_embeddings", None)
+        world, rank = (1, 0) if sharded else (accelerator.num_processes, accelerator.process_index)
+
+        def shards() -> Iterator[tuple[int, TokenChunk, dict[str, np.ndarray], bool]]:
+            with reading():
+                chunks = token_chunks(dataset, ROW_COLUMNS, self.shard_tokens, documents=True)
+                for index, chunk in enumerate(chunks):
+                    _check_rows(chunk, context)
+                    done = store.finished(index, chunk)
+                    given = {} if done else {name: source.take(chunk) for name, source in self.imported.items()}
+                    yield index, chunk, given, done
+
+        total = None
+        if isinstance(dataset, Dataset):
+            total = sum(chunk.size for index, chunk, _, done in shards() if not done and index % world == rank)
+        # Sharded weights: all processes must agree which shards are missing, and the first to write would make them
+        # differ
+        accelerator.wait_for_everyone()
+        self.count = rows = 0
+        quiet = bool(os.environ.get("TQDM_DISABLE"))
+        bar = tqdm(total=total, desc="Scoring", unit="token", unit_scale=True, disable=quiet)
+        with bar, self.models.ready():
+            for index, chunk, given, done in shards():
+                self.count, rows = index + 1, rows + len(chunk.lengths)
+                if done or index % world != rank:
+                    continue
+                values = {**self.models.score(chunk, self.models.columns, progress=bar.update), **given}
+                _check_finite(chunk, values)
+                if not sharded or accelerator.is_main_process:
+                    store.write(index, chunk, {name: values[name] for name in sorted(values)})
+                if sharded:
+                    accelerator.wait_for_everyone()
+        if not self.count:
+            raise InputError("the data has no rows: there is nothing to score")
+        with reading():
+            for source in self.imported.values():
+                source.check_end(rows)
+
+    def finish(self) -> None:
+        """Write the manifest of the whole folder, in the main process, when the others have written their shards.
+
+        Raises:
+            `ValueError` for a shard that is left over or damaged.
+        """
+        if not self.trainer.accelerator.is_main_process:
+            return
+        while self.store.missing(self.count):  # the others are at work on them; if one fails, the launcher ends all
+            time.sleep(0.5)
+        self.store.finish(self.count)
+
+
+def _check_rows(chunk: TokenChunk, context: int | None) -> None:
+    if (empty := np.flatnonzero(chunk.lengths == 0)).size:
+        raise InputError(f"row {chunk.first_row + int(empty[0])} of the prepared data has no tokens: remove it")
+    if context is not None and (long := np.flatnonzero(chunk.lengths > context)).size:
+        raise InputError(
+            f"row {chunk.first_row + int(long[0])} of the prepared data has {chunk.lengths[long[0]]} tokens, more "
+            f"than the model's context of {context}: set --max_length {context}"
+        )
+
+
+def _check_finite(chunk: TokenChunk, values: dict[str, np.ndarray]) -> None:
+    supervised = supervised_mask(dataclasses.replace(chunk, documents=None), padding_free=False)
+    for name, flat in values.items():
+        if (broken := np.flatnonzero(supervised & ~np.isfinite(flat))).size:
+            token = int(broken[0])
+            side = "the model" if name == BASE_LOGPS else "the reference"
+            raise InputError(
+                f"row {chunk.row_of(token)}: {side} returned a log-probability of {flat[token]}: score in float32 "
+                "(--dtype float32, --reference_model_init_kwargs) or repair the model"
+            )

@@ -1,0 +1,152 @@
+"""From frozen models to token weights: what the trainer asks for, a data set at once or a batch at a time.
+
+`weigh` adds the columns to a whole data set before training (cached on disk), `weigh_batch` to one batch within a step
+(streamed data, or `precompute_scores=False`). Both run the same forward pass and the same selection. Rejected: doing
+this in the trainer, whose overrides would drown in it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from .._compat import get_config_model_id
+from ..config import SelectiveSFTConfig
+from ..data.chunks import TOKENS_PER_CHUNK, data_fingerprint, with_column
+from ..data.columns import BASE_LOGPS, REF_LOGPS, WEIGHTS
+from ..data.tokenizers import special_ids
+from ..selection.excess import weigh_batches
+from ..selection.weights import add_token_weights, row_weights
+from ..training.collator import DataCollatorForSelectiveSFT
+from ..training.model import Model, frozen
+from .cache import cached_column
+from .frozen import FrozenModels
+
+
+class TokenWeigher:
+    """Adds `base_logps`, `ref_logps` and `token_weights`.
+
+    Args:
+        model: the policy; it must still be as it is at the start of training.
+        source: see `SelectiveSFTConfig.reference_model`; `None` when the rows bring their own scores or weights.
+        collator: the collator that training uses.
+        tokenizer: of the policy.
+        given: token columns that the rows have already.
+        online: whether batches are scored one by one; then the reference stays in memory.
+
+    Raises:
+        `ValueError` for a reference or a launcher's setting that scoring cannot work with, and for a rule that one
+        batch cannot follow.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        source: str | Model | None,
+        args: SelectiveSFTConfig,
+        accelerator: Accelerator,
+        collator: DataCollatorForSelectiveSFT,
+        tokenizer: PreTrainedTokenizerBase,
+        given: list[str],
+        online: bool = False,
+    ):
+        self.model, self.args, self.accelerator, self.collator = model, args, accelerator, collator
+        self.special_ids = special_ids(tokenizer) if args.protect_special_tokens else np.zeros(0, np.int64)
+        self._given = given
+        ranked = args.positive_fraction is not None and args.score == "influence"
+        if online and ranked and (args.selection_scope == "global" or collator.padding_free):
+            raise ValueError(
+                f"positive_fraction={args.positive_fraction} ranks the tokens of the whole dataset, which one batch "
+                "cannot show: use negative_threshold, or selection_scope='sequence' without padding_free, or "
+                "precompute_scores=True on data that is not streamed"
+            )
+        compares = (source is not None and args.score == "influence") or args.forget_objective == "npo"
+        self.models = FrozenModels(
+            model, source, tokenizer, args, accelerator, collator, base=compares and BASE_LOGPS not in given,
+            online=online,
+        )  # fmt: skip
+
+    def weigh(self, dataset: Dataset) -> Dataset:
+        """`dataset` with the columns that a run needs.
+
+        Args:
+            dataset: final rows, with `input_ids`, `labels` and, when packed, `seq_lengths`.
+        """
+        models = self.models
+        if models.columns:
+            rows = {"data_sha256": data_fingerprint(dataset), "shard_tokens": TOKENS_PER_CHUNK}
+            rows["documents"] = self.collator.padding_free
+            digests = {name: models.sha256(name) for name in models.columns}  # before an adapter is put in
+            scored = {}
+            with models.ready():
+                for name, digest in digests.items():
+                    scored[name] = cached_column(
+                        dataset,
+                        name,
+                        functools.partial(models.score, columns=[name], joint=True),
+                        self.accelerator,
+                        folder=self.args.scoring_cache_dir,
+                        identity={"model_sha256": digest, **models.precision(name), **rows},
+                        name=models.name if name == REF_LOGPS else get_config_model_id(self.model.config),
+                        documents=self.collator.padding_free,
+                    )
+            models.release()
+            for name, column in scored.items():
+                dataset = with_column(dataset, name, column)
+        if WEIGHTS in self._given:
+            return self.mask_special_tokens(dataset)
+        if self.args.score == "excess":  # its weights are made in every step
+            return dataset
+        return add_token_weights(dataset, self.args, self.special_ids, self.collator.padding_free)
+
+    def weigh_batch(self, batch: dict[str, Any]) -> None:
+        """Add `token_weights`, `active_rows` and `base_logps` to a collated batch, in place."""
+        self.score_batch(batch)
+        weigh_batches([batch], [batch[BASE_LOGPS]], self.args, self.special_ids)
+
+    def score_batch(self, batch: dict[str, Any]) -> None:
+        """Add what a streamed batch lacks, in place: `ref_logps`, and `base_logps` where the start of training
+        matters."""
+        inputs = self._on_device(batch)
+        if BASE_LOGPS in self.models.columns:
+            with self.models.start() as model:
+                batch[BASE_LOGPS] = self.models.logps(model, inputs)
+        with self.models.reference() as model:
+            batch[REF_LOGPS] = self.models.logps(model, inputs)
+
+    def current_logps(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Log-probabilities of a batch under the model as it is now, in evaluation mode (no dropout, so that a score
+        is a property of model and token and not of a draw); `(batch, seq_len)` as `forward_logps` gives them."""
+        with frozen(self.model):
+            return self.models.logps(self.model, self._on_device(batch))
+
+    def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        device = self.accelerator.device
+        return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+    def weigh_stream(self, dataset: IterableDataset) -> IterableDataset:
+        """Streamed rows with the weights that their own columns say, under a rule that needs no other rows."""
+        return dataset.map(
+            lambda row: {WEIGHTS: row_weights(row, self.args, self.special_ids, self.collator.padding_free)}
+        )
+
+    def mask_special_tokens(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        """Keep given weights, but neither forget nor learn a special token of a negative span; with `forget_weight=0`
+        no token is negative."""
+        ignore = self.args.forget_weight == 0
+        if not ignore and not self.special_ids.size:
+            return dataset
+
+        def masked(row):
+            weights = np.asarray(row[WEIGHTS], dtype=np.float32)
+            safe = np.isin(row["input_ids"], self.special_ids) | ignore
+            return {WEIGHTS: np.where(safe, np.maximum(weights, 0), weights)}
+
+        options = {"desc": "Protecting special tokens"} if isinstance(dataset, Dataset) else {}
+        return dataset.map(masked, **options)
