@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import PAPER_2508_04329, RHO_1_2404_07965, TOKEN_CLEANING_2502_01968, SelectiveSFTConfig
+    from .data.scored_folder import load_scores
+    from .score import score_dataset
     from .trainer import SelectiveSFTTrainer
     from .training.collator import DataCollatorForSelectiveSFT
 
@@ -20,6 +22,8 @@ __all__ = [
     "DataCollatorForSelectiveSFT",
     "SelectiveSFTConfig",
     "SelectiveSFTTrainer",
+    "load_scores",
+    "score_dataset",
 ]
 _MODULES = {
     "DataCollatorForSelectiveSFT": "training.collator",
@@ -28,6 +32,8 @@ _MODULES = {
     "SelectiveSFTConfig": "config",
     "SelectiveSFTTrainer": "trainer",
     "TOKEN_CLEANING_2502_01968": "config",
+    "load_scores": "data.scored_folder",
+    "score_dataset": "score",
 }
 
 

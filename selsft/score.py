@@ -83,8 +83,7 @@ def score_dataset(
         made by something else, and for rows, models or imported values that do not fit.
     """
     args = args if args is not None else SelectiveSFTConfig(str(output_dir))
-    reference = args.reference_model if reference_model is None else reference_model
-    reference = str(reference) if isinstance(reference, Path) else reference
+    reference = str(reference_model) if isinstance(reference_model, Path) else reference_model or args.reference_model
     check_score_settings(args, reference, ref_logps, shard_tokens)
     folder = Path(output_dir)
     if not is_scored(folder) and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -93,7 +92,7 @@ def score_dataset(
         )
     with adapter_on_lm_head():
         trainer = SelectiveSFTTrainer(
-            str(model) if isinstance(model, Path) else model,
+            model,
             row_settings(args, folder),
             train_dataset=dataset,
             processing_class=tokenizer,

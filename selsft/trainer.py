@@ -13,6 +13,7 @@ import copy
 import logging
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -55,12 +56,12 @@ class SelectiveSFTTrainer(SFTTrainer):
     negative log-likelihood of all labels, comparable with `SFTTrainer`'s.
 
     Args:
-        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+        model (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             As in [`~trl.SFTTrainer`], like all other arguments up to `formatting_func`.
         args ([`SelectiveSFTConfig`], *optional*):
             A [`~trl.SFTConfig`] or [`~transformers.TrainingArguments`] is taken too, with the selective defaults.
-        reference_model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*, keyword only):
-            The reference, when it is loaded already; takes the place of `args.reference_model`.
+        reference_model (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+            Keyword only. The reference, also when it is loaded already; takes the place of `args.reference_model`.
 
     Train data may bring, besides everything that `SFTTrainer` accepts:
         - `token_weights` (`list[float]`), with `input_ids`: a signed weight for each token;
@@ -107,7 +108,7 @@ class SelectiveSFTTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model: str | Model,
+        model: str | Path | Model,
         args: SelectiveSFTConfig | TrainingArguments | None = None,
         data_collator=None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -123,8 +124,10 @@ class SelectiveSFTTrainer(SFTTrainer):
         peft_config: PeftConfig | None = None,
         formatting_func=None,
         *,
-        reference_model: str | Model | None = None,
+        reference_model: str | Path | Model | None = None,
     ):
+        model = str(model) if isinstance(model, Path) else model
+        reference_model = str(reference_model) if isinstance(reference_model, Path) else reference_model
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = SelectiveSFTConfig(f"{name.split('/')[-1]}-SFT")

@@ -5,9 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
-from selsft.data.scored_folder import load_scores
-from selsft.score import score_dataset
+from selsft import SelectiveSFTConfig, SelectiveSFTTrainer, load_scores, score_dataset
 from tests.support import tiny
 from tests.support.oracle import plain_logps
 

@@ -128,7 +128,10 @@ class ImportedLogps:
             if self._read is None or self._read[0] != index:
                 file, group = self._groups[index]
                 names = ["input_ids", self._column, *(["labels"] if self._labels else [])]
-                self._read = index, pq.ParquetFile(file).read_row_group(group, columns=names)
+                self._read = (
+                    index,
+                    pq.ParquetFile(file, page_checksum_verification=True).read_row_group(group, columns=names),
+                )
             parts.append(self._read[1].slice(max(start - low, 0), stop - max(start, low)))
         return pa.concat_tables(parts)
 
