@@ -67,7 +67,7 @@ def score_dataset(
         tokenizer: that of `model` by default.
         args: settings that decide tokens (`max_length`, `packing`, ...), precision and batches.
         peft_config: for a model that will be trained with a new adapter, and a reference that is `"base"` or one.
-        base_logps, ref_logps: Parquet file or folder with log-probabilities computed elsewhere, in the place of those
+        base_logps, ref_logps: Parquet file or folder with log-probabilities computed elsewhere, instead of those
             of `model` or of the reference ([`ImportedLogps`]).
         shard_tokens: tokens of a shard: what is in memory at once, and what an interrupt can cost.
         mixed_batches: score policy and reference in one forward pass where both are LoRA adapters of one model.

@@ -38,7 +38,7 @@ from .training.collator import DataCollatorForSelectiveSFT
 from .training.head import STATS, SelectiveCausalLMOutput, SelectiveHead
 from .training.model import Model
 from .training.schedules import forget_weight_at
-from .training.validation import refuse_unsupported
+from .training.validation import validate_selection
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class SelectiveSFTTrainer(SFTTrainer):
         args ([`SelectiveSFTConfig`], *optional*):
             A [`~trl.SFTConfig`] or [`~transformers.TrainingArguments`] is taken too, with the selective defaults.
         reference_model (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
-            Keyword only. The reference, also when it is loaded already; takes the place of `args.reference_model`.
+            Keyword only. The reference, which may be loaded already; replaces `args.reference_model`.
 
     Train data may bring, besides everything that `SFTTrainer` accepts:
         - `token_weights` (`list[float]`), with `input_ids`: a signed weight for each token;
@@ -159,7 +159,7 @@ class SelectiveSFTTrainer(SFTTrainer):
             not args.precompute_scores or isinstance(self.train_dataset, IterableDataset)
         )
         self._excess: ExcessSelector | None = None
-        self._candidates = 0  # trained tokens of this process since the last log, where a step selects among them
+        self._candidates = 0  # supervised tokens of this process since the last log, where a step selects among them
         self._step_counts: torch.Tensor | None = None
         self._outputs: list[SelectiveCausalLMOutput] = []  # of the micro-batches since the last log, detached
         self._totals: torch.Tensor | None = None  # of those before, when many steps go by without a log
@@ -169,7 +169,7 @@ class SelectiveSFTTrainer(SFTTrainer):
     def _select_tokens(self, source: str | Model | None, given: list[str]) -> None:
         """All that a selective run needs beyond `SFTTrainer.__init__`; after it, so that the policy is initialised
         from the same random numbers."""
-        refuse_unsupported(self, source, given)
+        validate_selection(self, source, given)
         if not isinstance(self.data_collator, DataCollatorForSelectiveSFT):
             parent = cast(DataCollatorForLanguageModeling, self.data_collator)
             self.data_collator = DataCollatorForSelectiveSFT.from_parent(parent)
