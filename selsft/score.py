@@ -23,6 +23,7 @@ from accelerate.utils import tqdm
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig
 
 from ._compat import adapter_on_lm_head
 from .config import SelectiveSFTConfig
@@ -37,6 +38,14 @@ from .scoring.imported import ImportedLogps
 from .scoring.logprobs import ROW_COLUMNS
 from .trainer import SelectiveSFTTrainer
 from .training.model import Model, base_model
+
+_INHERITED = {item.name for item in dataclasses.fields(SFTConfig)}
+# What training does with scores: name -> default
+_SELECTION = {
+    item.name: item.default
+    for item in dataclasses.fields(SelectiveSFTConfig)
+    if item.name not in _INHERITED and not item.name.startswith("scoring_")
+}
 
 
 def score_dataset(
@@ -99,7 +108,7 @@ def score_dataset(
             peft_config=peft_config,
         )
     run = ScoringRun(
-        trainer, folder, reference, base_logps=base_logps, ref_logps=ref_logps, shard_tokens=shard_tokens,
+        trainer, args, folder, reference, base_logps=base_logps, ref_logps=ref_logps, shard_tokens=shard_tokens,
         mixed_batches=mixed_batches,
     )  # fmt: skip
     run.open(
@@ -136,7 +145,9 @@ def check_score_settings(
 def row_settings(args: SelectiveSFTConfig, folder: Path) -> SelectiveSFTConfig:
     """Settings of the trainer that prepares the rows: as training sees them, one document each."""
     made = copy.copy(args)
-    made.reference_model, made.output_dir = None, str(folder)
+    for name, default in _SELECTION.items():  # it has no effect on rows, and a trainer would say so
+        setattr(made, name, default)
+    made.output_dir = str(folder)
     made.eval_strategy, made.push_to_hub = "no", False
     made.max_steps = max(made.max_steps, 1)  # a trainer of streamed rows must know its end
     if made.packing and made.packing_strategy == "bfd" and made.max_length is not None:
@@ -149,7 +160,8 @@ class ScoringRun:
     """Rows, what scores them, and the folder that keeps the scores.
 
     Args:
-        trainer: made with `row_settings`; its model is the policy at the start of training.
+        trainer: made with `row_settings(args)`; its model is the policy at the start of training.
+        args: all settings; those of selection go back into the trainer's.
         folder: of the scores.
         reference, base_logps, ref_logps, shard_tokens, mixed_batches: see `score_dataset`.
 
@@ -160,6 +172,7 @@ class ScoringRun:
     def __init__(
         self,
         trainer: SelectiveSFTTrainer,
+        args: SelectiveSFTConfig,
         folder: Path,
         reference: str | Model | None,
         *,
@@ -170,6 +183,8 @@ class ScoringRun:
     ):
         if columns := token_columns(trainer.train_dataset):
             raise InputError(f"the data has the columns {columns} already: leave them out to score it")
+        for name in _SELECTION:
+            setattr(trainer.args, name, getattr(args, name))
         self.trainer, self.shard_tokens = trainer, shard_tokens
         self.count = 0  # shards of the data, known at the end
         tokenizer: PreTrainedTokenizerBase = trainer._tokenizer
