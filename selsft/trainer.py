@@ -14,6 +14,7 @@ import importlib.metadata
 import logging
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -38,7 +39,7 @@ from .training.collator import DataCollatorForSelectiveSFT
 from .training.head import STATS, SelectiveCausalLMOutput, SelectiveHead, toy_forward
 from .training.model import Model
 from .training.schedules import forget_weight_at
-from .training.validation import refuse_unsupported, refuse_without_effect
+from .training.validation import refuse_without_effect, validate_selection
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +61,12 @@ class SelectiveSFTTrainer(SFTTrainer):
     negative log-likelihood of all labels, comparable with `SFTTrainer`'s.
 
     Args:
-        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+        model (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             As in [`~trl.SFTTrainer`], like all other arguments up to `formatting_func`.
         args ([`SelectiveSFTConfig`], *optional*):
             A [`~trl.SFTConfig`] or [`~transformers.TrainingArguments`] is taken too, with the selective defaults.
-        reference_model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*, keyword only):
-            The reference, when it is loaded already; takes the place of `args.reference_model`.
+        reference_model (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+            Keyword only. The reference, which may be loaded already; replaces `args.reference_model`.
 
     Train data may bring, besides everything that `SFTTrainer` accepts:
         - `token_weights` (`list[float]`), with `input_ids`: a signed weight for each token;
@@ -112,7 +113,7 @@ class SelectiveSFTTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model: str | Model,
+        model: str | Path | Model,
         args: SelectiveSFTConfig | TrainingArguments | None = None,
         data_collator=None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -128,8 +129,10 @@ class SelectiveSFTTrainer(SFTTrainer):
         peft_config: PeftConfig | None = None,
         formatting_func=None,
         *,
-        reference_model: str | Model | None = None,
+        reference_model: str | Path | Model | None = None,
     ):
+        model = str(model) if isinstance(model, Path) else model
+        reference_model = str(reference_model) if isinstance(reference_model, Path) else reference_model
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = SelectiveSFTConfig(f"{name.split('/')[-1]}-SFT")
@@ -161,7 +164,7 @@ class SelectiveSFTTrainer(SFTTrainer):
             not args.precompute_scores or isinstance(self.train_dataset, IterableDataset)
         )
         self._excess: ExcessSelector | None = None
-        self._candidates = 0  # trained tokens of this process since the last log, where a step selects among them
+        self._candidates = 0  # supervised tokens of this process since the last log, where a step selects among them
         self._step_counts: torch.Tensor | None = None
         self._outputs: list[SelectiveCausalLMOutput] = []  # of the micro-batches since the last log, detached
         self._totals: torch.Tensor | None = None  # of those before, when many steps go by without a log
@@ -172,7 +175,7 @@ class SelectiveSFTTrainer(SFTTrainer):
     def _select_tokens(self, source: str | Model | None, given: list[str]) -> None:
         """All that a selective run needs beyond `SFTTrainer.__init__`; after it, so that the policy is initialised
         from the same random numbers."""
-        refuse_unsupported(self, source, given)
+        validate_selection(self, source, given)
         if not isinstance(self.data_collator, DataCollatorForSelectiveSFT):
             parent = cast(DataCollatorForLanguageModeling, self.data_collator)
             self.data_collator = DataCollatorForSelectiveSFT.from_parent(parent)

@@ -6,6 +6,7 @@ Takes the flags of `train`, so that one YAML file serves both; the work is done 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator
@@ -88,15 +89,15 @@ def main(argv: list[str]) -> int:
 
 def prepare(arguments: Arguments, folder: Path) -> ScoringRun:
     """Rows as training sees them, and what scores them."""
-    extra, reference = arguments.extra, arguments.training.reference_model
-    arguments.training = row_settings(arguments.training, folder)
+    extra, training = arguments.extra, arguments.training
+    reference = training.reference_model
     with adapter_on_lm_head():
-        trainer = build_trainer(arguments, evaluate=False, strict=True)
-    arguments.training.reference_model = reference
+        rows = dataclasses.replace(arguments, training=row_settings(training, folder))
+        trainer = build_trainer(rows, evaluate=False, strict=True)
     with input_errors():
         try:
             return ScoringRun(
-                trainer, folder, reference, base_logps=extra.base_logps, ref_logps=extra.ref_logps,
+                trainer, training, folder, reference, base_logps=extra.base_logps, ref_logps=extra.ref_logps,
                 shard_tokens=extra.shard_tokens, mixed_batches=extra.mixed_batches,
             )  # fmt: skip
         except OSError as error:

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
 
 
 def check_paths(arguments: Arguments) -> str | None:
-    """Refuse what can be refused before data and model are loaded; the checkpoint to go on from, if any."""
+    """Check paths before data and model are loaded; returns the checkpoint to resume from, if any."""
     output = Path(str(arguments.training.output_dir))
     resume = arguments.training.resume_from_checkpoint
     if resume and resume.lower() in ("true", "latest"):
@@ -64,7 +64,7 @@ def check_paths(arguments: Arguments) -> str | None:
     if resume and not Path(resume).is_dir():
         raise InputError(f"resume_from_checkpoint={resume!r} is not a folder: give a checkpoint folder, or 'true'")
     if not resume:
-        check_new(output, "output_dir", "choose another folder, or go on with --resume_from_checkpoint true")
+        check_new(output, "output_dir", "choose another folder, or resume with --resume_from_checkpoint true")
     return resume
 
 

@@ -1,7 +1,7 @@
 """What a selective run cannot do, each with its reason and its remedy, before anything is scored.
 
 Kept apart from the trainer, whose overrides should stay readable. What settings alone contradict each other is refused
-by `SelectiveSFTConfig`; here are the refusals that need the data, the model or the launcher.
+by `SelectiveSFTConfig`; here is what depends on the data, the model or the launcher.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def refuse_without_effect(trainer: SelectiveSFTTrainer, source: str | Model | No
         raise ValueError(f"{name}={value!r} has no effect: {reason}. Remove it, or give what it works on")
 
 
-def refuse_unsupported(trainer: SelectiveSFTTrainer, source: str | Model | None, given: list[str]) -> None:
+def validate_selection(trainer: SelectiveSFTTrainer, source: str | Model | None, given: list[str]) -> None:
     """Raise `ValueError` for the first reason why `trainer` cannot select tokens.
 
     Args:
