@@ -55,7 +55,7 @@ def select(
         counts["negative"] += int((weights[mask] < 0).sum())
         worst.add(chunk, mask)
     counts["neutral"] = counts["trained"] - counts["positive"] - counts["negative"]
-    columns = ["input_ids", "labels", WEIGHTS] + ([BASE_LOGPS] if args.forget_objective == "npo" else [])
+    columns = ["input_ids", "labels", WEIGHTS] + ([BASE_LOGPS] if args.needs_start_logps else [])
     weighted.select_columns(columns).to_parquet(str(folder / SELECTED))
     shown = [
         {"score": each.score, "row": each.row, "before": each.before, "text": each.token, "after": each.after}

@@ -537,6 +537,20 @@ def test_the_command_writes_a_page_and_prints_rows(saved, tmp_path, capsys):
     assert f"row {first} " in said and said.index(f"id row-{first}") == said.index("id row-")
 
 
+def test_a_folder_of_selsft_score_needs_no_other_flag(tmp_path, capsys):
+    for seed, name in enumerate(("model", "reference")):
+        tiny.llama(seed).save_pretrained(str(tmp_path / name))
+        tiny.tokenizer().save_pretrained(str(tmp_path / name))
+    tiny.prompt_data(12).to_json(str(tmp_path / "data.jsonl"))
+    flags = {"model_name_or_path": "model", "reference_model": "reference", "dataset_name": "data.jsonl"}
+    given = [part for key, value in flags.items() for part in (f"--{key}", str(tmp_path / value))]
+    folder = str(tmp_path / "scored")
+    assert main(["score", *given, "--scored_dir", folder, "--use_cpu", "true", "--bf16", "false"]) == 0
+    assert main(["inspect", folder, "--output", str(tmp_path / "page.html"), "--text"]) == 0
+    assert "scored tokens are negative" in capsys.readouterr().out
+    assert f"policy: {tmp_path / 'model'}" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
 def test_a_terminal_gets_no_control_characters(capsys):
     rows = read_rows(scored(["\x1b[31mred \u202e x", "[bold]markup[/bold]"]), tiny.tokenizer(), 10**6)
     found = np.where(rows.flags & SCORED > 0, -1, 2).astype(np.int8)
@@ -581,6 +595,7 @@ def test_where_the_sliders_begin():
         (["ROWS", "--text", "--score", "nope"], "--score nope: the rows have influence, base_logps, ref_logps"),
         (["ROWS", "--text", "--judged", "nope.jsonl"], "judged='nope.jsonl': no such file"),
         (["ROWS", "--text", "--judged", "BAD"], "line 2 is not JSON"),
+        (["/nowhere/at/all", "--text"], "/nowhere/at/all"),
         (["ROWS", "--text", "--nope"], "unrecognized arguments: --nope"),
         (["TEXTS", "--text"], "no 'input_ids': give a folder of `selsft score`"),
     ],
