@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -17,6 +18,7 @@ from trl import SFTConfig
 from selsft_kernels.objectives import FORGET, FORGET_OBJECTIVES
 
 SCORES = ("influence", "excess", "random", "oracle", "given")
+DEFAULT_THRESHOLD = 1.0  # nats
 SCOPES = ("global", "sequence", "batch")
 FORGET_SCHEDULES = ("linear", "constant", "cosine")
 
@@ -293,6 +295,17 @@ class SelectiveSFTConfig(SFTConfig):
         self._validate_selection()
 
     @property
+    def effective_threshold(self) -> float | None:
+        """The threshold in force, nats: `negative_threshold`, or the default where no rule is set."""
+        ruled = self.negative_threshold is not None or self.positive_fraction is not None or self.score == "oracle"
+        return self.negative_threshold if ruled else DEFAULT_THRESHOLD
+
+    def changed(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of the named fields that are not at their default, with their values."""
+        defaults = {item.name: item.default for item in fields(self)}
+        return {name: getattr(self, name) for name in names if getattr(self, name) != defaults[name]}
+
+    @property
     def needs_start_logps(self) -> bool:
         """Whether the forgetting term compares with the model at the start of training."""
         return FORGET[self.forget_objective].needs_reference
@@ -316,8 +329,6 @@ class SelectiveSFTConfig(SFTConfig):
             if value not in choices:
                 raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(str, choices))}")
         self._validate_scheme()
-        if self.negative_threshold is None and self.positive_fraction is None and self.score != "oracle":
-            self.negative_threshold = 1.0
         _check_number("negative_threshold", self.negative_threshold, low=-math.inf)
         _check_number("positive_fraction", self.positive_fraction, low=0.0, high=1.0)
         _check_number("neutral_band", self.neutral_band, low=0.0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.metadata
 import logging
 import textwrap
 from collections.abc import Callable
@@ -34,15 +35,19 @@ from .data.spans import check_marks, has_marks, join_parts
 from .scoring.weighing import TokenWeigher
 from .selection.excess import ExcessSelector
 from .training.collator import DataCollatorForSelectiveSFT
-from .training.head import STATS, SelectiveCausalLMOutput, SelectiveHead
+from .training.head import STATS, SelectiveCausalLMOutput, SelectiveHead, toy_forward
 from .training.model import Model
 from .training.schedules import forget_weight_at
-from .training.validation import refuse_unsupported
+from .training.validation import refuse_unsupported, refuse_without_effect
 
 logger = logging.getLogger(__name__)
 
 # Micro-batches whose sums stay on the device one by one; a run that never logs must not fill it
 _KEPT = 1000
+_NO_HEAD = (
+    f"SFTTrainer.compute_loss of the installed TRL {importlib.metadata.version('trl')} does not go through the fused "
+    "head as selsft expects, so token weights would have no effect: install the versions of constraints.txt"
+)
 
 
 class SelectiveSFTTrainer(SFTTrainer):
@@ -160,6 +165,7 @@ class SelectiveSFTTrainer(SFTTrainer):
         self._step_counts: torch.Tensor | None = None
         self._outputs: list[SelectiveCausalLMOutput] = []  # of the micro-batches since the last log, detached
         self._totals: torch.Tensor | None = None  # of those before, when many steps go by without a log
+        refuse_without_effect(self, source, given)
         if self._selective:
             self._select_tokens(source, given)
 
@@ -172,6 +178,7 @@ class SelectiveSFTTrainer(SFTTrainer):
             self.data_collator = DataCollatorForSelectiveSFT.from_parent(parent)
         # The loss is normalised over the optimizer step, whatever the model's own forward accepts
         self.model_accepts_loss_kwargs = True
+        self._prove_weights_count()
         self._weigher = TokenWeigher(
             self.model, source, self.args, self.accelerator, self.data_collator, self._tokenizer, given, self._online
         )
@@ -208,7 +215,7 @@ class SelectiveSFTTrainer(SFTTrainer):
         names = cast(list[str], self._signature_columns)
         if self._selective and WEIGHTS not in names:
             names += [WEIGHTS]
-            names += [BASE_LOGPS] if self.args.forget_objective == "npo" else []
+            names += [BASE_LOGPS] if self.args.needs_start_logps else []
             names += [REF_LOGPS] if self.args.score == "excess" else []
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -267,7 +274,7 @@ class SelectiveSFTTrainer(SFTTrainer):
         head = SelectiveHead(
             torch.where(weights < 0, weights * scale, weights),
             columns.get(ACTIVE_ROWS),
-            reference_logps=columns.get(BASE_LOGPS) if args.forget_objective == "npo" else None,
+            reference_logps=columns.get(BASE_LOGPS) if args.needs_start_logps else None,
             positive=args.loss_type,
             forget=args.forget_objective,
             beta=args.forget_beta,
@@ -278,11 +285,40 @@ class SelectiveSFTTrainer(SFTTrainer):
         if len(self._outputs) >= _KEPT:
             self._totals = self._take_stats()
         self._metrics["train"]["forget_weight"].append(forget_weight)
-        loss_type, args.loss_type = args.loss_type, "nll"  # the head has applied DFT's factor already
+        kept = len(self._outputs)
+        loss = self._sft_loss(_with_head(model, head, self._outputs), inputs, return_outputs, num_items)
+        if len(self._outputs) != kept + 1:
+            raise RuntimeError(_NO_HEAD)
+        return loss
+
+    def _sft_loss(self, forward: Callable, inputs: dict, return_outputs: bool, num_items: torch.Tensor):
+        """`SFTTrainer.compute_loss` on `forward`, without DFT's factor, which the head has applied already."""
+        loss_type, self.args.loss_type = self.args.loss_type, "nll"
         try:
-            return super().compute_loss(_with_head(model, head, self._outputs), inputs, return_outputs, num_items)
+            return super().compute_loss(forward, inputs, return_outputs, num_items)
         finally:
-            args.loss_type = loss_type
+            self.args.loss_type = loss_type
+
+    def _prove_weights_count(self) -> None:
+        """Send two toy batches, which differ in a weight alone, through `SFTTrainer.compute_loss`: the installed TRL
+        must call the fused head, and return what it says. Nothing of it stays in metrics or counts."""
+        before = copy.deepcopy(self._metrics), self._total_train_tokens
+        device = self.accelerator.device
+        ids = torch.arange(3, device=device)[None]
+        try:
+            for weight in (1.0, -0.5):
+                kept: list[SelectiveCausalLMOutput] = []
+                head = SelectiveHead(torch.full((1, 3), weight, device=device))
+                inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+                forward = _with_head(toy_forward, head, kept)
+                loss = cast(torch.Tensor, self._sft_loss(forward, inputs, False, torch.tensor(2, device=device)))
+                wanted = cast(torch.Tensor, toy_forward(**inputs, selective_head=head).loss) / 2
+                if self.args.average_tokens_across_devices:
+                    wanted = wanted * (self.accelerator.num_processes // self.get_tp_size())
+                if len(kept) != 1 or not torch.allclose(loss.detach().float(), wanted.detach(), rtol=1e-4):
+                    raise RuntimeError(_NO_HEAD)
+        finally:
+            self._metrics, self._total_train_tokens = before
 
     def log(self, logs, start_time=None):
         """Adds the metrics of the positive and negative tokens since the last log, over all processes."""
@@ -320,7 +356,7 @@ class SelectiveSFTTrainer(SFTTrainer):
         return stats
 
 
-def _with_head(model: torch.nn.Module, head: SelectiveHead, kept: list | None = None) -> Callable:
+def _with_head(model: Callable, head: SelectiveHead, kept: list | None = None) -> Callable:
     """What `SFTTrainer.compute_loss` calls in place of the model: its fused head becomes the selective one.
 
     Args:

@@ -28,7 +28,7 @@ def use_triton(device: torch.device) -> bool:
 
 
 def implementation(name: str, device: torch.device) -> Any:
-    """The module `name` (`"rows"`, `"fold"` or `"target_dot"`) that works on tensors of `device`."""
+    """The module `name` (`"rows"`, `"fold"`, `"target_dot"` or `"scale"`) that works on tensors of `device`."""
     return importlib.import_module(f".{name}_triton" if use_triton(device) else f".{name}", __package__)
 
 

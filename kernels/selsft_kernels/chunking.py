@@ -78,6 +78,15 @@ def training_rows(
     return min(rows, min(range(least, most + 1, TILE_ROWS), key=lambda chunk: (total(chunk), chunk)))
 
 
+def one_chunk(rows: int, hidden: int, itemsize: int) -> bool:
+    """Whether a trained 16-bit head takes all rows at once, and writes its gradient once, in its own dtype.
+
+    The logits of all rows (`rows V itemsize` bytes) are then no larger than the fp32 sum that several chunks would
+    need (`4 V hidden`), which would also be read and written for every chunk, and rounded in a pass of its own.
+    """
+    return itemsize == 2 and rows * itemsize <= 4 * hidden
+
+
 def chunk_cost(rows: int, hidden: int, sms: int, *, trained_head: bool) -> float:
     """Modelled time of a chunk, in rows of one [rows, V] product at full speed.
 

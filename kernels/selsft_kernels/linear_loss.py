@@ -178,6 +178,9 @@ def chunk_loop(
     """Runs every chunk through the head; fills `stats` and `grads`."""
     vocab, hidden = head.weight.shape
     dtype, device = head.weight.dtype, input.device
+    narrow = grads.weight is not None and grads.weight.dtype == dtype
+    if chunk_size is None and narrow and chunking.one_chunk(work.size, hidden, dtype.itemsize):
+        chunk_size = work.size
     chunk = chunk_size or chunking.training_rows(
         work.size, hidden, vocab, dtype.itemsize, device, trained_head=grads.weight is not None
     )
@@ -273,13 +276,17 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`grad * factor` in `dtype`, one pass, without looking at the factor (which is on the device).
+    """`grad * factor` in `dtype`, at most one pass, and no wait for the factor (which is on the device).
 
-    In place where nobody needs `grad` again, which for an fp32 head saves a buffer of its size. A factor of shape [1]
-    takes part in type promotion where a scalar does not, so that `1 / N` is not rounded to bf16 before the product.
+    In place where nobody needs `grad` again, which for the gradient of a head saves a buffer of its size; a factor of
+    1 then costs nothing. A cast to another dtype is the multiplication's.
     """
-    out = grad if grad.dtype == dtype and not graph_is_kept() else torch.empty_like(grad, dtype=dtype)
-    return torch.mul(grad, factor.reshape(1), out=out)
+    factor = factor.reshape(1).float()
+    if grad.dtype != dtype or graph_is_kept():
+        return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
+    with backend.computing_on(grad.device):
+        backend.implementation("scale", grad.device).scale_in_place(grad, factor)
+    return grad
 
 
 def graph_is_kept() -> bool:
@@ -320,7 +327,7 @@ def linear_selective_cross_entropy(
     ignore_index: int = -100,
     outputs: Sequence[str] = ("logprob",),
     chunk_size: int | None = None,
-    weight_grad_dtype: torch.dtype = torch.float32,
+    weight_grad_dtype: torch.dtype | None = None,
 ) -> SelectiveLossOutput:
     """Likelihood for positive tokens and a forgetting objective for negative ones, without the logits of the batch.
 
@@ -351,7 +358,8 @@ def linear_selective_cross_entropy(
         outputs: Any of `"logprob"`, `"entropy"`, `"is_top1"`.
         chunk_size: Rows at a time; None chooses (`chunking.training_rows`).
         weight_grad_dtype: What the gradient of the head is accumulated in over the chunks: float32, or the dtype of
-            the head for half of the memory and a rounding per chunk.
+            the head for half of the memory and a rounding per chunk. None chooses: the dtype of a 16-bit head where
+            all rows fit one chunk (`chunking.one_chunk`), so that nothing is accumulated; else float32.
 
     Returns:
         A `SelectiveLossOutput`. With no row to compute, the loss is 0 and still connected: its gradients are zeros.
@@ -374,8 +382,14 @@ def linear_selective_cross_entropy(
     wanted = checks.output_names(outputs)
     checks.row_indices(active_rows, input)
     checks.size_option("chunk_size", chunk_size)
-    if weight_grad_dtype not in (torch.float32, compute_dtype):
-        raise ValueError(f"weight_grad_dtype={weight_grad_dtype} must be torch.float32 or {compute_dtype}")
+    if weight_grad_dtype not in (None, torch.float32, compute_dtype):
+        raise ValueError(f"weight_grad_dtype={weight_grad_dtype} must be None, torch.float32 or {compute_dtype}")
+    if weight_grad_dtype is None:
+        weight_grad_dtype = torch.float32
+        rows = target.numel() if active_rows is None else active_rows.shape[0]
+        alike = linear_weight.dtype == compute_dtype
+        if alike and chunk_size is None and chunking.one_chunk(rows, input.shape[-1], compute_dtype.itemsize):
+            weight_grad_dtype = compute_dtype
 
     settings = _Settings(
         positive,

@@ -82,7 +82,7 @@ class TextMarks:
 @dataclass
 class TokenMarks:
     """Of one row, for each token: `weights` float32; `judged`, whether it belongs to a text that somebody has judged;
-    `spans` int32, number within the row of the negative span (or negative whole text) it belongs to, else -1. `whole`
+    `spans` int32, number within the row of the negative span (or text) that reaches it, else -1. `whole`
     says that there are no judgements but those of whole texts."""
 
     weights: np.ndarray
@@ -496,7 +496,6 @@ def mark_tokens(
     numbers = np.full(len(input_ids), -1, np.int32)
     for index, own in enumerate(numbered):
         numbers[own] = index
-    numbers[weights >= 0] = -1
     return TokenMarks(weights, covered, numbers, bool(looked_at) and not any(text.detailed for text in looked_at))
 
 

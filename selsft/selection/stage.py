@@ -20,8 +20,10 @@ from ..data.tokenizers import special_ids
 from ..errors import input_errors
 from ..records import write_json
 from .weights import add_token_weights
+from .worst import WorstTokens
 
-SELECTED, COUNTS, WORST = "selected.parquet", "selection.json", 200
+SELECTED, COUNTS = "selected.parquet", "selection.json"
+WORST, CONTEXT = 200, 24
 
 
 def select(
@@ -44,44 +46,21 @@ def select(
         special = special_ids(tokenizer) if args.protect_special_tokens else np.zeros(0, np.int64)
         weighted = add_token_weights(scored, args, special, padding_free=False)
     counts = {"tokens": 0, "trained": 0, "positive": 0, "neutral": 0, "negative": 0}
-    for chunk in token_chunks(weighted, ["labels", WEIGHTS]):
+    worst = WorstTokens(tokenizer, special, WORST, CONTEXT)
+    for chunk in token_chunks(weighted, ["input_ids", "labels", BASE_LOGPS, REF_LOGPS, WEIGHTS]):
         mask, weights = supervised_mask(chunk, padding_free=False), chunk.columns[WEIGHTS]
         counts["tokens"] += mask.size
         counts["trained"] += int(mask.sum())
         counts["positive"] += int((weights[mask] > 0).sum())
         counts["negative"] += int((weights[mask] < 0).sum())
+        worst.add(chunk, mask)
     counts["neutral"] = counts["trained"] - counts["positive"] - counts["negative"]
-    columns = ["input_ids", "labels", WEIGHTS] + ([BASE_LOGPS] if args.forget_objective == "npo" else [])
+    columns = ["input_ids", "labels", WEIGHTS] + ([BASE_LOGPS] if args.needs_start_logps else [])
     weighted.select_columns(columns).to_parquet(str(folder / SELECTED))
-    found = {**counts, "rows": len(weighted), "worst": _worst(scored, tokenizer, special)}
+    shown = [
+        {"score": each.score, "row": each.row, "before": each.before, "text": each.token, "after": each.after}
+        for each in worst.found
+    ]
+    found = {**counts, "rows": len(weighted), "worst": shown}
     write_json(folder / COUNTS, found)
-    return found
-
-
-def _worst(scored: Dataset, tokenizer, special: np.ndarray) -> list[dict[str, Any]]:
-    """The tokens with the lowest scores, in context, whatever the threshold makes of them."""
-    lowest: list[tuple[float, int, int]] = []
-    for chunk in token_chunks(scored, ["input_ids", "labels", BASE_LOGPS, REF_LOGPS]):
-        eligible = supervised_mask(chunk, padding_free=False) & ~np.isin(chunk.columns["input_ids"], special)
-        flat = np.flatnonzero(eligible)
-        scores = (chunk.columns[REF_LOGPS] - chunk.columns[BASE_LOGPS])[flat]
-        best = np.argsort(scores, kind="stable")[:WORST]
-        starts = np.concatenate([[0], np.cumsum(chunk.lengths)])
-        for index, score in zip(flat[best], scores[best], strict=True):
-            row = chunk.row_of(int(index))
-            lowest.append((float(score), row, int(index - starts[row - chunk.first_row])))
-        lowest = sorted(lowest)[:WORST]
-    found = []
-    for score, row, position in lowest:
-        ids = scored[row]["input_ids"]
-        before, token, after = ids[max(0, position - 24) : position], ids[position : position + 1], ids[position + 1 :]
-        found.append(
-            {
-                "score": score,
-                "row": row,
-                "before": str(tokenizer.decode(before)),
-                "text": str(tokenizer.decode(token)),
-                "after": str(tokenizer.decode(after[:8])),
-            }
-        )
     return found

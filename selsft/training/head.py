@@ -289,3 +289,13 @@ def _selective_loss(
         stats=stats,
         broken_rows=(~out.logprob.isfinite()).any(1),
     )
+
+
+def toy_forward(*, labels: torch.Tensor, selective_head: SelectiveHead, **_: Any) -> SelectiveCausalLMOutput:
+    """What a causal language model of three tokens with fixed states gives when it is called with a selective head:
+    enough to see whether a caller uses the head. `labels` is `(batch, seq_len)`."""
+    hidden = torch.linspace(-1.0, 1.0, 4, device=labels.device).expand(*labels[:, 1:].shape, 4)
+    lm_head = LMHead(torch.arange(12.0, device=labels.device).view(3, 4) / 12, None, None, None, 1.0)
+    output = _selective_loss(selective_head, hidden, lm_head, labels[:, 1:], {})
+    output.aux_loss = hidden.new_zeros(())
+    return output

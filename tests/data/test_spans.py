@@ -430,6 +430,31 @@ def test_parts_of_the_reasoning(options):
         assert tokenizer.decode(unknown) == "beta"
 
 
+def test_spans_win_over_their_part(options):
+    parts = [
+        {"type": "text", "text": "alpha beta", "weight": -1.0, "spans": [[6, 10, 0.5]]},
+        {"type": "text", "text": " gamma", "weight": None, "spans": None},
+    ]
+    data = Dataset.from_list([{"messages": [{"role": "assistant", "content": parts}]}] * 4)
+    run = SelectiveSFTTrainer(
+        tiny.llama(), SelectiveSFTConfig(**options), train_dataset=data, processing_class=tiny.tokenizer()
+    )
+    row = run.train_dataset[0]
+    text = tiny.tokenizer().decode(row["input_ids"])
+    base = text.index("alpha")
+    expected = weights_of(
+        tiny.tokenizer(), row["input_ids"], text, [(base, base + 6, -1.0), (base + 6, base + 10, 0.5)]
+    )
+    over = weights_of(tiny.tokenizer(), row["input_ids"], text, [(base + 6, base + 10, 0.5)])
+    np.testing.assert_array_equal(row["token_weights"], np.where(over == 0.5, 0.5, expected))
+    assert min(row["token_weights"]) == -1
+
+
+def test_eos_is_no_part_of_the_text(options):
+    data = Dataset.from_list([{"prompt": "alpha", "completion": " beta", "spans": [[1, 6]]}])
+    refused(options, data, r"row 0: span \[1, 6\] lies outside of the text, which has 5 characters")
+
+
 def test_text_about_marks_is_no_mark(tmp_path):
     messages = [
         {"role": "user", "content": 'a key is "spans": [[0, 1]]'},

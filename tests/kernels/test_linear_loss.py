@@ -131,6 +131,32 @@ def test_grad_output_scales_all_gradients() -> None:
             assert torch.equal(scaled[name], value * -0.125), name
 
 
+def test_a_factor_of_one_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    real = torch.mul
+    p = problem()
+    expected = call.linear(p)["d_weight"]
+    for factor, count in ((1.0, 0), (0.5, 2)):
+        loss = linear_selective_cross_entropy(p.input, p.weight, p.target, p.token_weight).loss * factor
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "mul", lambda *a, **k: calls.append(1) or real(*a, **k))
+            _, grad = torch.autograd.grad(loss, (p.input, p.weight))
+        assert len(calls) == count
+        assert torch.allclose(grad, factor * expected)
+
+
+def test_a_kept_graph_gives_gradients_of_its_own() -> None:
+    """A second backward pass would otherwise add to the gradient that the first one handed out."""
+    p = problem()
+    loss = linear_selective_cross_entropy(p.input, p.weight, p.target, p.token_weight).loss
+    first = torch.autograd.grad(loss, p.weight, retain_graph=True)[0]
+    before = first.clone()
+    second = torch.autograd.grad(loss, p.weight, retain_graph=True)[0]
+    second.mul_(2.0)
+    assert torch.equal(first, before)
+
+
 def test_the_loss_can_be_scaled_in_place_and_backward_repeated() -> None:
     p = problem()
     expected = call.linear(p)["d_input"]

@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
@@ -86,7 +88,9 @@ def test_cache_folders_say_what_made_them(options, tmp_path):
         assert manifest["identity"]["dtype"] == "float32" and manifest["identity"]["mixed_precision"] == "no"
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "flipped", "another run", "other rows", "manifest"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "foreign", "flipped", "rewritten", "another run", "other rows", "manifest"]
+)
 def test_a_damaged_cache_is_computed_again(damage, options, tmp_path, monkeypatch, caplog):
     expected = trainer(options, tmp_path).train_dataset["base_logps"][:]
     folder, _ = manifests(tmp_path)["base_logps"]
@@ -103,6 +107,12 @@ def test_a_damaged_cache_is_computed_again(damage, options, tmp_path, monkeypatc
     elif damage == "manifest":
         (folder / "selsft_scores.json").write_text("{")
         shard.unlink()
+    elif damage == "rewritten":  # whole, with its metadata, and one score that nothing has computed
+        table = pq.read_table(shard)
+        values = table["base_logps"].to_pylist()
+        values[3][-1] += 1.0
+        column = pa.array(values, type=pa.list_(pa.float32()))
+        pq.write_table(table.set_column(table.column_names.index("base_logps"), "base_logps", column), shard)
     elif damage == "flipped":
         content[60] ^= 1
         shard.write_bytes(content)
@@ -226,6 +236,10 @@ def test_fingerprint_follows_the_view_of_the_rows():
     assert data_fingerprint(data) == data_fingerprint(Dataset.from_list(list(data)))
     assert data_fingerprint(data) != data_fingerprint(data.shuffle(seed=0))
     assert data_fingerprint(data.shuffle(seed=0)) == data_fingerprint(data.shuffle(seed=0).flatten_indices())
+    # the same rows made of other documents
+    packed = data.add_column("seq_lengths", [[len(row)] for row in data["input_ids"]])
+    halves = data.add_column("seq_lengths", [[2, len(row) - 2] for row in data["input_ids"]])
+    assert len({data_fingerprint(data), data_fingerprint(packed), data_fingerprint(halves)}) == 3
     # the same tokens cut into other rows
     joined = Dataset.from_dict({name: [list(itertools.chain(*data[name][:]))] for name in ("input_ids", "labels")})
     assert data_fingerprint(data) != data_fingerprint(joined)

@@ -286,7 +286,7 @@ def test_two_processes_write_what_one_writes(run, models, kind, monkeypatch):
     assert run() == 0
     root = Path(__file__).parents[2]
     script = (
-        "import sys; from tests.support.worker import shard_on_cpu; sys.argv[1] != 'ddp' and shard_on_cpu();"
+        "import sys; from tests.support.worker import prepare_process; prepare_process(sys.argv[1]);"
         "from selsft.cli import main; sys.exit(main(sys.argv[2:]))"
     )
     Path("launched.py").write_text(script)

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
 from selsft.training.fingerprint import model_fingerprint
@@ -134,12 +135,34 @@ def shard_on_cpu() -> None:
     PartialState.__init__ = on_an_accelerator
 
 
-def main(folder: Path, sharded: bool, cases: list[str]) -> None:
-    torch.set_num_threads(1)
-    if sharded:
+def leave_weights_empty() -> None:
+    """What `fsdp_cpu_ram_efficient_loading` may do, depending on the version of transformers: only the main process
+    has the weights of a loaded model. Here the others have NaN, which shows in whatever is computed from it."""
+    original = PreTrainedModel.from_pretrained.__func__
+
+    def from_pretrained(cls, *args, **kwargs):
+        model = original(cls, *args, **kwargs)
+        if os.environ.get("RANK", "0") != "0":
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.fill_(torch.nan)
+        return model
+
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+
+
+def prepare_process(kind: str) -> None:
+    if kind != "ddp":
         shard_on_cpu()
+    if kind == "fsdp_shipped":
+        leave_weights_empty()
+
+
+def main(folder: Path, kind: str, cases: list[str]) -> None:
+    torch.set_num_threads(1)
+    prepare_process(kind)
     for case in cases:
-        rows, state = train(case, folder, batch_size=4, sharded=sharded)
+        rows, state = train(case, folder, batch_size=4, sharded=kind != "ddp")
         if torch.distributed.get_rank() == 0:
             plain = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
             save_file(plain, folder / f"{case}.safetensors")
@@ -147,4 +170,4 @@ def main(folder: Path, sharded: bool, cases: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2].startswith("fsdp"), sys.argv[3:])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -196,7 +196,7 @@ def test_arguments(kind, options, tmp_path, monkeypatch):
         tiny.llama(), args, train_dataset=tiny.prompt_data(), processing_class=tiny.tokenizer(),
         reference_model=tiny.llama(seed=3),
     )  # fmt: skip
-    assert isinstance(run.args, SelectiveSFTConfig) and run.args.negative_threshold == 1.0
+    assert isinstance(run.args, SelectiveSFTConfig) and run.args.effective_threshold == 1.0
     assert run.args.output_dir == ("tiny-SFT" if kind == "none" else options["output_dir"])
     assert (tmp_path / "hub" / "selsft").is_dir()
 

@@ -26,7 +26,7 @@ FSDP = [
 ]  # fmt: skip
 
 
-# As it ships with TRL: only the main process loads weights
+# As it ships with TRL: only the main process is sure to load weights
 SHIPPED = ["--config_file", str(Path(trl.__file__).parent / "accelerate_configs" / "fsdp2.yaml")]
 KINDS = {"ddp": ["--multi_gpu"], "fsdp": FSDP, "fsdp_shipped": SHIPPED}
 
