@@ -19,9 +19,11 @@ EOS = 1
 
 
 def make(options, data=None, reference=True, model=None, **changes):
+    rule = {} if reference else {"positive_fraction": None}  # given weights leave a rule nothing to do
+    settings = {**options, "train_sampling_strategy": "sequential", **PAPER_2508_04329, **rule, **changes}
     return SelectiveSFTTrainer(
         model or tiny.llama(),
-        SelectiveSFTConfig(**{**options, "train_sampling_strategy": "sequential", **PAPER_2508_04329, **changes}),
+        SelectiveSFTConfig(**settings),
         train_dataset=data if data is not None else tiny.tokenised_data(),
         processing_class=tiny.tokenizer(),
         reference_model=tiny.llama(seed=1) if reference else None,
