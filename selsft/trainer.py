@@ -30,7 +30,16 @@ from ._compat import (
     get_config_model_id,
 )
 from .config import SelectiveSFTConfig
-from .data.columns import ACTIVE_ROWS, BASE_LOGPS, REF_LOGPS, SCORE_COLUMNS, TOKEN_COLUMNS, WEIGHTS, token_columns
+from .data.columns import (
+    ACTIVE_ROWS,
+    BASE_LOGPS,
+    READ_COLUMNS,
+    REF_LOGPS,
+    SCORE_COLUMNS,
+    TOKEN_COLUMNS,
+    WEIGHTS,
+    token_columns,
+)
 from .data.preparation import add_marked_weights, brings_weights, truncate_and_pack
 from .data.spans import check_marks, has_marks, join_parts
 from .scoring.weighing import TokenWeigher
@@ -72,7 +81,8 @@ class SelectiveSFTTrainer(SFTTrainer):
         - `token_weights` (`list[float]`), with `input_ids`: a signed weight for each token;
         - `spans` (`[[start, end, weight], ...]`, characters) of a text, a completion or a message, `corrected` texts,
           and `weight` or `train` of a message, content part or row (docs/spans.md);
-        - `base_logps` and `ref_logps` (`list[float]`), with `input_ids`: scores computed before (`selsft score`);
+        - `base_logps` and `ref_logps`, `probe_scores` or `noisy_logps` (`list[float]`), with `input_ids`: what a score
+          is read from, computed before (`selsft score`);
         - `negative_mask` (`list[bool]`) or `token_scores` (`list[float]`), with `input_ids`, for `score="oracle"` and
           `score="given"`.
 
@@ -160,9 +170,10 @@ class SelectiveSFTTrainer(SFTTrainer):
             )  # fmt: skip
         given = token_columns(self.train_dataset, args.score)
         self._selective = source is not None or bool(given) or args.score != "influence"
-        self._online = source is not None and (
-            not args.precompute_scores or isinstance(self.train_dataset, IterableDataset)
+        scored = source is not None or (
+            args.score in ("surprisal", "probe") and not set(READ_COLUMNS[args.score]) <= set(given)
         )
+        self._online = scored and (not args.precompute_scores or isinstance(self.train_dataset, IterableDataset))
         self._excess: ExcessSelector | None = None
         self._candidates = 0  # supervised tokens of this process since the last log, where a step selects among them
         self._step_counts: torch.Tensor | None = None
@@ -183,8 +194,9 @@ class SelectiveSFTTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True
         self._prove_weights_count()
         self._weigher = TokenWeigher(
-            self.model, source, self.args, self.accelerator, self.data_collator, self._tokenizer, given, self._online
-        )
+            self.model, source, self.args, self.accelerator, self.data_collator, self._tokenizer, self.chat_template,
+            given, self._online,
+        )  # fmt: skip
         if isinstance(self.train_dataset, Dataset) and not self._online:
             self.train_dataset = self._weigher.weigh(self.train_dataset)
         elif WEIGHTS in given:

@@ -19,6 +19,7 @@ from .._compat import end_training
 from ..data.loading import data_errors, load_splits
 from ..errors import InputError, input_errors
 from ..scoring.frozen import BASE
+from ..selection.chosen import use_folder
 from ..trainer import SelectiveSFTTrainer
 from ..training.checkpoints import last_checkpoint
 from .arguments import Arguments, CommandParser
@@ -44,6 +45,8 @@ def main(argv: list[str]) -> int:
         return 0
     resume = check_paths(arguments)
     check_model_and_data(arguments)
+    if arguments.source.name:
+        use_folder(arguments.training, arguments.source.name)
     if needs_launch(arguments.launch):
         return launch_command("train", arguments.launch, arguments.own, arguments.training.use_cpu)
     evaluate = arguments.training.eval_strategy != "no"

@@ -15,11 +15,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..config import SelectiveSFTConfig
 from ..data.chunks import supervised_mask, token_chunks
-from ..data.columns import BASE_LOGPS, REF_LOGPS, WEIGHTS
+from ..data.columns import BASE_LOGPS, TOKEN_COLUMNS, WEIGHTS
 from ..data.tokenizers import special_ids
+from ..data.words import Words
 from ..errors import input_errors
 from ..records import write_json
-from .weights import add_token_weights
+from .weights import add_token_weights, pooled_scores, raw_scores
 from .worst import WorstTokens
 
 SELECTED, COUNTS = "selected.parquet", "selection.json"
@@ -45,7 +46,8 @@ def select_tokens(
     """
     args = args if args is not None else SelectiveSFTConfig("unused", use_cpu=True, bf16=False)
     special = special_ids(tokenizer) if args.protect_special_tokens else np.zeros(0, np.int64)
-    return add_token_weights(scored, args, special, padding_free=False)
+    words = Words(tokenizer) if args.pooling in ("word", "span") else None
+    return add_token_weights(scored, args, special, padding_free=False, words=words)
 
 
 def select(
@@ -69,13 +71,16 @@ def select(
     counts = {"tokens": 0, "trained": 0, "positive": 0, "neutral": 0, "negative": 0}
     special = special_ids(tokenizer) if args.protect_special_tokens else np.zeros(0, np.int64)
     worst = WorstTokens(tokenizer, special, WORST, CONTEXT)
-    for chunk in token_chunks(weighted, ["input_ids", "labels", BASE_LOGPS, REF_LOGPS, WEIGHTS]):
+    words = Words(tokenizer) if args.pooling in ("word", "span") else None
+    there = [name for name in TOKEN_COLUMNS if name in weighted.column_names]
+    for chunk in token_chunks(weighted, ["input_ids", "labels", *there]):
         mask, weights = supervised_mask(chunk, padding_free=False), chunk.columns[WEIGHTS]
         counts["tokens"] += mask.size
         counts["trained"] += int(mask.sum())
         counts["positive"] += int((weights[mask] > 0).sum())
         counts["negative"] += int((weights[mask] < 0).sum())
-        worst.add(chunk, mask)
+        raw = raw_scores(chunk.columns, args)
+        worst.add(chunk, mask, pooled_scores(raw, chunk.columns["input_ids"], chunk.lengths, mask, args, words))
     counts["neutral"] = counts["trained"] - counts["positive"] - counts["negative"]
     columns = ["input_ids", "labels", WEIGHTS] + ([BASE_LOGPS] if args.needs_start_logps else [])
     weighted.select_columns(columns).to_parquet(str(folder / SELECTED))
