@@ -17,8 +17,14 @@ from trl import SFTConfig
 
 from selsft_kernels.objectives import FORGET, FORGET_OBJECTIVES
 
-SCORES = ("influence", "excess", "random", "oracle", "given")
-DEFAULT_THRESHOLD = 1.0  # nats
+SCORES = ("influence", "excess", "surprisal", "probe", "contrast", "random", "oracle", "given")
+POOLINGS = ("token", "word", "span", "row")
+# beta of `influence` where none is given; the presets of the papers keep 1
+SCORE_BASE_WEIGHT = 1.0
+# `negative_threshold` where neither it nor `positive_fraction` is given, in the unit of the score: nats, a
+# probability below 0.01 for `surprisal`, a probability of being wrong above one half for `probe`
+NEGATIVE_THRESHOLDS = {"surprisal": 4.6, "probe": 0.5}
+NEGATIVE_THRESHOLD = 1.0
 SCOPES = ("global", "sequence", "batch")
 FORGET_SCHEDULES = ("linear", "constant", "cosine")
 
@@ -26,6 +32,7 @@ FORGET_SCHEDULES = ("linear", "constant", "cosine")
 # are noise or not, and their log-likelihood is descended without a bound, with a weight that grows to 0.25.
 # Use it as `SelectiveSFTConfig(output_dir, reference_model=..., **PAPER_2508_04329)`.
 PAPER_2508_04329: dict[str, Any] = {
+    "score_base_weight": 1.0,
     "positive_fraction": 0.7,
     "selection_scope": "global",
     "protect_special_tokens": False,
@@ -50,6 +57,7 @@ RHO_1_2404_07965: dict[str, Any] = {
 # The self-evolving variant runs these settings part by part with a reference that moves (docs/schemes.md).
 TOKEN_CLEANING_2502_01968: dict[str, Any] = {
     "score": "influence",
+    "score_base_weight": 1.0,
     "selection_scope": "global",
     "positive_fraction": 0.6,
     "protect_special_tokens": False,
@@ -79,11 +87,48 @@ class SelectiveSFTConfig(SFTConfig):
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`] of the reference, for example
             `{"dtype": "bfloat16"}`. `trust_remote_code` is taken from the field of that name unless it is given here.
         score (`str`, *optional*, defaults to `"influence"`):
-            Score of a token, high = useful; docs/schemes.md has the formulas. `"influence"` is its log-probability
-            under the reference minus that under the model as it is at the start of training, in nats (arXiv
-            2508.04329). `"excess"` is the same against the current model, computed anew in every optimizer step
-            (arXiv 2404.07965). Controls without a reference: `"random"` is a seeded random ranking, `"oracle"` makes
-            the tokens of the column `negative_mask` negative, `"given"` ranks by the column `token_scores`.
+            Score of a token, high = useful; docs/scores.md has formulas, costs and what each is worth. `"influence"`
+            is its log-probability under the reference minus `score_base_weight` times that under the model as it is at
+            the start of training, in nats (arXiv 2508.04329). `"excess"` is the same against the current model,
+            computed anew in every optimizer step (arXiv 2404.07965). `"surprisal"` is the log-probability under the
+            model at the start alone. `"probe"` is minus the probability of being wrong that a probe of the model's
+            hidden states gives (`probe`). `"contrast"` is the log-probability under the reference minus that under
+            `noisy_reference_model` (arXiv 2603.01185). Controls: `"random"` is a seeded random ranking, `"oracle"`
+            makes the tokens of the column `negative_mask` negative, `"given"` ranks by the column `token_scores`.
+        score_base_weight (`float`, *optional*, defaults to `1.0`):
+            beta of `"influence"`; the papers have 1. With 0 the score is the log-probability under the reference.
+        score_pooling (`str`, *optional*):
+            `"token"` leaves scores as they are; `"word"` gives a token the lowest score of its word, `"span"` the
+            lowest from the beginning of its word up to itself, `"row"` the mean of its row (of its document, in packed
+            rows). Defaults to `"word"` for `score="probe"`, else `"token"`.
+        score_row_worst (`int`, *optional*):
+            With `score_pooling="row"`: the mean of so many lowest scores instead of all.
+        score_lookahead (`float`, *optional*, defaults to `0.0`):
+            Weight of the next token's score, which is added before scores are pooled.
+        noisy_reference_model (`str`, *optional*):
+            Reference trained on the noisy data, for `score="contrast"`; in the forms of `reference_model`.
+        probe (`str`, *optional*):
+            Folder of a saved probe, for `score="probe"`: the folder `probe` within a folder of `selsft score`. It must
+            have been fitted on this model's weights and with this tokenizer.
+        judged (`str`, *optional*):
+            For `selsft score`: file or name of judged rows (docs/spans.md), on which the score is measured, a probe is
+            fitted and a threshold is chosen.
+        judged_test (`str`, *optional*):
+            For `selsft score`: judged rows that nothing is fitted on.
+        judged_group (`str`, *optional*):
+            For `selsft score`: column of the judged rows; rows with equal values are kept in one fold when a probe is
+            fitted. By default each row is by itself.
+        target_precision (`float`, *optional*):
+            For `selsft score`: precision that the threshold is chosen for, on judged rows that the score was not
+            fitted on.
+        probe_clean (`str`, *optional*):
+            For `selsft score`: file or name of clean rows. The probe is fitted on these, damaged by rules, instead of
+            on judged rows.
+        probe_corruptions (`str`, *optional*):
+            Rules that damage them, separated by commas: `swap`, `delete`, `double`, `inflect`, `spell`, `function`,
+            `replace`, `insert`, `case` (all of these by default), or `answer` by itself.
+        go_on (`bool`, *optional*, defaults to `False`):
+            Whether to select by a score that judged rows do not show to be better than chance.
         precompute_scores (`bool`, *optional*, defaults to `True`):
             Whether to score the whole train dataset before training, with a cache on disk. If `False`, and always for
             streamed data, every batch is scored in the step that trains on it.
@@ -98,8 +143,9 @@ class SelectiveSFTConfig(SFTConfig):
         > Parameters that control the selection
 
         negative_threshold (`float`, *optional*):
-            A token is negative when its score is below minus this value, in nats. Defaults to `1.0` unless
-            `positive_fraction` is set.
+            A token is negative when its score is below minus this value, in nats; for `score="probe"` when its
+            probability of being wrong is above it. Unless `positive_fraction` is set, defaults to what a scored folder
+            was given by `target_precision`, else to `1.0` (`4.6` for `"surprisal"`, `0.5` for `"probe"`).
         positive_fraction (`float`, *optional*):
             Share of the tokens that is positive, best scores first; the rest is negative (the paper uses `0.7`).
             Mutually exclusive with `negative_threshold`.
@@ -167,11 +213,80 @@ class SelectiveSFTConfig(SFTConfig):
     score: str = field(
         default="influence",
         metadata={
-            "help": "Score of a token. 'influence': log-probability under the reference minus that under the model "
-            "at the start of training, in nats; 'excess': minus that under the current model; 'random'; 'oracle': "
-            "column negative_mask; 'given': column token_scores.",
+            "help": "Score of a token. 'influence': log-probability under the reference minus score_base_weight times "
+            "that under the model at the start of training, in nats; 'excess': minus that under the current model; "
+            "'surprisal': log-probability under the model at the start; 'probe': minus a probe's probability of being "
+            "wrong; 'contrast': minus that under noisy_reference_model; 'random'; 'oracle': column negative_mask; "
+            "'given': column token_scores.",
             "choices": list(SCORES),
         },
+    )
+    score_base_weight: float = field(
+        default=SCORE_BASE_WEIGHT,
+        metadata={"help": "Weight of the model's log-probability in score='influence'; the papers have 1."},
+    )
+    score_pooling: str | None = field(
+        default=None,
+        metadata={
+            "help": "'token': scores as they are; 'word': the lowest of the word; 'span': the lowest from the "
+            "beginning of the word up to the token; 'row': the mean of the row. Default: 'word' for score='probe', "
+            "else 'token'.",
+            "choices": list(POOLINGS),
+        },
+    )
+    score_row_worst: int | None = field(
+        default=None,
+        metadata={"help": "With score_pooling='row': the mean of so many lowest scores instead of all."},
+    )
+    score_lookahead: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the next token's score, added before scores are pooled."},
+    )
+    noisy_reference_model: str | None = field(
+        default=None,
+        metadata={"help": "Reference trained on the noisy data, for score='contrast'."},
+    )
+    probe: str | None = field(
+        default=None,
+        metadata={"help": "Folder of a saved probe of this model, for score='probe'."},
+    )
+    judged: str | None = field(
+        default=None,
+        metadata={
+            "help": "For `selsft score`: judged rows, on which the score is measured, a probe is fitted and a "
+            "threshold is chosen."
+        },
+    )
+    judged_test: str | None = field(
+        default=None, metadata={"help": "For `selsft score`: judged rows that nothing is fitted on."}
+    )
+    judged_group: str | None = field(
+        default=None,
+        metadata={
+            "help": "For `selsft score`: column of the judged rows whose equal values are kept in one fold of a probe."
+        },
+    )
+    target_precision: float | None = field(
+        default=None,
+        metadata={"help": "For `selsft score`: precision on judged rows that the threshold is chosen for."},
+    )
+    probe_clean: str | None = field(
+        default=None,
+        metadata={
+            "help": "For `selsft score`: clean rows, which are damaged by rules to fit the probe on, instead of "
+            "judged rows."
+        },
+    )
+    probe_corruptions: str | None = field(
+        default=None,
+        metadata={
+            "help": "Those rules, separated by commas: swap, delete, double, inflect, spell, function, replace, "
+            "insert, case (default: all), or answer by itself."
+        },
+    )
+    go_on: bool = field(
+        default=False,
+        metadata={"help": "Whether to select by a score that judged rows do not show to be better than chance."},
     )
     precompute_scores: bool = field(
         default=True,
@@ -203,8 +318,9 @@ class SelectiveSFTConfig(SFTConfig):
     negative_threshold: float | None = field(
         default=None,
         metadata={
-            "help": "A token is negative when its score is below minus this value, in nats. Default: 1.0, unless "
-            "positive_fraction is set."
+            "help": "A token is negative when its score is below minus this value (score='probe': when it is wrong "
+            "with a probability above it). Default, unless positive_fraction is set: what target_precision has "
+            "chosen for a scored folder, else 1.0 (surprisal: 4.6, probe: 0.5)."
         },
     )
     positive_fraction: float | None = field(
@@ -296,14 +412,26 @@ class SelectiveSFTConfig(SFTConfig):
 
     @property
     def effective_threshold(self) -> float | None:
-        """The threshold in force, nats: `negative_threshold`, or the default where no rule is set."""
-        ruled = self.negative_threshold is not None or self.positive_fraction is not None or self.score == "oracle"
-        return self.negative_threshold if ruled else DEFAULT_THRESHOLD
+        """The threshold in force, in the unit of the score: `negative_threshold`, or the score's own where no rule is
+        set."""
+        if not self.rule_is_default or self.score == "oracle":
+            return self.negative_threshold
+        return NEGATIVE_THRESHOLDS.get(self.score, NEGATIVE_THRESHOLD)
+
+    @property
+    def rule_is_default(self) -> bool:
+        """Whether neither `negative_threshold` nor `positive_fraction` is set."""
+        return self.negative_threshold is None and self.positive_fraction is None
 
     def changed(self, names: Iterable[str]) -> dict[str, Any]:
         """Those of the named fields that are not at their default, with their values."""
         defaults = {item.name: item.default for item in fields(self)}
         return {name: getattr(self, name) for name in names if getattr(self, name) != defaults[name]}
+
+    @property
+    def pooling(self) -> str:
+        """`score_pooling`, or what it is by default."""
+        return self.score_pooling or ("word" if self.score == "probe" else "token")
 
     @property
     def needs_start_logps(self) -> bool:
@@ -320,6 +448,7 @@ class SelectiveSFTConfig(SFTConfig):
         for name, choices in (
             ("score", SCORES),
             ("selection_scope", SCOPES),
+            ("score_pooling", (None, *POOLINGS)),
             ("excess_passes", (1, 2)),
             ("forget_objective", FORGET_OBJECTIVES),
             ("forget_schedule", FORGET_SCHEDULES),
@@ -327,10 +456,15 @@ class SelectiveSFTConfig(SFTConfig):
         ):
             value = getattr(self, name)
             if value not in choices:
-                raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(str, choices))}")
+                raise ValueError(
+                    f"{name}={value!r} is unknown: use one of {', '.join(str(each) for each in choices if each)}"
+                )
         self._validate_scheme()
         _check_number("negative_threshold", self.negative_threshold, low=-math.inf)
         _check_number("positive_fraction", self.positive_fraction, low=0.0, high=1.0)
+        _check_number("score_base_weight", self.score_base_weight, low=0.0)
+        _check_number("score_lookahead", self.score_lookahead, low=0.0)
+        _check_number("target_precision", self.target_precision, low=0.0, high=1.0, open_low=True)
         _check_number("neutral_band", self.neutral_band, low=0.0)
         _check_number("gate_reference_prob", self.gate_reference_prob, low=0.0, high=1.0, open_low=True)
         _check_number("max_negative_share", self.max_negative_share, low=0.0, high=1.0)
@@ -338,7 +472,7 @@ class SelectiveSFTConfig(SFTConfig):
         _check_number("forget_weight", self.forget_weight, low=0.0)
         _check_number("forget_beta", self.forget_beta, low=0.0, open_low=True)
         _check_number("forget_floor", self.forget_floor, low=-math.inf, high=0.0, open_high=True)
-        for name in ("scoring_batch_size", "scoring_batch_tokens"):
+        for name in ("scoring_batch_size", "scoring_batch_tokens", "score_row_worst"):
             if (given := getattr(self, name)) is not None and given < 1:
                 raise ValueError(f"{name}={given} must be at least 1")
         if not FORGET[self.forget_objective].bounded and self.forget_floor is None and self.forget_weight > 0:
@@ -364,8 +498,34 @@ class SelectiveSFTConfig(SFTConfig):
              "training: leave it out"),
             (own and self.reference_model is not None, f"reference_model={self.reference_model!r} with "
              f"score={score!r}, which needs no reference: remove one of them"),
-            (own and self.gate_reference_prob is not None, f"gate_reference_prob={self.gate_reference_prob} with "
-             f"score={score!r}, which has no reference: remove it"),
+            ((own or score in ("surprisal", "probe")) and self.gate_reference_prob is not None,
+             f"gate_reference_prob={self.gate_reference_prob} with score={score!r}, which has no reference: remove "
+             "it"),
+            (score == "contrast" and self.reference_model is not None
+             and self.noisy_reference_model == self.reference_model, "reference_model and noisy_reference_model are "
+             f"both {self.reference_model!r}, so all scores would be 0: score='contrast' compares two references"),
+            (score != "contrast" and self.noisy_reference_model is not None,
+             f"noisy_reference_model={self.noisy_reference_model!r} with score={score!r}: only score='contrast' "
+             "compares with it"),
+            (score != "probe" and self.probe is not None, f"probe={self.probe!r} with score={score!r}: set "
+             "score='probe' to use it"),
+            (score != "probe" and self.probe_clean is not None, f"probe_clean={self.probe_clean!r} with "
+             f"score={score!r}: set score='probe' to fit one"),
+            (self.probe is not None and self.probe_clean is not None, f"probe={self.probe!r} and "
+             f"probe_clean={self.probe_clean!r} exclude each other: the one is fitted, the other asks for a new one"),
+            (self.probe_corruptions is not None and self.probe_clean is None,
+             f"probe_corruptions={self.probe_corruptions!r} without clean rows: set probe_clean"),
+            (self.target_precision is not None and self.judged is None,
+             f"target_precision={self.target_precision} without judged rows to choose the threshold on: set judged"),
+            (self.judged_test is not None and self.judged is None and self.probe is None and self.probe_clean is None
+             and score == "probe", f"judged_test={self.judged_test!r} with score='probe' and nothing to fit it on: "
+             "set judged, probe or probe_clean"),
+            (self.score_row_worst is not None and self.pooling != "row", f"score_row_worst={self.score_row_worst} "
+             f"with score_pooling={self.pooling!r}: only 'row' looks at a number of scores"),
+            (self.score_lookahead and (excess or own), f"score_lookahead={self.score_lookahead} with "
+             f"score={score!r}: leave it out"),
+            (self.pooling != "token" and score in ("excess", "random", "oracle"),
+             f"score_pooling={self.pooling!r} with score={score!r}: leave it out"),
             (score == "random" and self.positive_fraction is None, "positive_fraction is not set, which "
              "score='random' needs: a random ranking has no unit for a negative_threshold"),
             (score == "oracle" and (rule or self.neutral_band > 0), "score='oracle' takes the labels of negative_mask "

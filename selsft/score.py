@@ -2,8 +2,9 @@
 
 A trainer without a reference prepares the rows, so that tokens and truncation are those of training; then chunks of
 consecutive rows go through policy and reference and to disk one by one (`data.scored_folder`). The token weights are
-not saved, only the log-probabilities they come from: training chooses its own threshold. Rejected: scoring through the
-trainer, which weighs all rows or none.
+not saved, only the log-probabilities they come from: training chooses its own threshold. Judged rows are
+scored first, and what they say of the score is printed and kept before hours go into the data (`evaluation.judging`).
+Rejected: scoring through the trainer, which weighs all rows or none.
 """
 
 from __future__ import annotations
@@ -23,20 +24,32 @@ from accelerate.utils import tqdm
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig
 
 from ._compat import adapter_on_lm_head
 from .config import SelectiveSFTConfig
 from .data.chunks import TOKENS_PER_CHUNK, TokenChunk, supervised_mask, token_chunks
-from .data.columns import BASE_LOGPS, REF_LOGPS, token_columns
+from .data.columns import BASE_LOGPS, NOISY_LOGPS, PROBE_SCORES, READ_COLUMNS, REF_LOGPS, token_columns
+from .data.loading import DataSource, load_rows
 from .data.scored_folder import ScoredFolder, is_scored, load_scores
 from .data.tokenizers import tokenizer_sha256
 from .errors import InputError
+from .evaluation.judging import Judging, Verdict
 from .records import versions
 from .scoring.frozen import FrozenModels
 from .scoring.imported import ImportedLogps
 from .scoring.logprobs import ROW_COLUMNS
 from .trainer import SelectiveSFTTrainer
 from .training.model import Model, base_model
+
+_INHERITED = {item.name for item in dataclasses.fields(SFTConfig)}
+# What training does with scores: name -> default
+_SELECTION = {
+    item.name: item.default
+    for item in dataclasses.fields(SelectiveSFTConfig)
+    if item.name not in _INHERITED and not item.name.startswith("scoring_")
+}
+SCORED = ("influence", "surprisal", "probe", "contrast")
 
 
 def score_dataset(
@@ -53,8 +66,12 @@ def score_dataset(
     shard_tokens: int = TOKENS_PER_CHUNK,
     mixed_batches: bool = False,
     rescore: bool = False,
+    judged: Dataset | None = None,
+    judged_test: Dataset | None = None,
+    probe_clean: Dataset | None = None,
 ) -> Dataset:
-    """Log-probabilities of every token of `dataset` under a model and its reference, kept in a folder.
+    """What scores of `dataset` are read from, kept in a folder: log-probabilities of every token under a model and its
+    reference, and what a probe says (`args.score`).
 
     What `selsft score` does. A call that was interrupted resumes when it is made again: finished shards are kept. With
     several processes (`accelerate launch`), all of them call this.
@@ -67,15 +84,17 @@ def score_dataset(
         tokenizer: that of `model` by default.
         args: settings that decide tokens (`max_length`, `packing`, ...), precision and batches.
         peft_config: for a model that will be trained with a new adapter, and a reference that is `"base"` or one.
-        base_logps, ref_logps: Parquet file or folder with log-probabilities computed elsewhere, in the place of those
+        base_logps, ref_logps: Parquet file or folder with log-probabilities computed elsewhere, instead of those
             of `model` or of the reference ([`ImportedLogps`]).
         shard_tokens: tokens of a shard: what is in memory at once, and what an interrupt can cost.
         mixed_batches: score policy and reference in one forward pass where both are LoRA adapters of one model.
         rescore: remove the scores in the folder, whatever made them.
+        judged, judged_test, probe_clean: rows (docs/spans.md) in the place of the files that `args` names.
 
     Returns:
-        one row per document: `input_ids` and `labels` (int32), `base_logps` and `ref_logps` (float32, nats, 0 where
-        nothing is supervised); column index t belongs to token t. It is mapped into memory, and may be the
+        one row per document: `input_ids` and `labels` (int32), and the columns of the score (float32, 0 where nothing
+        is supervised): `base_logps`, `ref_logps` and `noisy_logps` in nats, and `probe_scores`, minus the probability
+        of being wrong; column index t belongs to token t. It is mapped into memory, and may be the
         `train_dataset` of a trainer.
 
     Raises:
@@ -83,52 +102,94 @@ def score_dataset(
         made by something else, and for rows, models or imported values that do not fit.
     """
     args = args if args is not None else SelectiveSFTConfig(str(output_dir))
-    reference = args.reference_model if reference_model is None else reference_model
-    reference = str(reference) if isinstance(reference, Path) else reference
-    check_score_settings(args, reference, ref_logps, shard_tokens)
+    reference = str(reference_model) if isinstance(reference_model, Path) else reference_model or args.reference_model
+    check_score_settings(args, reference, base_logps, ref_logps, shard_tokens)
     folder = Path(output_dir)
     if not is_scored(folder) and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(
             f"output_dir={str(folder)!r} exists and is not empty, nothing was overwritten: choose another"
         )
+    given = {"judged": judged, "judged_test": judged_test, "probe_clean": probe_clean}
+    data = judged_data(args) | {name: rows for name, rows in given.items() if rows is not None}
     with adapter_on_lm_head():
         trainer = SelectiveSFTTrainer(
-            str(model) if isinstance(model, Path) else model,
+            model,
             row_settings(args, folder),
             train_dataset=dataset,
             processing_class=tokenizer,
             peft_config=peft_config,
         )
     run = ScoringRun(
-        trainer, folder, reference, base_logps=base_logps, ref_logps=ref_logps, shard_tokens=shard_tokens,
-        mixed_batches=mixed_batches,
+        trainer, args, folder, reference, base_logps=base_logps, ref_logps=ref_logps, shard_tokens=shard_tokens,
+        mixed_batches=mixed_batches, **data,
     )  # fmt: skip
     run.open(
         {"model": base_logps or trainer.model.config._name_or_path, "reference": ref_logps or run.models.name}, rescore
     )
+    run.judge()
     run.score()
     run.finish()
     trainer.accelerator.wait_for_everyone()
     return load_scores(folder)
 
 
+def judged_data(args: SelectiveSFTConfig) -> dict[str, Dataset | None]:
+    """The rows that `judged`, `judged_test` and `probe_clean` name.
+
+    Raises:
+        `InputError` naming the setting whose rows cannot be read.
+    """
+    found: dict[str, Dataset | None] = {}
+    for name in ("judged", "judged_test", "probe_clean"):
+        source = getattr(args, name)
+        try:
+            found[name] = None if source is None else load_rows(DataSource(source), args.dataset_text_field)
+        except InputError as error:
+            raise InputError(f"{name}={source!r}: {error}") from error
+    return found
+
+
 def check_score_settings(
-    args: SelectiveSFTConfig, reference: str | Model | None, ref_logps: str | Path | None, shard_tokens: int
+    args: SelectiveSFTConfig,
+    reference: str | Model | None,
+    base_logps: str | Path | None,
+    ref_logps: str | Path | None,
+    shard_tokens: int,
 ) -> None:
     """Raise `InputError` for settings that cannot be scored with, before anything is loaded."""
-    if reference is None and ref_logps is None:
+    if args.score not in SCORED:
         raise InputError(
-            "reference_model is missing: scores compare the model with --reference_model NAME or FOLDER, or with "
-            "--ref_logps FILE"
+            f"score={args.score!r} is not computed beforehand: leave it to `selsft train`, or use one of "
+            f"{', '.join(SCORED)}"
+        )
+    if reference is None and ref_logps is None and REF_LOGPS in READ_COLUMNS[args.score]:
+        raise InputError(
+            f"reference_model is missing: score={args.score!r} compares with --reference_model NAME or FOLDER, or "
+            "with --ref_logps FILE; without a reference use --score probe with --judged FILE, or --score surprisal"
         )
     if reference is not None and ref_logps is not None:
         raise InputError(
             f"reference_model={reference!r} and ref_logps={str(ref_logps)!r} exclude each other: both say what the "
             "reference says"
         )
-    if args.score != "influence":
+    if args.score == "contrast" and args.noisy_reference_model is None:
         raise InputError(
-            f"score={args.score!r} is not computed beforehand: leave it to `selsft train`, or score 'influence'"
+            "noisy_reference_model is missing: score='contrast' compares reference_model with a reference that was "
+            "trained on the noisy data"
+        )
+    if args.score == "probe" and base_logps is not None:
+        raise InputError(
+            f"base_logps={str(base_logps)!r} with score='probe', which reads the model's hidden states: leave it out"
+        )
+    if args.judged is not None and (base_logps is not None or ref_logps is not None):
+        raise InputError(
+            "judged rows have no imported log-probabilities: leave base_logps and ref_logps out, or score without "
+            "--judged"
+        )
+    if args.target_precision is not None and not args.rule_is_default:
+        raise InputError(
+            f"target_precision={args.target_precision} chooses the threshold: leave negative_threshold and "
+            "positive_fraction out"
         )
     if shard_tokens < 1:
         raise InputError(f"shard_tokens={shard_tokens} must be at least 1")
@@ -137,7 +198,9 @@ def check_score_settings(
 def row_settings(args: SelectiveSFTConfig, folder: Path) -> SelectiveSFTConfig:
     """Settings of the trainer that prepares the rows: as training sees them, one document each."""
     made = copy.copy(args)
-    made.reference_model, made.output_dir = None, str(folder)
+    for name, default in _SELECTION.items():  # it has no effect on rows, and a trainer would say so
+        setattr(made, name, default)
+    made.output_dir = str(folder)
     made.eval_strategy, made.push_to_hub = "no", False
     made.max_steps = max(made.max_steps, 1)  # a trainer of streamed rows must know its end
     if made.packing and made.packing_strategy == "bfd" and made.max_length is not None:
@@ -150,9 +213,14 @@ class ScoringRun:
     """Rows, what scores them, and the folder that keeps the scores.
 
     Args:
-        trainer: made with `row_settings`; its model is the policy at the start of training.
+        trainer: made with `row_settings(args)`; its model is the policy at the start of training.
+        args: all settings; those of selection go back into the trainer's.
         folder: of the scores.
-        reference, base_logps, ref_logps, shard_tokens, mixed_batches: see `score_dataset`.
+        reference, base_logps, ref_logps, shard_tokens, mixed_batches, judged, judged_test, probe_clean: see
+            `score_dataset`.
+
+    Attributes:
+        verdict: what the judged rows say, in the main process, after `judge`.
 
     Raises:
         `ValueError` for rows that have token columns already, and for a reference or imported values that do not fit.
@@ -161,6 +229,7 @@ class ScoringRun:
     def __init__(
         self,
         trainer: SelectiveSFTTrainer,
+        args: SelectiveSFTConfig,
         folder: Path,
         reference: str | Model | None,
         *,
@@ -168,16 +237,30 @@ class ScoringRun:
         ref_logps: str | Path | None = None,
         shard_tokens: int = TOKENS_PER_CHUNK,
         mixed_batches: bool = False,
+        judged: Dataset | None = None,
+        judged_test: Dataset | None = None,
+        probe_clean: Dataset | None = None,
     ):
         if columns := token_columns(trainer.train_dataset):
             raise InputError(f"the data has the columns {columns} already: leave them out to score it")
+        for name in _SELECTION:
+            setattr(trainer.args, name, getattr(args, name))
         self.trainer, self.shard_tokens = trainer, shard_tokens
+        self.args = copy.copy(trainer.args)
         self.count = 0  # shards of the data, known at the end
         tokenizer: PreTrainedTokenizerBase = trainer._tokenizer
         self.models = models = FrozenModels(
             trainer.model, reference, tokenizer, trainer.args, trainer.accelerator, trainer.data_collator,
             base=base_logps is None, mixed=mixed_batches,
         )  # fmt: skip
+        self.noisy: FrozenModels | None = None
+        if self.args.score == "contrast":
+            self.noisy = FrozenModels(
+                trainer.model, self.args.noisy_reference_model, tokenizer, trainer.args, trainer.accelerator,
+                trainer.data_collator, base=False, adapter_name="selsft_noisy",
+            )  # fmt: skip
+        self.verdict: Verdict | None = None
+        self.judging = Judging(models, tokenizer, self.args, trainer.chat_template, judged, judged_test, probe_clean)
         expected = {"tokenizer_sha256": tokenizer_sha256(tokenizer, trainer.chat_template)}
         sides = ((BASE_LOGPS, base_logps), (REF_LOGPS, ref_logps))
         self.imported = {
@@ -200,12 +283,14 @@ class ScoringRun:
             "reference_dtype": models.precision(REF_LOGPS)["dtype"] if ref else None,
             "mixed_precision": models.precision(BASE_LOGPS)["mixed_precision"],
             "model_sha256": models.policy_sha256 if base else given[BASE_LOGPS],
-            "reference_sha256": models.reference_sha256 if ref else given[REF_LOGPS],
+            "reference_sha256": models.reference_sha256 if ref else given.get(REF_LOGPS),
             "tokenizer_sha256": tokenizer,
             **{name: getattr(args, name) for name in tokens},
             "packing_strategy": args.packing_strategy if args.packing else None,
             "shuffle_seed": args.seed if args.shuffle_dataset else None,
             "shard_tokens": self.shard_tokens,
+            **({} if self.noisy is None else {"noisy_sha256": self.noisy.reference_sha256}),
+            **({} if self.judging.probe_key is None else {"probe_sha256": self.judging.probe_key}),
         }
 
     def open(self, facts: dict[str, Any], rescore: bool = False) -> None:
@@ -218,6 +303,43 @@ class ScoringRun:
             self.store.open({**facts, "versions": versions()}, rescore)
         self.trainer.accelerator.wait_for_everyone()
         self.store.check()
+
+    def judge(self) -> None:
+        """Fit what needs fitting and measure the score on judged rows, if there are any. Called in all processes.
+
+        Raises:
+            `InputError` for judged rows that a probe or a threshold cannot be made of.
+        """
+        computing = self.models.sharded or self.trainer.accelerator.is_main_process
+        fit = self.judging.fit(self.store.path, computing)
+        self.verdict = self.judging.verdict(self.store.path, fit, computing, self._others)
+        self.trainer.accelerator.wait_for_everyone()
+
+    @property
+    def _others(self) -> list[tuple[FrozenModels, str]]:
+        return [] if self.noisy is None else [(self.noisy, NOISY_LOGPS)]
+
+    def selection(self) -> dict[str, Any]:
+        """How training selects by this folder where nothing else is asked for (`selection.chosen`)."""
+        args, verdict = self.args, self.verdict
+        names = ("score", "score_base_weight", "score_row_worst", "score_lookahead", "target_precision")
+        threshold = None if verdict is None else verdict.threshold
+        return {
+            **{name: getattr(args, name) for name in names},
+            "score_pooling": args.pooling,
+            "negative_threshold": None if threshold is None else threshold.negative_threshold,
+            "threshold": None if threshold is None else str(threshold),
+            "verified": verdict is not None,
+            "refusal": None if verdict is None else verdict.refusal,
+        }
+
+    def _columns(self, chunk: TokenChunk, progress: Callable[[int], object]) -> dict[str, np.ndarray]:
+        with contextlib.nullcontext() if self.noisy is None else self.models.ready():
+            values = self.models.score(chunk, self.models.columns, progress=progress)
+        for models, name in self._others:
+            with models.ready():
+                values[name] = models.score(chunk, [REF_LOGPS])[REF_LOGPS]
+        return values
 
     def score(self, reading: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext) -> None:
         """Score the shards that are not there, each process in turn.
@@ -255,12 +377,14 @@ class ScoringRun:
         self.count = rows = 0
         quiet = bool(os.environ.get("TQDM_DISABLE"))
         bar = tqdm(total=total, desc="Scoring", unit="token", unit_scale=True, disable=quiet)
-        with bar, self.models.ready():
+        with bar, contextlib.ExitStack() as stack:
+            if self.noisy is None:  # else each is made ready in turn: they may put adapters into the same layers
+                stack.enter_context(self.models.ready())
             for index, chunk, given, done in shards():
                 self.count, rows = index + 1, rows + len(chunk.lengths)
                 if done or index % world != rank:
                     continue
-                values = {**self.models.score(chunk, self.models.columns, progress=bar.update), **given}
+                values = {**self._columns(chunk, bar.update), **given}
                 _check_finite(chunk, values)
                 if not sharded or accelerator.is_main_process:
                     store.write(index, chunk, {name: values[name] for name in sorted(values)})
@@ -282,7 +406,10 @@ class ScoringRun:
             return
         while self.store.missing(self.count):  # the others are at work on them; if one fails, the launcher ends all
             time.sleep(0.5)
-        self.store.finish(self.count)
+        selection = self.selection()
+        self.store.finish(
+            self.count, facts={"selection": selection, "score_base_weight": selection["score_base_weight"]}
+        )
 
 
 def _check_rows(chunk: TokenChunk, context: int | None) -> None:
@@ -300,8 +427,9 @@ def _check_finite(chunk: TokenChunk, values: dict[str, np.ndarray]) -> None:
     for name, flat in values.items():
         if (broken := np.flatnonzero(supervised & ~np.isfinite(flat))).size:
             token = int(broken[0])
-            side = "the model" if name == BASE_LOGPS else "the reference"
+            side = "the model" if name in (BASE_LOGPS, PROBE_SCORES) else "the reference"
+            what = "probability" if name == PROBE_SCORES else "log-probability"
             raise InputError(
-                f"row {chunk.row_of(token)}: {side} returned a log-probability of {flat[token]}: score in float32 "
+                f"row {chunk.row_of(token)}: {side} returned a {what} of {flat[token]}: score in float32 "
                 "(--dtype float32, --reference_model_init_kwargs) or repair the model"
             )

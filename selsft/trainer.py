@@ -14,6 +14,7 @@ import importlib.metadata
 import logging
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -29,7 +30,16 @@ from ._compat import (
     get_config_model_id,
 )
 from .config import SelectiveSFTConfig
-from .data.columns import ACTIVE_ROWS, BASE_LOGPS, REF_LOGPS, SCORE_COLUMNS, TOKEN_COLUMNS, WEIGHTS, token_columns
+from .data.columns import (
+    ACTIVE_ROWS,
+    BASE_LOGPS,
+    READ_COLUMNS,
+    REF_LOGPS,
+    SCORE_COLUMNS,
+    TOKEN_COLUMNS,
+    WEIGHTS,
+    token_columns,
+)
 from .data.preparation import add_marked_weights, brings_weights, truncate_and_pack
 from .data.spans import check_marks, has_marks, join_parts, refuse_late_marks
 from .scoring.weighing import TokenWeigher
@@ -38,7 +48,7 @@ from .training.collator import DataCollatorForSelectiveSFT
 from .training.head import STATS, SelectiveCausalLMOutput, SelectiveHead, toy_forward
 from .training.model import Model
 from .training.schedules import forget_weight_at
-from .training.validation import refuse_unsupported, refuse_without_effect
+from .training.validation import refuse_without_effect, validate_selection
 
 logger = logging.getLogger(__name__)
 
@@ -60,18 +70,19 @@ class SelectiveSFTTrainer(SFTTrainer):
     negative log-likelihood of all labels, comparable with `SFTTrainer`'s.
 
     Args:
-        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+        model (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             As in [`~trl.SFTTrainer`], like all other arguments up to `formatting_func`.
         args ([`SelectiveSFTConfig`], *optional*):
             A [`~trl.SFTConfig`] or [`~transformers.TrainingArguments`] is taken too, with the selective defaults.
-        reference_model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*, keyword only):
-            The reference, when it is loaded already; takes the place of `args.reference_model`.
+        reference_model (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+            Keyword only. The reference, which may be loaded already; replaces `args.reference_model`.
 
     Train data may bring, besides everything that `SFTTrainer` accepts:
         - `token_weights` (`list[float]`), with `input_ids`: a signed weight for each token;
         - `spans` (`[[start, end, weight], ...]`, characters) of a text, a completion or a message, `corrected` texts,
           and `weight` or `train` of a message, content part or row (docs/spans.md);
-        - `base_logps` and `ref_logps` (`list[float]`), with `input_ids`: scores computed before (`selsft score`);
+        - `base_logps` and `ref_logps`, `probe_scores` or `noisy_logps` (`list[float]`), with `input_ids`: what a score
+          is read from, computed before (`selsft score`);
         - `negative_mask` (`list[bool]`) or `token_scores` (`list[float]`), with `input_ids`, for `score="oracle"` and
           `score="given"`.
 
@@ -112,7 +123,7 @@ class SelectiveSFTTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model: str | Model,
+        model: str | Path | Model,
         args: SelectiveSFTConfig | TrainingArguments | None = None,
         data_collator=None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -128,8 +139,10 @@ class SelectiveSFTTrainer(SFTTrainer):
         peft_config: PeftConfig | None = None,
         formatting_func=None,
         *,
-        reference_model: str | Model | None = None,
+        reference_model: str | Path | Model | None = None,
     ):
+        model = str(model) if isinstance(model, Path) else model
+        reference_model = str(reference_model) if isinstance(reference_model, Path) else reference_model
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = SelectiveSFTConfig(f"{name.split('/')[-1]}-SFT")
@@ -157,11 +170,12 @@ class SelectiveSFTTrainer(SFTTrainer):
             )  # fmt: skip
         given = token_columns(self.train_dataset, args.score)
         self._selective = source is not None or bool(given) or args.score != "influence"
-        self._online = source is not None and (
-            not args.precompute_scores or isinstance(self.train_dataset, IterableDataset)
+        scored = source is not None or (
+            args.score in ("surprisal", "probe") and not set(READ_COLUMNS[args.score]) <= set(given)
         )
+        self._online = scored and (not args.precompute_scores or isinstance(self.train_dataset, IterableDataset))
         self._excess: ExcessSelector | None = None
-        self._candidates = 0  # trained tokens of this process since the last log, where a step selects among them
+        self._candidates = 0  # supervised tokens of this process since the last log, where a step selects among them
         self._step_counts: torch.Tensor | None = None
         self._outputs: list[SelectiveCausalLMOutput] = []  # of the micro-batches since the last log, detached
         self._totals: torch.Tensor | None = None  # of those before, when many steps go by without a log
@@ -172,7 +186,7 @@ class SelectiveSFTTrainer(SFTTrainer):
     def _select_tokens(self, source: str | Model | None, given: list[str]) -> None:
         """All that a selective run needs beyond `SFTTrainer.__init__`; after it, so that the policy is initialised
         from the same random numbers."""
-        refuse_unsupported(self, source, given)
+        validate_selection(self, source, given)
         if not isinstance(self.data_collator, DataCollatorForSelectiveSFT):
             parent = cast(DataCollatorForLanguageModeling, self.data_collator)
             self.data_collator = DataCollatorForSelectiveSFT.from_parent(parent)
@@ -180,8 +194,9 @@ class SelectiveSFTTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True
         self._prove_weights_count()
         self._weigher = TokenWeigher(
-            self.model, source, self.args, self.accelerator, self.data_collator, self._tokenizer, given, self._online
-        )
+            self.model, source, self.args, self.accelerator, self.data_collator, self._tokenizer, self.chat_template,
+            given, self._online,
+        )  # fmt: skip
         if isinstance(self.train_dataset, Dataset) and not self._online:
             self.train_dataset = self._weigher.weigh(self.train_dataset)
         elif WEIGHTS in given:

@@ -23,7 +23,7 @@ _HIDES_READ, _HIDES_UPDATE = 263, 1053
 # Least rows of a chunk, and the bytes that its logits may take.
 _FROZEN_ROWS, _FROZEN_BYTES = 1024, 512 * 2**20
 _TRAINED_ROWS, _TRAINED_BYTES = 2048, 1024 * 2**20
-_CPU_BYTES = 32 * 2**20
+_CPU_BYTES, _CPU_TILE_BYTES = 96 * 2**20, 32 * 2**20
 
 SCORING_ROWS = 4096
 _SCORING_BYTES = 32 * 2**20  # stays in the L2 cache of a large GPU (H100: 50 MB) beside the operands
@@ -62,7 +62,9 @@ def training_rows(
     shortest on a tie.
     """
     if device.type == "cpu":
-        return max(1, min(rows, _CPU_BYTES // (4 * padded(vocab))))
+        most = max(1, _CPU_BYTES // (4 * padded(vocab)))
+        # Chunks of about the same length: a short one reads the head for little.
+        return max(1, -(-rows // -(-rows // most))) if rows else 1
     least, budget = (_TRAINED_ROWS, _TRAINED_BYTES) if trained_head else (_FROZEN_ROWS, _FROZEN_BYTES)
     most = max(TILE_ROWS, budget // (itemsize * padded(vocab)) // TILE_ROWS * TILE_ROWS)
     least = min(least, most)
@@ -102,7 +104,7 @@ def scoring_tile(rows: int, vocab: int, itemsize: int, device: torch.device) -> 
     """`(rows, columns)` of a tile of logits when only log-probabilities are wanted."""
     if device.type == "cpu":
         columns = min(padded(vocab), 16384)
-        return max(1, min(rows, _CPU_BYTES // (4 * columns))), columns
+        return max(1, min(rows, _CPU_TILE_BYTES // (4 * columns))), columns
     tile_rows = max(1, min(rows, SCORING_ROWS))
     columns = _SCORING_BYTES // (itemsize * tile_rows) // TILE_COLUMNS * TILE_COLUMNS
     return tile_rows, min(max(columns, TILE_COLUMNS), padded(vocab))

@@ -185,7 +185,7 @@ def chunk_loop(
         work.size, hidden, vocab, dtype.itemsize, device, trained_head=grads.weight is not None
     )
     chunk = max(1, min(chunk, work.size))
-    buffer = torch.empty(chunk, chunking.padded(vocab), device=device, dtype=dtype)
+    buffer = backend.scratch((chunk, chunking.padded(vocab)), dtype, device)
     want_grad = any(g is not None for g in grads)
     for start in range(0, work.size, chunk):
         end = min(start + chunk, work.size)
@@ -201,7 +201,7 @@ def chunk_loop(
             None if work.reference is None else work.reference[start:end],
             own,
         )
-        backend.implementation("rows", device).loss_rows(
+        factor = backend.implementation("rows", device).loss_rows(
             raw,
             targets,
             head.transform,
@@ -212,12 +212,13 @@ def chunk_loop(
         )
         if want_grad:
             place = slice(start, end) if index is None else index
-            add_gradients(grads, raw, x, head, lora_hidden, place, first=start == 0)
+            add_gradients(grads, raw, factor, x, head, lora_hidden, place, first=start == 0)
 
 
 def add_gradients(
     grads: Gradients,
-    d_raw: Tensor,  # [n, V] gradient with respect to the raw logits
+    d_raw: Tensor,  # [n, V] gradient with respect to the raw logits, without `factor`
+    factor: Tensor | None,  # [n] fp32, of the rows of d_raw; None = 1
     x: Tensor,  # [n, H]
     head: Head,
     lora_hidden: Tensor | None,  # [n, r] fp32: x A^T
@@ -225,11 +226,12 @@ def add_gradients(
     *,
     first: bool,
 ) -> None:
-    """Adds a chunk to the gradients. With raw = x W^T + s (x A^T) B^T and u = d_raw B:
+    """Adds a chunk to the gradients. With raw = x W^T + s (x A^T) B^T, u = d_raw B, and f the factors of the rows:
 
-    dx = d_raw W + s u A,  dW += d_raw^T x,  dA += s u^T x,  dB += s d_raw^T (x A^T).
+    dx = f (d_raw W + s u A),  dW += d_raw^T (f x),  dA += s u^T (f x),  dB += s d_raw^T (f x A^T),  db += d_raw^T f.
     """
     lora = head.lora
+    column = None if factor is None else factor.unsqueeze(1)
     u = None
     if lora is not None and (grads.input is not None or grads.lora_a is not None):
         u = product_fp32(d_raw, lora.b).to(x.dtype)
@@ -238,16 +240,21 @@ def add_gradients(
         torch.mm(d_raw, head.weight, out=d_x)
         if u is not None and lora is not None:
             torch.addmm(d_x, u, lora.a, alpha=lora.scale, out=d_x)
+        if column is not None:
+            d_x.mul_(column)
         if not isinstance(place, slice):
             grads.input.index_copy_(0, place, d_x)
-    if grads.weight is not None:
-        accumulate(grads.weight, d_raw.t(), x, first=first)
     if grads.bias is not None:
-        grads.bias.add_(d_raw.sum(0, dtype=torch.float32))
-    if lora is not None and grads.lora_a is not None and u is not None:
-        accumulate(grads.lora_a, u.t(), x, first=first, alpha=lora.scale)
+        grads.bias.add_(d_raw.sum(0, dtype=torch.float32) if factor is None else torch.mv(d_raw.t(), factor))
+    if grads.weight is not None or grads.lora_a is not None:
+        scaled_x = x if column is None else x * column
+        if grads.weight is not None:
+            accumulate(grads.weight, d_raw.t(), scaled_x, first=first)
+        if lora is not None and grads.lora_a is not None and u is not None:
+            accumulate(grads.lora_a, u.t(), scaled_x, first=first, alpha=lora.scale)
     if lora is not None and grads.lora_b is not None and lora_hidden is not None:
-        accumulate(grads.lora_b, d_raw.t(), lora_hidden.to(x.dtype), first=first, alpha=lora.scale)
+        scaled_hidden = lora_hidden if column is None else lora_hidden * column
+        accumulate(grads.lora_b, d_raw.t(), scaled_hidden.to(x.dtype), first=first, alpha=lora.scale)
 
 
 class _LinearLoss(torch.autograd.Function):

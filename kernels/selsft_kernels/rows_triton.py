@@ -340,11 +340,11 @@ def loss_rows(
     *,
     want_grad: bool,
     padding: int = 0,
-) -> None:
-    """See the twin."""
+) -> Tensor | None:
+    """See the twin; the gradient is complete."""
     rows, vocab = raw.shape
     if rows == 0:
-        return
+        return None
     if raw.stride(1) != 1:
         raw = raw.contiguous()
     # Without a second pass, short programs hide each other's latency, and nothing has to stay in the cache.
@@ -387,6 +387,7 @@ def loss_rows(
         **options,
         **constants(t),
     )
+    return None
 
 
 def grad_rows(out: Tensor, raw: Tensor, targets: Targets, t: Transform, lse: Tensor, grad: Tensor) -> None:

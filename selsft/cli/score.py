@@ -6,6 +6,7 @@ Takes the flags of `train`, so that one YAML file serves both; the work is done 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator
@@ -15,8 +16,8 @@ from .._compat import adapter_on_lm_head, end_training
 from ..data.loading import data_errors
 from ..data.scored_folder import is_scored, load_scores
 from ..errors import input_errors
-from ..report.terminal import print_summary, summarize
-from ..score import ScoringRun, check_score_settings, row_settings
+from ..report.terminal import print_judged, print_summary, summarize
+from ..score import ScoringRun, check_score_settings, judged_data, row_settings
 from ..scoring.settings import ScoreArguments
 from .arguments import Arguments, CommandParser
 from .launch import launch_command, needs_launch
@@ -24,14 +25,18 @@ from .manifest import run_manifest, write_manifest
 from .train import build_trainer, check_model_and_data, check_new, name_missing_model
 
 DESCRIPTION = (
-    "Score every token of a data set: its log-probability under --reference_model minus that under the model. Saves "
-    "the rows with both log-probabilities as Parquet shards, which `selsft train --dataset_name FOLDER` takes in the "
-    "place of the data and the reference, and prints a summary with the most negative tokens. A run that was cut off "
-    "resumes when the same command is given again."
+    "Score every token of a data set, by default its log-probability under --reference_model minus that under the "
+    "model. With --judged, rows whose wrong characters somebody has marked, it says how well the score tells wrong "
+    "tokens from right ones, fits a probe (--score probe) and chooses a threshold (--target_precision). Saves the "
+    "rows with their scores as Parquet shards, which `selsft train --dataset_name FOLDER` takes in the place of the "
+    "data and the reference, and prints a summary with the most negative tokens. A run that was cut off resumes when "
+    "the same command is given again."
 )
 EXAMPLES = """examples:
   selsft score --model_name_or_path Qwen/Qwen3-0.6B --dataset_name data.jsonl --reference_model clean-adapter \\
       --scored_dir runs/scored
+  selsft score --model_name_or_path Qwen/Qwen3-0.6B --dataset_name data.jsonl --score probe --judged judged.jsonl \
+      --target_precision 0.6 --scored_dir runs/scored
   selsft score --config recipe.yaml --scored_dir runs/scored --num_processes 8
   selsft score --config recipe.yaml --ref_logps from-server.parquet --scored_dir runs/scored"""
 
@@ -44,7 +49,7 @@ def main(argv: list[str]) -> int:
     folder = Path(str(extra.scored_dir or training.output_dir))
     if not is_scored(folder):
         check_new(folder, "scored_dir" if extra.scored_dir else "output_dir", "choose another folder")
-    check_score_settings(training, training.reference_model, extra.ref_logps, extra.shard_tokens)
+    check_score_settings(training, training.reference_model, extra.base_logps, extra.ref_logps, extra.shard_tokens)
     check_model_and_data(arguments)
     if needs_launch(arguments.launch):
         return launch_command("score", arguments.launch, arguments.own, training.use_cpu)
@@ -68,6 +73,10 @@ def main(argv: list[str]) -> int:
         with input_errors(), data_errors(arguments.source):
             yield
 
+    with input_errors():
+        run.judge()
+    if main_process:
+        print_judged(run.verdict.record if run.verdict else None, run.selection())
     try:
         run.score(reading)
     except KeyboardInterrupt:
@@ -88,16 +97,17 @@ def main(argv: list[str]) -> int:
 
 def prepare(arguments: Arguments, folder: Path) -> ScoringRun:
     """Rows as training sees them, and what scores them."""
-    extra, reference = arguments.extra, arguments.training.reference_model
-    arguments.training = row_settings(arguments.training, folder)
+    extra, training = arguments.extra, arguments.training
+    reference = training.reference_model
+    data = judged_data(training)
     with adapter_on_lm_head():
-        trainer = build_trainer(arguments, evaluate=False, strict=True)
-    arguments.training.reference_model = reference
+        rows = dataclasses.replace(arguments, training=row_settings(training, folder))
+        trainer = build_trainer(rows, evaluate=False, strict=True)
     with input_errors():
         try:
             return ScoringRun(
-                trainer, folder, reference, base_logps=extra.base_logps, ref_logps=extra.ref_logps,
-                shard_tokens=extra.shard_tokens, mixed_batches=extra.mixed_batches,
+                trainer, training, folder, reference, base_logps=extra.base_logps, ref_logps=extra.ref_logps,
+                shard_tokens=extra.shard_tokens, mixed_batches=extra.mixed_batches, **data,
             )  # fmt: skip
         except OSError as error:
             name_missing_model("reference_model", reference, error)

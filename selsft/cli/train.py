@@ -19,6 +19,7 @@ from .._compat import end_training
 from ..data.loading import data_errors, load_splits
 from ..errors import InputError, input_errors
 from ..scoring.frozen import BASE
+from ..selection.chosen import use_folder
 from ..trainer import SelectiveSFTTrainer
 from ..training.checkpoints import last_checkpoint
 from .arguments import Arguments, CommandParser
@@ -44,6 +45,8 @@ def main(argv: list[str]) -> int:
         return 0
     resume = check_paths(arguments)
     check_model_and_data(arguments)
+    if arguments.source.name:
+        use_folder(arguments.training, arguments.source.name)
     if needs_launch(arguments.launch):
         return launch_command("train", arguments.launch, arguments.own, arguments.training.use_cpu)
     evaluate = arguments.training.eval_strategy != "no"
@@ -53,7 +56,7 @@ def main(argv: list[str]) -> int:
 
 
 def check_paths(arguments: Arguments) -> str | None:
-    """Refuse what can be refused before data and model are loaded; the checkpoint to go on from, if any."""
+    """Check paths before data and model are loaded; returns the checkpoint to resume from, if any."""
     output = Path(str(arguments.training.output_dir))
     resume = arguments.training.resume_from_checkpoint
     if resume and resume.lower() in ("true", "latest"):
@@ -64,7 +67,7 @@ def check_paths(arguments: Arguments) -> str | None:
     if resume and not Path(resume).is_dir():
         raise InputError(f"resume_from_checkpoint={resume!r} is not a folder: give a checkpoint folder, or 'true'")
     if not resume:
-        check_new(output, "output_dir", "choose another folder, or go on with --resume_from_checkpoint true")
+        check_new(output, "output_dir", "choose another folder, or resume with --resume_from_checkpoint true")
     return resume
 
 

@@ -11,10 +11,23 @@ from datasets import Dataset, IterableDataset
 from trl.data_utils import get_dataset_column_names
 
 WEIGHTS, BASE_LOGPS, REF_LOGPS = "token_weights", "base_logps", "ref_logps"
-TOKEN_COLUMNS = (WEIGHTS, BASE_LOGPS, REF_LOGPS)
+# Log-probabilities under the second reference of `contrast`; minus a probe's probability of being wrong
+NOISY_LOGPS, PROBE_SCORES = "noisy_logps", "probe_scores"
+TOKEN_COLUMNS = (WEIGHTS, BASE_LOGPS, REF_LOGPS, NOISY_LOGPS, PROBE_SCORES)
 # Columns of a data set that a score is read from; they become weights before a batch is made
 NEGATIVE_MASK, TOKEN_SCORES = "negative_mask", "token_scores"
 SCORE_COLUMNS = {"oracle": NEGATIVE_MASK, "given": TOKEN_SCORES}
+# score -> the columns that it is read from
+READ_COLUMNS = {
+    "influence": (BASE_LOGPS, REF_LOGPS),
+    "excess": (REF_LOGPS,),
+    "surprisal": (BASE_LOGPS,),
+    "probe": (PROBE_SCORES,),
+    "contrast": (REF_LOGPS, NOISY_LOGPS),
+    "random": (),
+    "oracle": (NEGATIVE_MASK,),
+    "given": (TOKEN_SCORES,),
+}
 ACTIVE_ROWS = "active_rows"
 
 

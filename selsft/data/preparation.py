@@ -21,7 +21,7 @@ from trl.data_utils import get_dataset_column_names
 
 from ..errors import InputError
 from .alignment import Alignment
-from .columns import BASE_LOGPS, REF_LOGPS, TOKEN_SCORES, WEIGHTS, token_columns
+from .columns import BASE_LOGPS, NOISY_LOGPS, PROBE_SCORES, REF_LOGPS, TOKEN_SCORES, WEIGHTS, token_columns
 from .spans import TokenMarks, has_marks, mark_tokens, read_marks, weight_of
 
 
@@ -175,7 +175,7 @@ def _check_context(args: SFTConfig, packing: bool, columns: list[str]) -> None:
         if packing
         else (args.max_length is not None and args.truncation_mode == "keep_end")
     )
-    scores = sorted({BASE_LOGPS, REF_LOGPS, TOKEN_SCORES} & set(columns))
+    scores = sorted({BASE_LOGPS, REF_LOGPS, NOISY_LOGPS, PROBE_SCORES, TOKEN_SCORES} & set(columns))
     if cuts and scores:
         how = f"packing_strategy={args.packing_strategy!r}" if packing else "truncation_mode='keep_end'"
         raise ValueError(

@@ -137,10 +137,11 @@ class ScoredFolder:
         there = self._shards()
         return [index for index in range(count) if index not in there]
 
-    def finish(self, count: int, idle: float = 0.0) -> dict[str, Any]:
+    def finish(self, count: int, idle: float = 0.0, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Write the manifest of a whole folder of `count` shards, and return it.
 
         Args:
+            facts: goes into the manifest, in the place of what it had under these names.
             idle: what a killed process has left half-written is removed when nothing has touched it for so many
                 seconds; another run may be at work in a shared folder.
 
@@ -165,7 +166,7 @@ class ScoredFolder:
             })  # fmt: skip
             whole.update(bytes.fromhex(info["data_sha256"]))
             row += info["rows"]
-        manifest = read_manifest(self.path) | {
+        manifest = {**read_manifest(self.path), **(facts or {})} | {
             "finished": True,
             "rows": row,
             "tokens": sum(shard["tokens"] for shard in shards),

@@ -20,9 +20,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import SelectiveSFTConfig
 from ..data.chunks import supervised_mask, token_chunks
-from ..data.columns import BASE_LOGPS, REF_LOGPS, WEIGHTS
+from ..data.columns import TOKEN_COLUMNS, WEIGHTS
 from ..data.tokenizers import special_ids
-from ..selection.weights import add_token_weights
+from ..data.words import Words
+from ..selection.weights import add_token_weights, pooled_scores, raw_scores
 from ..selection.worst import TokenInContext, WorstTokens
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -68,21 +69,24 @@ def summarize(scored: Dataset, tokenizer: PreTrainedTokenizerBase, args: Selecti
     """Numbers and the `show` most negative tokens of scored rows, one document each.
 
     Args:
-        scored: with `input_ids`, `labels`, `base_logps` and `ref_logps`.
+        scored: with `input_ids`, `labels` and the columns of the score.
         args: the selection whose shares are counted, and whether special tokens are shown.
     """
     special = special_ids(tokenizer) if args.protect_special_tokens else np.zeros(0, np.int64)
-    names = ["input_ids", "labels", BASE_LOGPS, REF_LOGPS]
-    weighted = add_token_weights(scored, args, special, padding_free=False)
+    there = [name for name in TOKEN_COLUMNS if name in scored.column_names]
+    words = Words(tokenizer) if args.pooling in ("word", "span") else None
+    weighted = add_token_weights(scored, args, special, padding_free=False, words=words)
     histogram, tokens, signs = ScoreHistogram(), 0, np.zeros(3, np.int64)
     worst = WorstTokens(tokenizer, special, show, CONTEXT)
-    for chunk in token_chunks(weighted, [*names, WEIGHTS]):
+    for chunk in token_chunks(weighted, ["input_ids", "labels", *there, WEIGHTS]):
         mask = supervised_mask(chunk, padding_free=False)
-        scores = chunk.columns[REF_LOGPS] - chunk.columns[BASE_LOGPS]
+        scores = pooled_scores(
+            raw_scores(chunk.columns, args), chunk.columns["input_ids"], chunk.lengths, mask, args, words
+        )
         histogram.add(scores[mask])
         tokens += chunk.size
         signs += [(chunk.columns[WEIGHTS][mask] * sign > 0).sum() for sign in (1, 0, -1)]
-        worst.add(chunk, mask)
+        worst.add(chunk, mask, scores)
     signs[1] = histogram.total - signs[0] - signs[2]
     share = signs / max(histogram.total, 1)
     numbers = {
@@ -101,11 +105,62 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def _probability(logp: float | None) -> str:
+    return "" if logp is None else f"{np.exp(logp):.1e}"
+
+
+def print_judged(record: dict[str, Any] | None, selection: dict[str, Any], console: Console | None = None) -> None:
+    """What judged rows say of a score and its baselines.
+
+    Args:
+        record: content of `judged.json`; `None` without judged rows.
+        selection: what the folder will say of its selection (`ScoringRun.selection`).
+    """
+    console = console or Console(highlight=False, soft_wrap=True)
+    if record is None:
+        console.print(
+            f"score={selection['score']} is unverified: nothing says whether it finds what is wrong. Mark the errors "
+            "in 100 rows or more and give them with --judged",
+            markup=False,
+        )
+        return
+    for sample in ("judged", "test"):
+        if sample not in record:
+            continue
+        table = Table(title=f"How well scores find what is wrong: {sample} rows, 95 % intervals over rows")
+        for name in ("score", "level", "AUC", "interval", "AP", "wrong", "rows"):
+            table.add_column(name, justify="left" if name in ("score", "level") else "right", no_wrap=True)
+        for score, levels in record[sample].items():
+            for level, found in levels.items():
+                interval = f"{found['auc_low']:.3f} to {found['auc_high']:.3f}"
+                numbers = f"{found['auc']:.3f}", interval, f"{found['ap']:.3f}"
+                table.add_row(score, level, *numbers, str(found["n_wrong"]), str(found["n_rows"]))
+        console.print(table)
+    table = Table(title=f"{record['score']} by threshold, judged rows")
+    for name in ("negative_threshold", "flagged", "precision", "recall"):
+        table.add_column(name, justify="right")
+    for line in record["by_threshold"]:
+        table.add_row(
+            f"{line['negative_threshold']:.4g}", *(f"{line[key]:.2f}" for key in ("flagged", "precision", "recall"))
+        )
+    console.print(table)
+    lines = []
+    if probe := record.get("probe"):
+        lines.append(f"the probe was fitted on {probe['rows']} rows ({probe['labels']})")
+    if curve := record.get("learning_curve"):
+        steps = [f"{line['share']:g}: {line['auc']:.3f}" for line in curve if not line.get("predicted")]
+        steps += [f"predicted for {line['share']:g}: {line['auc']:.3f}" for line in curve if line.get("predicted")]
+        lines.append(f"AUC by the share of the judged rows that it is fitted on: {', '.join(steps)}")
+    lines += [selection[key] for key in ("threshold", "refusal") if selection[key]]
+    for line in lines:
+        console.print(line, markup=False)
+
+
 def print_summary(summary: Summary, seconds: float, folder: str, console: Console | None = None) -> None:
     """Two tables on standard output."""
     console = console or Console(highlight=False, soft_wrap=False)
     numbers = summary.numbers
-    table = Table(title="Scores: log-probability under the reference minus under the model, nats", show_header=False)
+    table = Table(title="Scores", show_header=False)
     table.add_row("rows", f"{numbers['rows']:,}")
     table.add_row("tokens, of which scored", f"{numbers['tokens']:,}, {numbers['scored_tokens']:,}")
     quantiles = "  ".join(f"{float(q):.0%} {value:+.2f}" for q, value in numbers["quantiles"].items())
@@ -126,6 +181,6 @@ def print_summary(summary: Summary, seconds: float, folder: str, console: Consol
         text.append(f"[{printable(found.token)}]", style="bold red")
         text.append(printable(found.after))
         tokens.add_row(
-            f"{found.score:+.2f}", f"{np.exp(found.base):.1e}", f"{np.exp(found.reference):.1e}", str(found.row), text
+            f"{found.score:+.2f}", _probability(found.base), _probability(found.reference), str(found.row), text
         )
     console.print(tokens)

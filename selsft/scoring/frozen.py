@@ -62,13 +62,14 @@ class StateColumns:
         names: the columns.
         layers: which hidden states, as `output_hidden_states` counts them (0 is the embeddings). Those of the other
             layers are not kept, and these no longer than one batch.
-        columns: takes the states, layer -> `(batch, seq_len, hidden)`, and the log-probabilities of the labels,
-            `(batch, seq_len)`; returns column -> `(batch, seq_len)`. Index t belongs to token t.
+        columns: takes the states, layer -> `(batch, seq_len, hidden)` (virtual tokens of prompt learning come
+            first), the log-probabilities of the labels, `(batch, seq_len)`, and the batch; returns column ->
+            `(batch, seq_len)`. Index t belongs to token t.
     """
 
     names: Sequence[str]
     layers: Sequence[int]
-    columns: Callable[[dict[int, torch.Tensor], torch.Tensor], dict[str, torch.Tensor]]
+    columns: Callable[[dict[int, torch.Tensor], torch.Tensor, dict[str, Any]], dict[str, torch.Tensor]]
 
 
 class FrozenModels:
@@ -85,10 +86,12 @@ class FrozenModels:
             training changes it, stay in memory; else everything happens inside `ready`.
         mixed: one forward pass for both sides where PEFT can do that.
         state_columns: more columns of the policy's forward pass.
+        adapter_name: of the reference on the policy, where it is an adapter; another one for a second reference.
 
     Attributes:
         columns: what `score` can give.
         sharded: whether the weights are spread over processes, so that all of them must run every forward pass.
+        state_columns: may be set later, before the pass that gives them.
 
     Raises:
         `ValueError` for a reference that does not fit the policy, and for a launcher's setting or an adapter that
@@ -108,6 +111,7 @@ class FrozenModels:
         online: bool = False,
         mixed: bool = False,
         state_columns: StateColumns | None = None,
+        adapter_name: str = REFERENCE_ADAPTER,
     ):
         self.policy, self.args, self.accelerator, self.collator = policy, args, accelerator, collator
         self.columns = [*([BASE_LOGPS] if base else []), *([REF_LOGPS] if source is not None else [])]
@@ -115,7 +119,7 @@ class FrozenModels:
         plugin = getattr(accelerator.state, "fsdp_plugin", None)
         # Only the main process has loaded weights; the others get theirs when a model is sharded
         self._empty_elsewhere = self.sharded and plugin is not None and bool(plugin.cpu_ram_efficient_loading)
-        self._mixed, self._state_columns = mixed, state_columns
+        self._mixed, self.state_columns, self._adapter_name = mixed, state_columns, adapter_name
         self._one_pass = False
         self._live = self._start = policy  # what `reference` and `start` switch
         self._budget = BatchBudget.of(args, policy)
@@ -182,11 +186,11 @@ class FrozenModels:
         elif source == BASE:
             return
         elif find_adapter_config_file(source) is not None:
-            self.adapter = REFERENCE_ADAPTER
+            self.adapter = self._adapter_name
             self.injected = not isinstance(policy, PeftModel)
             if isinstance(policy, PeftModel):
                 with _adapter_errors(source), same_trainable(policy):
-                    policy.load_adapter(source, REFERENCE_ADAPTER, is_trainable=False)
+                    policy.load_adapter(source, self._adapter_name, is_trainable=False)
         else:
             compared = _same_tokenizer(source, tokenizer, init_kwargs)  # before the weights are loaded
             self.own = create_model_from_path(source, **init_kwargs)
@@ -231,7 +235,7 @@ class FrozenModels:
             own = self.own
             return self._agreed(lambda: model_fingerprint(own))
         if self.injected:
-            with _with_adapter(self.policy, self.name) as model:
+            with _with_adapter(self.policy, self.name, self._adapter_name) as model:
                 return self._agreed(lambda: model_fingerprint(model, self.adapter))
         return self._agreed(lambda: model_fingerprint(self.policy, self.adapter))
 
@@ -266,12 +270,16 @@ class FrozenModels:
             if copied:
                 model = copy.deepcopy(model)
             if self.injected:
-                model = _inject(model, self.name) if copied else stack.enter_context(_with_adapter(model, self.name))
+                model = (
+                    _inject(model, self.name, self._adapter_name)
+                    if copied
+                    else stack.enter_context(_with_adapter(model, self.name, self._adapter_name))
+                )
             self._live = self._start = self._prepare(model) if copied else model
-            refusal = self._mixed and self._cannot_mix()
-            if refusal:
-                logger.warning(f"base and reference are scored in two forward passes: {refusal}")
-            self._one_pass = self._mixed and not refusal
+            reason = self._mixed and self._cannot_mix()
+            if reason:
+                logger.warning(f"base and reference are scored in two forward passes: {reason}")
+            self._one_pass = self._mixed and not reason
             try:
                 yield
             finally:
@@ -301,9 +309,9 @@ class FrozenModels:
                 return run(both, self._both, budget=budget.halved(), progress=progress)
         found: dict[str, np.ndarray] = {}
         if BASE_LOGPS in columns:
-            names = [BASE_LOGPS, *(self._state_columns.names if self._state_columns is not None else [])]
+            names = [BASE_LOGPS, *(self.state_columns.names if self.state_columns is not None else [])]
             with self.start() as model:
-                found |= run(names, lambda x: self._policy_columns(model, x), budget=budget, progress=progress)
+                found |= run(names, lambda x: self.policy_columns(model, x), budget=budget, progress=progress)
         if REF_LOGPS in columns:
             told = None if found else progress  # a token counts once
             with self.reference() as model:
@@ -334,12 +342,13 @@ class FrozenModels:
         with self.accelerator.autocast():
             return forward_logps(model, inputs)
 
-    def _policy_columns(self, model: Model, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        if (more := self._state_columns) is None:
+    def policy_columns(self, model: Model, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """`base_logps` of a batch, and the columns of `state_columns`."""
+        if (more := self.state_columns) is None:
             return {BASE_LOGPS: self.logps(model, inputs)}
         with hidden_states(model, more.layers) as states:
             logps = self.logps(model, inputs)
-            return {BASE_LOGPS: logps, **more.columns(states, logps)}
+            return {BASE_LOGPS: logps, **more.columns(states, logps, inputs)}
 
     def _both(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """One forward pass of twice the rows; the first half without the adapter that the second half has."""
@@ -363,7 +372,7 @@ class FrozenModels:
             return "the weights are sharded"
         if self._budget.padding_free:
             return "rows that are concatenated cannot use different adapters"
-        if self._state_columns is not None:
+        if self.state_columns is not None:
             return "hidden states are read for one side only"
         for name in set(names) - {_BASE_ROWS}:
             config = policy.peft_config[name]
@@ -378,19 +387,19 @@ class FrozenModels:
 
 
 @contextlib.contextmanager
-def _with_adapter(policy: Model, source: str) -> Iterator[PeftModel]:
+def _with_adapter(policy: Model, source: str, name: str) -> Iterator[PeftModel]:
     """The adapter's layers are put into the policy in place, and taken out again."""
     with same_trainable(policy):
-        model = _inject(policy, source)
+        model = _inject(policy, source, name)
         try:
             yield model
         finally:
             model.unload()
 
 
-def _inject(policy: Model, source: str) -> PeftModel:
+def _inject(policy: Model, source: str, name: str) -> PeftModel:
     with _adapter_errors(source):
-        return PeftModel.from_pretrained(policy, source, adapter_name=REFERENCE_ADAPTER)
+        return PeftModel.from_pretrained(policy, source, adapter_name=name)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import DataCollator
 
 from ..data.chunks import TokenChunk
+from ..data.columns import ACTIVE_ROWS, TOKEN_COLUMNS
 from ..training.head import SelectiveHead
 from ..training.model import Model, base_model
 from .batching import BatchBudget
@@ -41,8 +42,7 @@ def forward_logps(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
         `(batch, seq_len)` float32, nats; column t is the log-probability of token t given the tokens before it, 0 for
         the first token and where the label is -100.
     """
-    skipped = ("token_weights", "base_logps", "ref_logps", "active_rows")
-    inputs = {key: value for key, value in inputs.items() if key not in skipped}
+    inputs = {key: value for key, value in inputs.items() if key not in (*TOKEN_COLUMNS, ACTIVE_ROWS)}
     logps = model(**inputs, selective_head=SelectiveHead()).log_probs
     width = inputs["input_ids"].size(1)
     # Virtual tokens of prompt learning come first and carry no label

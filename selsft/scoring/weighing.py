@@ -19,24 +19,27 @@ from transformers import PreTrainedTokenizerBase
 from .._compat import get_config_model_id
 from ..config import SelectiveSFTConfig
 from ..data.chunks import TOKENS_PER_CHUNK, data_fingerprint, with_column
-from ..data.columns import BASE_LOGPS, REF_LOGPS, WEIGHTS
-from ..data.tokenizers import special_ids
+from ..data.columns import BASE_LOGPS, PROBE_SCORES, REF_LOGPS, WEIGHTS
+from ..data.tokenizers import special_ids, tokenizer_sha256
+from ..data.words import Words
 from ..selection.excess import weigh_batches
 from ..selection.weights import add_token_weights, row_weights
 from ..training.collator import DataCollatorForSelectiveSFT
 from ..training.model import Model, frozen
 from .cache import cached_column
 from .frozen import FrozenModels
+from .probe import load_probe
 
 
 class TokenWeigher:
-    """Adds `base_logps`, `ref_logps` and `token_weights`.
+    """Adds `token_weights`, and the columns that they are read from: `base_logps`, `ref_logps`, `probe_scores`.
 
     Args:
         model: the policy; it must still be as it is at the start of training.
         source: see `SelectiveSFTConfig.reference_model`; `None` when the rows bring their own scores or weights.
         collator: the collator that training uses.
         tokenizer: of the policy.
+        chat_template: what the trainer renders with instead of the tokenizer's own.
         given: token columns that the rows have already.
         online: whether batches are scored one by one; then the reference stays in memory.
 
@@ -53,13 +56,16 @@ class TokenWeigher:
         accelerator: Accelerator,
         collator: DataCollatorForSelectiveSFT,
         tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None,
         given: list[str],
         online: bool = False,
     ):
         self.model, self.args, self.accelerator, self.collator = model, args, accelerator, collator
-        self.special_ids = special_ids(tokenizer) if args.protect_special_tokens else np.zeros(0, np.int64)
+        special = special_ids(tokenizer)
+        self.special_ids = special if args.protect_special_tokens else np.zeros(0, np.int64)
+        self.words = Words(tokenizer) if args.pooling in ("word", "span") else None
         self._given = given
-        ranked = args.positive_fraction is not None and args.score == "influence"
+        ranked = args.positive_fraction is not None and args.score in ("influence", "surprisal", "probe")
         if online and ranked and (args.selection_scope == "global" or collator.padding_free):
             raise ValueError(
                 f"positive_fraction={args.positive_fraction} ranks the tokens of the whole dataset, which one batch "
@@ -67,10 +73,17 @@ class TokenWeigher:
                 "precompute_scores=True on data that is not streamed"
             )
         compares = (source is not None and args.score == "influence") or args.needs_start_logps
+        compares |= args.score == "surprisal"
+        self._probe = args.score == "probe" and PROBE_SCORES not in given
         self.models = FrozenModels(
-            model, source, tokenizer, args, accelerator, collator, base=compares and BASE_LOGPS not in given,
-            online=online,
+            model, source, tokenizer, args, accelerator, collator,
+            base=(compares and BASE_LOGPS not in given) or self._probe, online=online,
         )  # fmt: skip
+        if self._probe:
+            assert args.probe is not None
+            probe = load_probe(args.probe, self.models.policy_sha256, tokenizer_sha256(tokenizer, chat_template))
+            self.models.state_columns = probe.state_columns(special)
+            self._probe_sha256 = probe.sha256
 
     def weigh(self, dataset: Dataset) -> Dataset:
         """`dataset` with the columns that a run needs.
@@ -82,17 +95,24 @@ class TokenWeigher:
         if models.columns:
             rows = {"data_sha256": data_fingerprint(dataset), "shard_tokens": TOKENS_PER_CHUNK}
             rows["documents"] = self.collator.padding_free
-            digests = {name: models.sha256(name) for name in models.columns}  # before an adapter is put in
             scored = {}
+            passes = {name: (name, rows) for name in models.columns}  # column -> the pass that gives it, its identity
+            if self._probe:
+                passes[PROBE_SCORES] = (BASE_LOGPS, rows | {"probe_sha256": self._probe_sha256})
+                if self.args.forget_objective != "npo":
+                    del passes[BASE_LOGPS]
+            digests = {
+                name: models.sha256(source) for name, (source, _) in passes.items()
+            }  # before an adapter is put in
             with models.ready():
-                for name, digest in digests.items():
+                for name, (source, key) in passes.items():
                     scored[name] = cached_column(
                         dataset,
                         name,
-                        functools.partial(models.score, columns=[name], joint=True),
+                        functools.partial(models.score, columns=[source], joint=True),
                         self.accelerator,
                         folder=self.args.scoring_cache_dir,
-                        identity={"model_sha256": digest, **models.precision(name), **rows},
+                        identity={"model_sha256": digests[name], **models.precision(source), **key},
                         name=models.name if name == REF_LOGPS else get_config_model_id(self.model.config),
                         documents=self.collator.padding_free,
                     )
@@ -103,22 +123,23 @@ class TokenWeigher:
             return self.mask_special_tokens(dataset)
         if self.args.score == "excess":  # its weights are made in every step
             return dataset
-        return add_token_weights(dataset, self.args, self.special_ids, self.collator.padding_free)
+        return add_token_weights(dataset, self.args, self.special_ids, self.collator.padding_free, self.words)
 
     def weigh_batch(self, batch: dict[str, Any]) -> None:
         """Add `token_weights`, `active_rows` and `base_logps` to a collated batch, in place."""
         self.score_batch(batch)
-        weigh_batches([batch], [batch[BASE_LOGPS]], self.args, self.special_ids)
+        weigh_batches([batch], [batch[BASE_LOGPS]], self.args, self.special_ids, words=self.words)
 
     def score_batch(self, batch: dict[str, Any]) -> None:
-        """Add what a streamed batch lacks, in place: `ref_logps`, and `base_logps` where the start of training
-        matters."""
+        """Add what a streamed batch lacks, in place: `ref_logps` where there is a reference, and `base_logps` and the
+        probe's column where the start of training matters."""
         inputs = self._on_device(batch)
         if BASE_LOGPS in self.models.columns:
             with self.models.start() as model:
-                batch[BASE_LOGPS] = self.models.logps(model, inputs)
-        with self.models.reference() as model:
-            batch[REF_LOGPS] = self.models.logps(model, inputs)
+                batch.update(self.models.policy_columns(model, inputs))
+        if REF_LOGPS in self.models.columns:
+            with self.models.reference() as model:
+                batch[REF_LOGPS] = self.models.logps(model, inputs)
 
     def current_logps(self, batch: dict[str, Any]) -> torch.Tensor:
         """Log-probabilities of a batch under the model as it is now, in evaluation mode (no dropout, so that a score
@@ -133,7 +154,9 @@ class TokenWeigher:
     def weigh_stream(self, dataset: IterableDataset) -> IterableDataset:
         """Streamed rows with the weights that their own columns say, under a rule that needs no other rows."""
         return dataset.map(
-            lambda row: {WEIGHTS: row_weights(row, self.args, self.special_ids, self.collator.padding_free)}
+            lambda row: {
+                WEIGHTS: row_weights(row, self.args, self.special_ids, self.collator.padding_free, self.words)
+            }
         )
 
     def mask_special_tokens(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:

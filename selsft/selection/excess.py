@@ -22,9 +22,10 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..config import SelectiveSFTConfig
-from ..data.columns import ACTIVE_ROWS, REF_LOGPS, WEIGHTS, active_rows, shift
+from ..data.columns import ACTIVE_ROWS, BASE_LOGPS, READ_COLUMNS, REF_LOGPS, WEIGHTS, active_rows, shift
+from ..data.words import Words
 from .quantile import Reduce, boundary_of_fraction
-from .weights import select_token_weights, shared_boundary
+from .weights import pooled_scores, pools, raw_scores, select_token_weights, shared_boundary
 
 Batch = dict[str, Any]
 
@@ -35,30 +36,42 @@ def weigh_batches(
     args: SelectiveSFTConfig,
     special_ids: np.ndarray,
     reduce: Reduce | None = None,
+    words: Words | None = None,
 ) -> float | None:
     """Add `token_weights` and `active_rows` to collated batches, in place.
 
     Args:
-        batches: with `ref_logps`. Under `selection_scope="batch"` all of them are one ranking, else each is its own.
-        compared: log-probabilities that the reference's are compared with, `(batch, seq_len)` each, nats.
+        batches: with the columns of the score. Under `selection_scope="batch"` all of them are one ranking, else each
+            is its own.
+        compared: log-probabilities in the place of each batch's `base_logps`, `(batch, seq_len)` each, nats.
         reduce: see `boundary_of_fraction`.
+        words: of the tokenizer, for `score_pooling` by word or span.
 
     Returns:
         the boundary that all batches share, if they do.
     """
-    host = [
-        (batch[REF_LOGPS].cpu().numpy(), logps.cpu().numpy()) for batch, logps in zip(batches, compared, strict=True)
-    ]
     masks = [trained_labels(batch).cpu().numpy() for batch in batches]
+    scored = []
+    for batch, logps, mask in zip(batches, compared, masks, strict=True):
+        names = {*READ_COLUMNS[args.score], REF_LOGPS} & set(batch)
+        columns = {name: batch[name].cpu().numpy() for name in names} | {BASE_LOGPS: logps.cpu().numpy()}
+        scores = raw_scores(columns, args)
+        if pools(args):
+            flat = pooled_scores(
+                scores.ravel(), batch["input_ids"].cpu().numpy().ravel(), _lengths(batch), mask.ravel(), args, words
+            )
+            scores = flat.reshape(scores.shape)
+        scored.append((scores, columns.get(REF_LOGPS)))
     boundary = None
     if args.selection_scope == "batch":
-        scores = [(high - low)[mask] for (high, low), mask in zip(host, masks, strict=True)]
-        boundary = shared_boundary(lambda: scores, args, reduce)
-    for batch, (high, low), mask in zip(batches, host, masks, strict=True):
+        chosen = [scores[mask] for (scores, _), mask in zip(scored, masks, strict=True)]
+        boundary = shared_boundary(lambda: chosen, args, reduce)
+    for batch, (scores, reference), mask in zip(batches, scored, masks, strict=True):
         special = np.isin(batch["input_ids"].cpu().numpy(), special_ids)
         rows = select_token_weights(
-            list(low), list(high), list(mask), list(special), args, _documents(batch), boundary
-        )
+            list(scores), list(mask), list(special), args, _documents(batch), boundary,
+            None if reference is None else list(reference),
+        )  # fmt: skip
         batch[WEIGHTS] = torch.from_numpy(np.stack(rows))
         batch[ACTIVE_ROWS] = active_rows(batch[WEIGHTS])
     return boundary
@@ -77,6 +90,14 @@ def _documents(batch: Batch) -> list[np.ndarray] | None:
         return None
     starts = batch["position_ids"].cpu().numpy() == 0
     return list(np.cumsum(starts, axis=1))
+
+
+def _lengths(batch: Batch) -> np.ndarray:
+    """Lengths of the documents of a batch, with their padding, in the order of its tokens."""
+    documents = _documents(batch)
+    if documents is None:
+        return np.full(len(batch["input_ids"]), batch["input_ids"].shape[1], np.int64)
+    return np.concatenate([np.unique(row, return_counts=True)[1] for row in documents])
 
 
 class ExcessSelector(TrainerCallback, ExportableState):

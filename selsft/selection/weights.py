@@ -1,11 +1,11 @@
 """Scored tokens -> the column `token_weights`, for a batch, a streamed row, or a whole data set on disk.
 
-A score is high = useful: `ref_logps - base_logps` in nats for `"influence"` (arXiv 2508.04329, there with the losses'
-sign; the same as Token Cleaning, 2502.01968). Selection needs no model, so changing a threshold never rescores. For a
-data set the boundary comes from `order_statistic` and the rows pass by in chunks, so 1e8 tokens need no more memory
-than 1e6. In this order: the rule (threshold or share, with the neutral band), what can never be negative (special
-tokens, the gate on the reference's probability), the cap per document, and `forget_weight=0`, which makes negatives
-neutral. `"excess"`, whose scores change with every step, is in `excess.py`.
+A score is high = useful; `raw_scores` has the formulas (docs/scores.md), and pooling follows (`pooling`). Selection
+needs no model, so changing a threshold, a base weight or a pooling never rescores. For a data set the boundary comes
+from `order_statistic` and the rows pass by in chunks, so 1e8 tokens need no more memory than 1e6. In this order: the
+rule (threshold or share, with the neutral band), what can never be negative (special tokens, the gate on the
+reference's probability), the cap per document, and `forget_weight=0`, which makes negatives neutral.
+`"excess"`, whose scores change with every step, is in `excess.py`.
 
 Rejected: a class per scheme. They differ in where a score comes from, which is one line each, and in nothing else.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,18 @@ import numpy as np
 from datasets import Dataset
 
 from ..data.chunks import ColumnWriter, TokenChunk, supervised_mask, token_chunks, with_column
-from ..data.columns import BASE_LOGPS, NEGATIVE_MASK, REF_LOGPS, TOKEN_SCORES, WEIGHTS
+from ..data.columns import (
+    BASE_LOGPS,
+    NEGATIVE_MASK,
+    NOISY_LOGPS,
+    PROBE_SCORES,
+    READ_COLUMNS,
+    REF_LOGPS,
+    TOKEN_SCORES,
+    WEIGHTS,
+)
+from ..data.words import Words
+from .pooling import pool_scores
 from .quantile import Chunks, Reduce, boundary_of_fraction
 from .rules import NEUTRAL, cap_negatives, check_finite, group_boundaries, labels_at
 
@@ -31,13 +42,55 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# score -> columns that it is read from
-_COLUMNS = {
-    "influence": (BASE_LOGPS, REF_LOGPS),
-    "random": (),
-    "oracle": (NEGATIVE_MASK,),
-    "given": (TOKEN_SCORES,),
-}
+
+def raw_scores(columns: Mapping[str, np.ndarray], args: SelectiveSFTConfig) -> np.ndarray:
+    """Scores of tokens from their columns, float32 of the columns' shape, not pooled.
+
+    `influence` is log p_ref - beta log p_policy in nats: with beta 1 that of arXiv 2508.04329 (there with the losses'
+    sign) and Token Cleaning (2502.01968). `excess` is the same with beta 1 and `base_logps` of the current model,
+    `surprisal` log p_policy, `contrast` log p_ref - log p_noisy (TOSS, 2603.01185), `probe` minus the probability of
+    being wrong.
+    """
+
+    def column(name: str) -> np.ndarray:
+        return columns[name].astype(np.float32, copy=False)
+
+    if args.score == "surprisal":
+        return column(BASE_LOGPS)
+    if args.score == "probe":
+        return column(PROBE_SCORES)
+    if args.score == "contrast":
+        return column(REF_LOGPS) - column(NOISY_LOGPS)
+    if args.score == "given":
+        return column(TOKEN_SCORES)
+    beta = 1.0 if args.score == "excess" else args.score_base_weight
+    return column(REF_LOGPS) - np.float32(beta) * column(BASE_LOGPS)
+
+
+def pools(args: SelectiveSFTConfig) -> bool:
+    """Whether a token's score depends on other tokens of its row."""
+    return args.score not in ("random", "oracle") and (args.pooling != "token" or args.score_lookahead != 0)
+
+
+def pooled_scores(
+    scores: np.ndarray,
+    input_ids: np.ndarray,
+    lengths: np.ndarray,
+    mask: np.ndarray,
+    args: SelectiveSFTConfig,
+    words: Words | None,
+) -> np.ndarray:
+    """`pool_scores` under the settings of `args`; all `(tokens,)` but `lengths`, of the documents."""
+    if not pools(args):
+        return scores
+    numbers = None
+    if args.pooling in ("word", "span"):
+        if words is None:
+            raise ValueError(f"score_pooling={args.pooling!r} needs the tokenizer's words")
+        numbers = words.number(input_ids, lengths)
+    return pool_scores(
+        scores, mask, _numbered(lengths), numbers, args.pooling, args.score_lookahead, args.score_row_worst
+    )
 
 
 @dataclass
@@ -89,22 +142,23 @@ def shared_boundary(chunks: Chunks, args: SelectiveSFTConfig, reduce: Reduce | N
 
 
 def select_token_weights(
-    base_logps: Sequence[np.ndarray],
-    ref_logps: Sequence[np.ndarray],
+    scores: Sequence[np.ndarray],
     trained: Sequence[np.ndarray],
     protected: Sequence[np.ndarray],
     args: SelectiveSFTConfig,
     documents: Sequence[np.ndarray] | None = None,
     boundary: float | None = None,
+    ref_logps: Sequence[np.ndarray] | None = None,
 ) -> list[np.ndarray]:
     """Token weights of every row of a batch, under the selection settings of `args`.
 
     Args:
-        base_logps, ref_logps: one `(row length,)` float array per row, nats.
+        scores: one `(row length,)` float array per row, high = useful, pooled already.
         trained: one bool array per row: the token has a label and is predicted from its past.
         protected: one bool array per row: special tokens, never negative (positive instead).
         documents: one int array per row: number of the token's document, ascending; the row itself by default.
         boundary: of tokens beyond these rows; by default it follows from these rows alone.
+        ref_logps: one float array per row, nats; for `gate_reference_prob`.
 
     Returns:
         one float32 array per row of -1, 0, 1; 0 wherever `trained` is false. With `forget_weight=0` negatives are 0:
@@ -112,34 +166,38 @@ def select_token_weights(
     """
     lengths = np.array([len(row) for row in trained], np.int64)
     mask = _concatenate(trained, bool)
-    reference = _concatenate(ref_logps, np.float32)
-    scores = (reference - _concatenate(base_logps, np.float32))[mask]
-    check_finite(scores)
+    flat = _concatenate(scores, np.float32)[mask]
+    check_finite(flat)
     rows = np.repeat(np.arange(len(lengths)), lengths)[mask]
     tokens = ScoredTokens(
-        scores,
+        flat,
         rows,
         rows if documents is None else _concatenate(documents, np.int64)[mask],
         _concatenate(protected, bool)[mask],
-        reference[mask],
+        None if ref_logps is None else _concatenate(ref_logps, np.float32)[mask],
     )
     if boundary is None:
-        boundary = shared_boundary(lambda: [scores], args)
+        boundary = shared_boundary(lambda: [flat], args)
     weights = np.zeros(mask.size, dtype=np.float32)
     weights[mask] = labels_of(tokens, boundary, args)
     return np.split(weights, np.cumsum(lengths)[:-1]) if len(lengths) else []
 
 
 def add_token_weights(
-    dataset: Dataset, args: SelectiveSFTConfig, special_ids: np.ndarray, padding_free: bool
+    dataset: Dataset,
+    args: SelectiveSFTConfig,
+    special_ids: np.ndarray,
+    padding_free: bool,
+    words: Words | None = None,
 ) -> Dataset:
     """`dataset` with the column `token_weights`, selected under the settings of `args`, in bounded memory.
 
     Args:
-        dataset: final rows with `input_ids`, `labels`, the columns of `args.score` (`base_logps` and `ref_logps`,
-            `negative_mask`, `token_scores`, or none) and, when packed, `seq_lengths`.
+        dataset: final rows with `input_ids`, `labels`, the columns of `args.score` (`READ_COLUMNS`) and, when packed,
+            `seq_lengths`.
         special_ids: `(k,)` int64, ids of tokens that are never negative.
         padding_free: whether the documents of a packed row are kept apart.
+        words: of the tokenizer, for `score_pooling` by word or span.
 
     Returns:
         the data set with int8 lists of -1, 0, 1, in a memory-mapped temporary file; 0 for tokens that are not trained
@@ -152,10 +210,12 @@ def add_token_weights(
     def scored(*names: str) -> Iterator[tuple[TokenChunk, np.ndarray, np.ndarray]]:
         """Chunks, which of their tokens are trained, and the scores of those."""
         rng = np.random.default_rng(args.seed)  # a number for each token of the data, in order: the same in every pass
-        for chunk in token_chunks(dataset, ["labels", *names, *_COLUMNS[args.score]]):
+        for chunk in token_chunks(dataset, list(dict.fromkeys(["labels", *names, *read]))):
             mask = supervised_mask(chunk, padding_free)
-            yield chunk, mask, _scores(chunk, mask, args, rng)
+            yield chunk, mask, _scores(chunk, mask, args, rng, words)
 
+    read = [*(["input_ids"] if pools(args) else []), *READ_COLUMNS[args.score]]
+    read += [REF_LOGPS] if args.gate_reference_prob is not None else []
     boundary = shared_boundary(lambda: (scores for _, _, scores in scored()), args)
     writer = ColumnWriter(WEIGHTS, "int8")
     lowest, highest = np.inf, -np.inf
@@ -173,22 +233,30 @@ def add_token_weights(
 
 
 def row_weights(
-    row: dict[str, Any], args: SelectiveSFTConfig, special_ids: np.ndarray, padding_free: bool
+    row: dict[str, Any],
+    args: SelectiveSFTConfig,
+    special_ids: np.ndarray,
+    padding_free: bool,
+    words: Words | None = None,
 ) -> np.ndarray:
     """Token weights of one streamed row, `(row length,)` int8, under a rule that needs no other rows."""
-    columns = {name: np.asarray(row[name]) for name in ("input_ids", "labels", *_COLUMNS[args.score])}
+    columns = {name: np.asarray(row[name]) for name in ("input_ids", "labels", *READ_COLUMNS[args.score])}
     documents = row.get("seq_lengths")
     lengths = np.array([len(row["input_ids"])])
     chunk = TokenChunk(0, lengths, columns, None if documents is None else np.asarray(documents))
     mask = supervised_mask(chunk, padding_free)
-    scores = _scores(chunk, mask, args, None)
+    scores = _scores(chunk, mask, args, None, words)
     weights = np.zeros(mask.size, np.int8)
     weights[mask] = labels_of(_tokens(chunk, mask, scores, special_ids), shared_boundary(lambda: [scores], args), args)
     return weights
 
 
 def _scores(
-    chunk: TokenChunk, mask: np.ndarray, args: SelectiveSFTConfig, rng: np.random.Generator | None
+    chunk: TokenChunk,
+    mask: np.ndarray,
+    args: SelectiveSFTConfig,
+    rng: np.random.Generator | None,
+    words: Words | None,
 ) -> np.ndarray:
     """Scores of the trained tokens of a chunk, `(n,)` float32."""
     columns = chunk.columns
@@ -203,11 +271,12 @@ def _scores(
                 "or 1 (true: negative)"
             )
         scores = np.where(marked[mask] == 1, np.float32(-1), np.float32(1))
-    elif args.score == "given":
-        scores = columns[TOKEN_SCORES][mask].astype(np.float32)
     else:
-        reference, base = (columns[name].astype(np.float32, copy=False) for name in (REF_LOGPS, BASE_LOGPS))
-        scores = (reference - base)[mask]
+        raw = raw_scores(columns, args)
+        if pools(args):
+            lengths = chunk.lengths if chunk.documents is None else chunk.documents
+            raw = pooled_scores(raw, columns["input_ids"], lengths, mask, args, words)
+        scores = raw[mask]
     if not np.isfinite(scores).all():
         rows = _numbered(chunk.lengths)[mask]
         row = int(rows[np.flatnonzero(~np.isfinite(scores))[0]])

@@ -18,8 +18,8 @@ class TokenInContext:
     row: int
     position: int
     score: float
-    base: float
-    reference: float
+    base: float | None
+    reference: float | None
     before: str
     token: str
     after: str
@@ -41,9 +41,9 @@ class WorstTokens:
         self.tokenizer, self.special, self.count, self.context = tokenizer, special, count, context
         self.found: list[TokenInContext] = []
 
-    def add(self, chunk: TokenChunk, mask: np.ndarray) -> None:
-        """Look through a chunk with `input_ids`, `base_logps` and `ref_logps`; `mask` (n,): the supervised ones."""
-        scores = chunk.columns[REF_LOGPS] - chunk.columns[BASE_LOGPS]
+    def add(self, chunk: TokenChunk, mask: np.ndarray, scores: np.ndarray) -> None:
+        """Look through a chunk with `input_ids` and, where they were computed, `base_logps` and `ref_logps`; `mask`
+        (n,): the supervised tokens, `scores` (n,): of all."""
         candidates = np.flatnonzero(mask & ~np.isin(chunk.columns["input_ids"], self.special))
         if self.count and len(self.found) == self.count:
             candidates = candidates[scores[candidates] < self.found[-1].score]
@@ -58,5 +58,7 @@ class WorstTokens:
         ids, after = chunk.columns["input_ids"], token + 1
         parts = ids[max(start, token - self.context) : token], ids[token:after], ids[after:end][: self.context // 3]
         before, itself, behind = (str(self.tokenizer.decode(part.tolist())) for part in parts)
-        base, reference = (float(chunk.columns[name][token]) for name in (BASE_LOGPS, REF_LOGPS))
+        base, reference = (
+            float(chunk.columns[name][token]) if name in chunk.columns else None for name in (BASE_LOGPS, REF_LOGPS)
+        )
         return TokenInContext(row, token - start, score, base, reference, before, itself, behind)

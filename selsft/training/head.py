@@ -3,7 +3,7 @@
 The loss needs the hidden states and the LM head's weight, and must run within `forward`: DDP, FSDP and ZeRO-3 gather
 parameters and arm their hooks there, accelerate's autocast wraps it, and PEFT calls down to it. So `forward` of the
 base model gets one more keyword, `selective_head`, as TRL's own `add_fused_lm_head` does with `fused_lm_head`; calls
-without the keyword go on to the forward that was there before. Rejected: computing the loss in `compute_loss` from
+without the keyword reach the forward that was there before. Rejected: computing the loss in `compute_loss` from
 `output_hidden_states=True`, which keeps every layer's activations and reads a sharded weight outside of `forward`.
 """
 

@@ -1,7 +1,7 @@
 """What a selective run cannot do, each with its reason and its remedy, before anything is scored.
 
 Kept apart from the trainer, whose overrides should stay readable. What settings alone contradict each other is refused
-by `SelectiveSFTConfig`; here are the refusals that need the data, the model or the launcher.
+by `SelectiveSFTConfig`; here is what depends on the data, the model or the launcher.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from datasets import IterableDataset
 from trl.data_utils import get_dataset_column_names
 
 from .._compat import DataCollatorForLanguageModeling
-from ..data.columns import BASE_LOGPS, REF_LOGPS, SCORE_COLUMNS, WEIGHTS
+from ..data.columns import BASE_LOGPS, NOISY_LOGPS, PROBE_SCORES, READ_COLUMNS, REF_LOGPS, SCORE_COLUMNS, WEIGHTS
 from .collator import DataCollatorForSelectiveSFT
 from .model import Model
 
@@ -56,7 +56,7 @@ def refuse_without_effect(trainer: SelectiveSFTTrainer, source: str | Model | No
         raise ValueError(f"{name}={value!r} has no effect: {reason}. Remove it, or give what it works on")
 
 
-def refuse_unsupported(trainer: SelectiveSFTTrainer, source: str | Model | None, given: list[str]) -> None:
+def validate_selection(trainer: SelectiveSFTTrainer, source: str | Model | None, given: list[str]) -> None:
     """Raise `ValueError` for the first reason why `trainer` cannot select tokens.
 
     Args:
@@ -65,7 +65,7 @@ def refuse_unsupported(trainer: SelectiveSFTTrainer, source: str | Model | None,
     """
     args, names = trainer.args, get_dataset_column_names(trainer.train_dataset)
     parallelism = trainer.accelerator.parallelism_config
-    scores = {BASE_LOGPS, REF_LOGPS} & set(given)
+    scores = {BASE_LOGPS, REF_LOGPS, NOISY_LOGPS, PROBE_SCORES} & set(given)
     streamed = isinstance(trainer.train_dataset, IterableDataset)
     collator = type(trainer.data_collator)
     score, column = args.score, SCORE_COLUMNS.get(args.score)
@@ -104,12 +104,22 @@ def refuse_unsupported(trainer: SelectiveSFTTrainer, source: str | Model | None,
             "Drop the columns or the reference",
         ),
         (
-            len(scores) == 1 and WEIGHTS not in given and score == "influence",
+            bool(scores) and not {BASE_LOGPS, REF_LOGPS} <= scores and WEIGHTS not in given and score == "influence",
             f"the train dataset has the column {sorted(scores)[0] if scores else ''!r} alone: a score needs both "
             f"{BASE_LOGPS!r} and {REF_LOGPS!r}",
         ),
         (
-            streamed and scores and WEIGHTS not in given and score == "influence",
+            score == "contrast" and not set(READ_COLUMNS[score]) <= set(given),
+            f"score='contrast' needs the columns {REF_LOGPS!r} and {NOISY_LOGPS!r}, of two references: run "
+            "`selsft score --score contrast` first and train on its folder",
+        ),
+        (
+            score == "probe" and args.probe is None and PROBE_SCORES not in given,
+            "score='probe' needs a probe: set probe to a saved one, or run `selsft score --score probe --judged FILE` "
+            f"and train on its folder (column {PROBE_SCORES!r})",
+        ),
+        (
+            streamed and scores and WEIGHTS not in given and score in ("influence", "surprisal", "probe", "contrast"),
             f"streamed rows cannot be selected by the columns {sorted(scores)}: load the dataset, or bring "
             f"{WEIGHTS!r}",
         ),

@@ -39,7 +39,7 @@ def test_a_column_of_states_needs_no_reference_and_no_second_pass(options, tmp_p
     model = tiny.llama()
     args = SelectiveSFTConfig(**{**options, "scoring_batch_tokens": 40})
     more = StateColumns(
-        ["norm", "logp_2"], [1], lambda states, logps: {"norm": states[1].norm(dim=-1), "logp_2": logps}
+        ["norm", "logp_2"], [1], lambda states, logps, inputs: {"norm": states[1].norm(dim=-1), "logp_2": logps}
     )
     models = FrozenModels(
         model, None, tiny.tokenizer(), args, Accelerator(cpu=True), DataCollatorForSelectiveSFT(pad_token_id=0),

@@ -68,42 +68,41 @@ def test_scores_must_be_finite(bad):
 def settings_of(**changes):
     rule = {"negative_threshold": 1.0, "positive_fraction": None, "neutral_band": 0.0, "selection_scope": "global"}
     rule |= {"score": "influence", "gate_reference_prob": None, "max_negative_share": None, "seed": 0}
+    rule |= {"score_base_weight": 1.0, "pooling": "token", "score_lookahead": 0.0, "score_row_worst": None}
     made = SimpleNamespace(**{**rule, "forget_weight": 0.25, **changes})
     made.effective_threshold = made.negative_threshold
     return made
 
 
 def rows_of(*scores):
-    """Rows whose base log-probability is 0, so that the score is the reference's."""
-    ref = [np.array(row, dtype=np.float32) for row in scores]
-    return [np.zeros_like(row) for row in ref], ref
+    return [np.array(row, dtype=np.float32) for row in scores]
 
 
 def test_scope_decides_which_tokens_compete():
-    base, ref = rows_of([-4.0, -3.0], [1.0, 2.0])
+    scores = rows_of([-4.0, -3.0], [1.0, 2.0])
     trained, free = [np.ones(2, bool)] * 2, [np.zeros(2, bool)] * 2
     fraction = {"negative_threshold": None, "positive_fraction": 0.5}
-    whole = select_token_weights(base, ref, trained, free, settings_of(**fraction))
-    each = select_token_weights(base, ref, trained, free, settings_of(**fraction, selection_scope="sequence"))
+    whole = select_token_weights(scores, trained, free, settings_of(**fraction))
+    each = select_token_weights(scores, trained, free, settings_of(**fraction, selection_scope="sequence"))
     assert [row.tolist() for row in whole] == [[-1, -1], [1, 1]]
     assert [row.tolist() for row in each] == [[-1, 1], [-1, 1]]
 
 
 def test_untrained_tokens_neither_count_nor_get_a_weight():
-    base, ref = rows_of([-9.0, -9.0, 1.0, 2.0])
+    scores = rows_of([-9.0, -9.0, 1.0, 2.0])
     trained = [np.array([False, False, True, True])]
     args = settings_of(negative_threshold=None, positive_fraction=0.5)
-    assert select_token_weights(base, ref, trained, [np.zeros(4, bool)], args)[0].tolist() == [0, 0, -1, 1]
+    assert select_token_weights(scores, trained, [np.zeros(4, bool)], args)[0].tolist() == [0, 0, -1, 1]
 
 
 def test_forget_weight_zero_ignores_the_negatives():
-    base, ref = rows_of([-2.0, 0.0])
+    scores = rows_of([-2.0, 0.0])
     args = settings_of(forget_weight=0.0)
-    assert select_token_weights(base, ref, [np.ones(2, bool)], [np.zeros(2, bool)], args)[0].tolist() == [0, 1]
+    assert select_token_weights(scores, [np.ones(2, bool)], [np.zeros(2, bool)], args)[0].tolist() == [0, 1]
 
 
 def test_no_rows():
-    assert select_token_weights([], [], [], [], settings_of()) == []
+    assert select_token_weights([], [], [], settings_of()) == []
 
 
 @settings(max_examples=60, deadline=None)

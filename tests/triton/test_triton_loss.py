@@ -247,8 +247,8 @@ def test_buffers_are_written_before_they_are_read(device: torch.device, monkeypa
 
         return fill
 
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    for module, name in ((torch, "empty"), (torch, "empty_like"), (backend, "scratch")):
+        monkeypatch.setattr(module, name, poisoned(getattr(module, name)))
     actual = call.linear(p, chunk_size=4)
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name

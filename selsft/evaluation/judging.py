@@ -1,0 +1,364 @@
+"""From judged rows to a verdict on a score: fit what needs fitting, score the rows, measure, choose a threshold.
+
+`selsft score` runs it before the data are scored, so that a score that is no better than chance shows at once. A row
+that a probe was fitted on is judged out of fold; a row of the test sample that a probe or the threshold has seen is
+left out. Rejected: a command of its own, which would load and hash the models a second time.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ..config import SelectiveSFTConfig
+from ..data.chunks import TokenChunk, data_fingerprint
+from ..data.columns import BASE_LOGPS, PROBE_SCORES, REF_LOGPS
+from ..data.corrupt import KINDS, corrupt_rows
+from ..data.judged import JudgedRows, judged_rows
+from ..data.tokenizers import special_ids, tokenizer_sha256
+from ..data.words import Words
+from ..errors import InputError
+from ..records import json_sha256, write_json
+from ..scoring.frozen import FrozenModels
+from ..scoring.probe import (
+    ROW,
+    TOKEN,
+    Fit,
+    Probe,
+    design_of,
+    fit_probe,
+    kind_of,
+    load_fit,
+    load_probe,
+    row_hashes,
+    save_fit,
+    save_probe,
+    saved_key,
+)
+from ..selection.pooling import pool_scores
+from ..selection.weights import pooled_scores, raw_scores
+from .judged import (
+    Threshold,
+    by_threshold,
+    examples_of,
+    judge_scores,
+    learning_curve,
+    threshold_for,
+)
+
+JUDGED, PROBE = "judged.json", "probe"
+SHARES = (0.25, 0.5)
+Other = tuple[FrozenModels, str]  # models with another reference, and the column for it
+RULES = "clean rows corrupted by rules"
+
+
+@dataclass
+class Verdict:
+    """
+    Attributes:
+        record: content of `judged.json`.
+        threshold: for `target_precision`; `None` where it was not asked for.
+        refusal: why nothing should be selected by the score; `None` where judged rows say nothing against it.
+    """
+
+    record: dict[str, Any]
+    threshold: Threshold | None
+    refusal: str | None
+
+
+class Judging:
+    """Judged rows and what they are used for.
+
+    Args:
+        models: the frozen models, without a probe yet.
+        args: settings of the score and of the rows.
+        judged, test: judged rows in the forms of docs/spans.md.
+        clean: rows for a probe without labels.
+
+    Raises:
+        `InputError` for rows that cannot be judged by, and settings that they contradict.
+    """
+
+    def __init__(
+        self,
+        models: FrozenModels,
+        tokenizer: PreTrainedTokenizerBase,
+        args: SelectiveSFTConfig,
+        chat_template: str | None,
+        judged: Dataset | None = None,
+        test: Dataset | None = None,
+        clean: Dataset | None = None,
+    ):
+        self.models, self.args = models, args
+        self.words, self.special = Words(tokenizer), special_ids(tokenizer)
+        self.tokenizer_sha256 = tokenizer_sha256(tokenizer, chat_template)
+        read = functools.partial(judged_rows, tokenizer=tokenizer, args=args, chat_template=chat_template)
+        self.judged = None if judged is None else read(judged)
+        self.test = None if test is None else read(test)
+        self.kinds = [kind.strip() for kind in (args.probe_corruptions or ",".join(KINDS)).split(",")]
+        self.clean = None
+        if clean is not None:
+            self.clean = read(corrupt_rows(clean, self.kinds, args.seed, args.dataset_text_field))
+        self.groups = (
+            None if self.judged is None or judged is None else _groups(judged, self.judged, args.judged_group)
+        )
+        self.probe: Probe | None = None
+        if args.score == "probe" and args.probe is not None:
+            self.probe = load_probe(args.probe, models.policy_sha256, self.tokenizer_sha256)
+        elif args.score == "probe" and self.judged is None and self.clean is None:
+            raise InputError(
+                "score='probe' has nothing to fit a probe on: give --judged FILE, --probe_clean FILE, or a fitted one "
+                "with --probe FOLDER"
+            )
+
+    @property
+    def probe_key(self) -> str | None:
+        """Hash of all that decides the probe; `None` without one."""
+        if self.args.score != "probe":
+            return None
+        if self.probe is not None:
+            return self.probe.sha256
+        rows = self.clean if self.clean is not None else self.judged
+        assert rows is not None
+        names = ("input_ids", "labels", "wrong", "row", "whole")
+        made = [getattr(rows, name).tolist() for name in names]
+        groups = None if self.clean is not None or self.groups is None else self.groups.tolist()
+        return json_sha256([made, groups, self.args.pooling, self.args.seed])
+
+    def fit(self, folder: Path, computing: bool) -> Fit | None:
+        """The probe of a run: the loaded one, else one that is fitted and saved in `folder / "probe"`.
+
+        Args:
+            computing: whether this process runs the models; the others wait for it.
+        """
+        if self.args.score != "probe":
+            return None
+        accelerator, fit, key = self.models.accelerator, None, self.probe_key
+        resumed = self.probe is None and saved_key(folder / PROBE) == key
+        accelerator.wait_for_everyone()
+        if self.probe is None and not resumed and computing:
+            with self.models.ready():
+                rows, groups = (self.clean, None) if self.clean is not None else (self.judged, self.groups)
+                assert rows is not None
+                design = design_of(self.models, rows, self.special, groups)
+            if accelerator.is_main_process:
+                shares = SHARES if self.clean is None else ()
+                fit = fit_probe(design, functools.partial(self._pool, rows, design), shares, self.args.seed)
+                fit.probe.facts |= self._provenance(rows) | {"key": key}
+                save_fit(fit, folder / PROBE)
+        accelerator.wait_for_everyone()
+        if self.probe is None:
+            self.probe = load_probe(folder / PROBE, self.models.policy_sha256, self.tokenizer_sha256)
+            fit = load_fit(self.probe, folder / PROBE) if resumed else fit
+        elif accelerator.is_main_process and Path(str(self.args.probe)).resolve() != (folder / PROBE).resolve():
+            save_probe(self.probe, folder / PROBE)
+        self.models.state_columns = self.probe.state_columns(self.special)
+        return fit
+
+    def _pool(self, rows: JudgedRows, design: Any, logits: np.ndarray) -> np.ndarray:
+        """Logits as selection pools them, by what is judged alone."""
+        if design.kind == ROW:
+            return logits
+        flat, mask = np.zeros(rows.row.size), np.zeros(rows.row.size, bool)
+        flat[design.positions], mask[design.positions] = -logits, True
+        words = self.words.number(rows.input_ids, rows.lengths)
+        args = self.args
+        return -pool_scores(flat, mask, rows.row, words, args.pooling, 0.0, args.score_row_worst)[design.positions]
+
+    def _provenance(self, rows: JudgedRows) -> dict[str, Any]:
+        fitted = np.flatnonzero(rows.row_wrong >= 0)
+        hashes = row_hashes(rows)
+        labels = "judged rows" if self.clean is None else f"{RULES}: {', '.join(self.kinds)}"
+        return {
+            "labels": labels,
+            "model_sha256": self.models.policy_sha256,
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "rows_sha256": data_fingerprint(rows.dataset),
+            "rows": int(fitted.size),
+            "fitted_rows": sorted({hashes[row] for row in fitted}),
+            "pooling": self.args.pooling,
+            "seed": self.args.seed,
+        }
+
+    def verdict(self, folder: Path, fit: Fit | None, computing: bool, more: Sequence[Other] = ()) -> Verdict | None:
+        """Score the judged rows, measure, and write `judged.json`; `None` without judged rows, and in processes that
+        do not compute.
+
+        Args:
+            more: see `columns_of`.
+        """
+        if self.judged is None or not computing:
+            return None
+        columns = {
+            name: columns_of(self.models, rows, more)
+            for name, rows in (("judged", self.judged), ("test", self.test))
+            if rows is not None
+        }
+        if not self.models.accelerator.is_main_process:
+            return None
+        return self._measure(folder, fit, columns)
+
+    def _measure(self, folder: Path, fit: Fit | None, columns: dict[str, dict[str, np.ndarray]]) -> Verdict:
+        judged, args = self.judged, self.args
+        assert judged is not None
+        keep = np.ones(judged.lengths.size, bool)
+        fitted = set(self.probe.facts.get("fitted_rows", ())) if self.probe is not None else set()
+        hashes = row_hashes(judged)
+        out_of_fold = fit is not None and self.clean is None
+        if out_of_fold:
+            assert fit is not None
+            own = self._out_of_fold(judged, fit, fit.logits)
+            columns["judged"][PROBE_SCORES] = own
+            keep = np.isin(np.arange(keep.size), np.unique(self._rows_of(judged, fit)))
+        elif fitted:
+            keep = np.array([digest not in fitted for digest in hashes])
+            if not keep.any():
+                raise InputError(
+                    "the probe was fitted on every one of the judged rows, so they say nothing about it: judge others"
+                )
+        words = self.words.number(judged.input_ids, judged.lengths)
+        scores = self._scores(judged, columns["judged"])
+        record: dict[str, Any] = {"judged": judge_scores(judged, scores, words, keep)}
+        level = ROW if kind_of(judged) == ROW else TOKEN
+        found = examples_of(judged, scores[args.score], words, level, keep)
+        if not found.both:
+            raise InputError(
+                f"the judged sample has {int(found.wrong.sum())} wrong and {int((~found.wrong).sum())} right "
+                f"{level}s: a score is measured by telling them apart, so both are needed"
+            )
+        threshold = None
+        if args.target_precision is not None:
+            per_row = args.pooling == ROW or (self.probe is not None and self.probe.kind == ROW)
+            if level == ROW and not per_row:
+                raise InputError(
+                    f"target_precision={args.target_precision} with judgements of whole rows, which say nothing about "
+                    "single tokens: set score_pooling='row'"
+                )
+            threshold = threshold_for(found, args.target_precision)
+            record["threshold"] = threshold.as_json()
+        record |= {
+            "score": args.score,
+            "level": level,
+            "rows": int(keep.sum()),
+            "by_threshold": by_threshold(found),
+        }
+        if self.probe is not None:
+            record["probe"] = {
+                name: self.probe.facts.get(name)
+                for name in ("labels", "kind", "rows", "judged", "wrong", "strength")
+                if name in self.probe.facts
+            }
+        if out_of_fold:
+            assert fit is not None
+            partial = {share: self._out_of_fold(judged, fit, logits) for share, logits in fit.partial.items()}
+            flat = {
+                share: self._pooled(judged, values, "probe")
+                for share, values in {**partial, 1.0: columns["judged"][PROBE_SCORES]}.items()
+            }
+            record["learning_curve"] = learning_curve(judged, flat, words, level)
+        if self.test is not None:
+            record |= self._test(columns["test"], fitted | set(hashes), level, threshold)
+        numbers = record["judged"][args.score][level]
+        refusal = None
+        if not numbers["auc_low"] > 0.5:
+            refusal = (
+                f"score={args.score!r} is not shown to be better than chance: AUC {numbers['auc']:.2f} "
+                f"[{numbers['auc_low']:.2f}, {numbers['auc_high']:.2f}] on {numbers['n_rows']} judged rows"
+            )
+        write_json(folder / JUDGED, record)
+        return Verdict(record, threshold, refusal)
+
+    def _test(
+        self, columns: dict[str, np.ndarray], seen: set[str], level: str, threshold: Threshold | None
+    ) -> dict[str, Any]:
+        """Figures on rows that nothing was fitted on."""
+        test, args = self.test, self.args
+        assert test is not None
+        keep = np.array([digest not in seen for digest in row_hashes(test)])
+        if not keep.any():
+            raise InputError("every row of judged_test is among the judged rows too: give it rows of its own")
+        words = self.words.number(test.input_ids, test.lengths)
+        scores = self._scores(test, columns)
+        record: dict[str, Any] = {
+            "test": judge_scores(test, scores, words, keep),
+            "test_rows_left_out": int((~keep).sum()),
+        }
+        found = examples_of(test, scores[args.score], words, level, keep)
+        if threshold is not None and threshold.negative_threshold is not None and found.both:
+            flagged = found.badness > threshold.negative_threshold
+            record["test_threshold"] = {
+                "precision": float(found.wrong[flagged].mean()) if flagged.any() else None,
+                "recall": float(flagged[found.wrong].mean()),
+                "flagged": int(flagged.sum()),
+            }
+        return record
+
+    def _rows_of(self, rows: JudgedRows, fit: Fit) -> np.ndarray:
+        assert self.probe is not None
+        return fit.positions if self.probe.kind == ROW else rows.row[fit.positions]
+
+    def _out_of_fold(self, rows: JudgedRows, fit: Fit, logits: np.ndarray) -> np.ndarray:
+        """`probe_scores` of the rows, `(tokens,)`; 0 where nothing was judged, which pools to nothing."""
+        assert self.probe is not None
+        score = -1 / (1 + np.exp(-logits))
+        if self.probe.kind == ROW:
+            by_row = np.zeros(rows.lengths.size)
+            by_row[fit.positions] = score
+            return by_row[rows.row].astype(np.float32)
+        flat = np.zeros(rows.row.size, np.float32)
+        flat[fit.positions] = score
+        return flat
+
+    def _scores(self, rows: JudgedRows, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The score and its baselines, pooled alike, `(tokens,)` each."""
+        found = {self.args.score: self._pooled(rows, raw_scores(columns, self.args), self.args.score)}
+        if BASE_LOGPS in columns:
+            found.setdefault("surprisal", self._pooled(rows, columns[BASE_LOGPS], "surprisal"))
+        if REF_LOGPS in columns:
+            found["reference"] = self._pooled(rows, columns[REF_LOGPS], "reference")
+        drawn = np.random.default_rng(self.args.seed).random(rows.row.size).astype(np.float32)
+        return found | {"random": self._pooled(rows, drawn, "random")}
+
+    def _pooled(self, rows: JudgedRows, scores: np.ndarray, name: str) -> np.ndarray:
+        args = copy.copy(self.args)
+        args.score_pooling, args.score = self.args.pooling, "given"
+        if name == "random":
+            args.score_lookahead = 0.0
+        mask = rows.labels != -100
+        mask[np.cumsum(rows.lengths) - rows.lengths] = False
+        return pooled_scores(scores, rows.input_ids, rows.lengths, mask, args, self.words)
+
+
+def _groups(dataset: Dataset, rows: JudgedRows, column: str | None) -> np.ndarray | None:
+    if column is None:
+        return None
+    if column not in dataset.column_names:
+        raise InputError(
+            f"judged_group={column!r} is no column of the judged rows, which have {', '.join(dataset.column_names)}"
+        )
+    values = [str(value) for value in dataset[column]]
+    return np.unique([values[index] for index in rows.index], return_inverse=True)[1]
+
+
+def columns_of(models: FrozenModels, rows: JudgedRows, more: Sequence[Other] = ()) -> dict[str, np.ndarray]:
+    """All columns of judged rows, `(tokens,)` each.
+
+    Args:
+        more: models with other references.
+    """
+    chunk = TokenChunk(0, rows.lengths, {"input_ids": rows.input_ids, "labels": rows.labels}, None)
+    found: dict[str, np.ndarray] = {}
+    with models.ready():
+        found |= models.score(chunk, models.columns)
+    for other, name in more:
+        with other.ready():
+            found[name] = other.score(chunk, [REF_LOGPS])[REF_LOGPS]
+    return found

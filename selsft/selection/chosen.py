@@ -1,0 +1,64 @@
+"""How a folder of scores wants to be selected by: the score and the threshold that judged rows have spoken for.
+
+`selsft score` writes both into the manifest. Training takes them where the user sets nothing else, and refuses what
+judged rows have refuted: a score no better than chance, or a precision that no threshold reaches. Rejected: a default
+threshold in the place of one that was not found.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+from ..config import NEGATIVE_THRESHOLD, NEGATIVE_THRESHOLDS, SelectiveSFTConfig
+from ..data.scored_folder import is_scored, read_manifest
+from ..errors import InputError
+
+logger = logging.getLogger(__name__)
+
+_SETTINGS = ("score", "score_base_weight", "score_pooling", "score_row_worst", "score_lookahead")
+
+
+def use_folder(args: SelectiveSFTConfig, folder: str | Path) -> None:
+    """Give `args` the score and the threshold of a scored folder, in place, where they are at their defaults.
+
+    A folder of before, or one that was scored without judged rows, leaves the threshold as it is.
+
+    Raises:
+        `InputError` when judged rows say that nothing should be selected by this folder, unless `args.go_on`.
+    """
+    selection = read_manifest(folder).get("selection") if is_scored(folder) else None
+    if not selection:
+        return
+    defaults = {item.name: item.default for item in fields(args) if item.default is not MISSING}
+    if args.score not in (defaults["score"], selection["score"]):
+        return  # another score, which the folder was not judged by
+    unset = {name for name in _SETTINGS if getattr(args, name) == defaults[name]}
+    for name in unset:
+        setattr(args, name, selection[name])
+    same = all(getattr(args, name) == selection[name] for name in _SETTINGS)
+    if not same:
+        return
+    if selection["refusal"] and not args.go_on:
+        raise InputError(
+            f"dataset_name={str(folder)!r}: {selection['refusal']}. Judge more rows, use another score, or select by "
+            "it all the same with --go_on true"
+        )
+    if not args.rule_is_default:
+        return
+    if selection["negative_threshold"] is not None:
+        args.negative_threshold = selection["negative_threshold"]
+        logger.warning(f"{folder}: {selection['threshold']}")
+    elif selection["target_precision"] is not None:
+        raise InputError(
+            f"dataset_name={str(folder)!r}: {selection['threshold']}. Set negative_threshold or positive_fraction "
+            "yourself, or score with a lower target_precision"
+        )
+    else:
+        args.negative_threshold = NEGATIVE_THRESHOLDS.get(args.score, NEGATIVE_THRESHOLD)
+    if not selection["verified"]:
+        logger.warning(
+            f"{folder}: score={args.score!r} is unverified: no judged rows say whether it finds what is wrong "
+            "(`selsft score --judged FILE`)"
+        )
