@@ -41,7 +41,7 @@ from .data.columns import (
     token_columns,
 )
 from .data.preparation import add_marked_weights, brings_weights, truncate_and_pack
-from .data.spans import check_marks, has_marks, join_parts
+from .data.spans import check_marks, has_marks, join_parts, refuse_late_marks
 from .scoring.weighing import TokenWeigher
 from .selection.excess import ExcessSelector
 from .training.collator import DataCollatorForSelectiveSFT
@@ -214,7 +214,7 @@ class SelectiveSFTTrainer(SFTTrainer):
         rows go through TRL's preparation as they are."""
         is_train, self._train_is_prepared = not self._train_is_prepared, True
         weighted = is_train and has_marks(dataset, args.dataset_text_field)
-        dataset = join_parts(dataset)
+        dataset = join_parts(dataset) if weighted or not is_train else refuse_late_marks(dataset)
         if not (weighted or (is_train and token_columns(dataset, args.score))):
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         plain = copy.copy(args)

@@ -593,3 +593,47 @@ def test_streams_without_features(options):
 
     run = trained(options, IterableDataset.from_generator(rows))
     assert run.state.log_history[0]["negative_fraction"] > 0.05
+
+
+@pytest.mark.parametrize("form", ["text", "messages", "parts"])
+@pytest.mark.parametrize("marks_before", [False, True])
+def test_marks_too_late_in_a_stream_are_refused(form, marks_before, options):
+    """A row that would be read without its marks stops the run."""
+
+    def row(marked):
+        if form == "text":
+            return {"text": "alpha beta", **({"spans": [[0, 5]]} if marked else {})}
+        content = [{"type": "text", "text": "beta", "weight": -1.0}] if marked and form == "parts" else "beta"
+        spans = {"spans": [[0, 2]]} if marked and form == "messages" else {}
+        return {"messages": [{"role": "user", "content": "alpha"}, {"role": "assistant", "content": content, **spans}]}
+
+    def rows():
+        first = row(False)
+        if marks_before and form != "text":
+            first["messages"][1]["weight"] = 0.5
+        elif marks_before:
+            first["weight"] = 0.5
+        yield first
+        yield from (row(False) for _ in range(300))
+        yield from (row(True) for _ in range(300))
+
+    data = IterableDataset.from_generator(rows)
+    run = SelectiveSFTTrainer(
+        tiny.llama(), SelectiveSFTConfig(**options), train_dataset=data, processing_class=tiny.tokenizer()
+    )
+    if marks_before and form != "parts":  # then every row is read
+        assert min(min(row["token_weights"]) for row in run.train_dataset) == -1
+    else:
+        with pytest.raises(ValueError, match=r"row 301.* after 256 rows without: declare the features"):
+            list(run.train_dataset)
+
+
+def test_several_processes_prepare_alike(options):
+    one, two = (
+        SelectiveSFTTrainer(
+            tiny.llama(), SelectiveSFTConfig(**options, dataset_num_proc=number), train_dataset=dataset_of("messages"),
+            processing_class=tiny.tokenizer(),
+        )
+        for number in (None, 2)
+    )  # fmt: skip
+    assert one.train_dataset["token_weights"][:] == two.train_dataset["token_weights"][:]
