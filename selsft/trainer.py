@@ -317,7 +317,8 @@ class SelectiveSFTTrainer(SFTTrainer):
     def _prove_weights_count(self) -> None:
         """Send two toy batches, which differ in a weight alone, through `SFTTrainer.compute_loss`: the installed TRL
         must call the fused head, and return what it says. Nothing of it stays in metrics or counts."""
-        before = copy.deepcopy(self._metrics), self._total_train_tokens
+        before = copy.deepcopy(self._metrics), self._total_train_tokens, self.aux_loss_enabled
+        self.aux_loss_enabled = False  # of experts, which TRL divides by a number that only a step knows
         device = self.accelerator.device
         ids = torch.arange(3, device=device)[None]
         try:
@@ -333,7 +334,7 @@ class SelectiveSFTTrainer(SFTTrainer):
                 if len(kept) != 1 or not torch.allclose(loss.detach().float(), wanted.detach(), rtol=1e-4):
                     raise RuntimeError(_NO_HEAD)
         finally:
-            self._metrics, self._total_train_tokens = before
+            self._metrics, self._total_train_tokens, self.aux_loss_enabled = before
 
     def log(self, logs, start_time=None):
         """Adds the metrics of the positive and negative tokens since the last log, over all processes."""
