@@ -18,6 +18,7 @@ from .alignment import token_bytes
 from .tokenizers import special_ids
 
 _CJK = re.compile("[\u2e80-\u2fdf\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_APOSTROPHE = re.compile(r"(?<=\w)['’](?=\w)|^['’](?=\w)")
 # Kinds of a character; a token that goes on with the bytes of a character belongs to the word before it
 _GOES_ON, _LETTER, _SIGN, _ALONE = range(4)
 
@@ -33,7 +34,7 @@ class Words:
         pieces = token_bytes(tokenizer) or _word_pieces(tokenizer)
         size = max(len(pieces), max(special_ids(tokenizer), default=0) + 1)
         self._first, self._last = np.full((2, size), _ALONE, np.uint8)
-        self._spaced, self._spaces = np.zeros((2, size), bool)  # begins with white space; ends with it
+        self._spaced, self._ends = np.zeros((2, size), bool)  # begins with white space; another word follows
         self._joins = np.zeros(size, bool)  # an apostrophe and a letter
         for index, piece in enumerate(pieces):
             if piece:
@@ -44,13 +45,16 @@ class Words:
     def _read(self, index: int, piece: bytes) -> None:
         text = piece.decode("utf-8", errors="ignore")
         words = text.strip()
-        self._spaced[index], self._spaces[index] = text[:1].isspace(), text[-1:].isspace()
+        self._spaced[index], self._ends[index] = text[:1].isspace(), text[-1:].isspace()
         goes_on = 0x80 <= piece[0] < 0xC0
-        if not words:
-            self._first[index] = self._last[index] = _GOES_ON if goes_on else _LETTER
+        if not words:  # white space, or bytes of a character: from U+3000 on of a sign that is a word of its own
+            lead = _ALONE if piece[-1] >= 0xE3 else _SIGN if piece[-1] == 0xE2 else _LETTER
+            self._first[index] = self._last[index] = _GOES_ON if goes_on else lead
             return
         self._first[index] = _GOES_ON if goes_on else _kind(words[0])
         self._last[index] = _kind(words[-1])
+        kinds = {_kind(character) for character in _APOSTROPHE.sub("", words)}
+        self._ends[index] |= len(words.split()) > 1 or len(kinds) > 1
         self._joins[index] = words[0] in "'’" and words[1:2].isalnum()
 
     def number(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -64,9 +68,11 @@ class Words:
         if not ids.size:
             return np.zeros(0, np.int64)
         ids = np.minimum(ids, len(self._first) - 1)  # embeddings may be padded beyond the vocabulary
-        first, last = self._first[ids], np.concatenate([[_ALONE], self._last[ids][:-1]])
+        first, last = self._first[ids], self._last[ids]
+        known = np.maximum.accumulate(np.where(last == _GOES_ON, 0, np.arange(ids.size)))
+        last = np.concatenate([[_ALONE], last[known][:-1]])  # of the token before, or of where its character began
         begins = (first != last) & ~(self._joins[ids] & (last == _LETTER)) & (first != _GOES_ON)
-        begins |= (first == _ALONE) | self._spaced[ids] | np.concatenate([[True], self._spaces[ids][:-1]])
+        begins |= (first == _ALONE) | self._spaced[ids] | np.concatenate([[True], self._ends[ids][:-1]])
         starts = np.cumsum(lengths) - lengths
         begins[starts[lengths > 0]] = True
         return np.cumsum(begins) - 1

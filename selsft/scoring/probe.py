@@ -94,12 +94,15 @@ class Probe:
             parts = [states[layer][:, -width:].to(device).float() @ w.to(device) for layer, w in maps.items()]
             this, following = torch.stack(parts).sum(0).unbind(-1)  # (batch, seq_len) each
             documents, valid = documents_of(inputs)
+            predicted = valid & (inputs["labels"] != -100)
+            predicted[:, 0] = False
+            predicted[:, 1:] &= documents[:, 1:] == documents[:, :-1]
             if self.kind == TOKEN:
                 logit = token_values(this, following, logps, documents, valid, loss.to(device))
             else:
-                answer = (inputs["labels"] != -100) & ~torch.isin(inputs["input_ids"], special.to(device)) & valid
+                answer = predicted & ~torch.isin(inputs["input_ids"], special.to(device))
                 logit = row_values(this, following, logps, documents, answer, loss.to(device))
-            return {PROBE_SCORES: -torch.sigmoid(logit + self.bias)}
+            return {PROBE_SCORES: torch.where(predicted, -torch.sigmoid(logit + self.bias), 0.0)}
 
         return StateColumns([PROBE_SCORES], list(maps), columns)
 

@@ -1,0 +1,119 @@
+"""Scores by formula, and pooled over words, spans and rows; the same for a data set, a batch and a row."""
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from selsft import SelectiveSFTConfig
+from selsft.config import PAPER_2508_04329, TOKEN_CLEANING_2502_01968
+from selsft.data.words import Words
+from selsft.selection.pooling import POOLINGS, pool_scores
+from selsft.selection.weights import add_token_weights, raw_scores, row_weights
+from tests.support import tiny
+
+SCORES = np.array([-1.0, -5.0, -2.0, 0.0, -3.0, -4.0], np.float32)
+MASK = np.array([True, True, True, False, True, True])
+DOCUMENTS = np.array([0, 0, 0, 0, 1, 1])
+WORDS = np.array([0, 0, 0, 1, 2, 2])
+
+
+@pytest.mark.parametrize(
+    ("pooling", "expected"),
+    [
+        ("token", [-1, -5, -2, None, -3, -4]),
+        ("word", [-5, -5, -5, None, -4, -4]),
+        ("span", [-1, -5, -5, None, -3, -4]),
+        ("row", [-8 / 3, -8 / 3, -8 / 3, None, -3.5, -3.5]),
+    ],
+)
+def test_pooling(pooling, expected):
+    found = pool_scores(SCORES, MASK, DOCUMENTS, WORDS, pooling)
+    for value, wanted in zip(found, expected, strict=True):
+        assert wanted is None or value == pytest.approx(wanted)
+
+
+def test_worst_of_a_row_and_lookahead():
+    assert pool_scores(SCORES, MASK, DOCUMENTS, None, "row", worst=2)[[0, 4]].tolist() == [-3.5, -3.5]
+    # token 2 is followed by one that does not count, token 5 by none
+    found = pool_scores(SCORES, MASK, DOCUMENTS, None, lookahead=0.5)
+    assert found[MASK].tolist() == [-3.5, -6.0, -2.0, -5.0, -4.0]
+
+
+def test_long_words_and_tokens_that_do_not_count():
+    rng = np.random.default_rng(0)
+    scores, mask = rng.normal(size=50).astype(np.float32), rng.random(50) < 0.8
+    words = np.sort(rng.integers(0, 5, 50))
+    rows = np.zeros(50, int)
+    span, word = (pool_scores(scores, mask, rows, words, how) for how in ("span", "word"))
+    for token in np.flatnonzero(mask):
+        own = (words == words[token]) & mask
+        assert word[token] == scores[own].min()
+        assert span[token] == scores[own & (np.arange(50) <= token)].min()
+
+
+def settings_of(**changes):
+    return SelectiveSFTConfig("unused", use_cpu=True, bf16=False, **changes)
+
+
+def test_formulas():
+    columns = {
+        "base_logps": np.float32([-2, -4]), "ref_logps": np.float32([-1, -5]), "noisy_logps": np.float32([-3, -1]),
+        "probe_scores": np.float32([-0.9, -0.1]),
+    }  # fmt: skip
+    for changes, expected in (
+        ({}, [1, -1]),
+        ({"score_base_weight": 0.5}, [0, -3]),
+        ({"score_base_weight": 0.0}, [-1, -5]),
+        ({"score": "surprisal"}, [-2, -4]),
+        ({"score": "contrast"}, [2, -4]),
+        ({"score": "probe"}, [-0.9, -0.1]),
+    ):
+        np.testing.assert_allclose(raw_scores(columns, settings_of(**changes)), expected, rtol=1e-6)
+
+
+def test_the_papers_keep_their_base_weight():
+    assert PAPER_2508_04329["score_base_weight"] == TOKEN_CLEANING_2502_01968["score_base_weight"] == 1.0
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_data_set_and_its_rows_get_the_same_weights(pooling):
+    rng = np.random.default_rng(1)
+    data = tiny.tokenised_data(12, base_logps=lambda i, row: rng.normal(-3, 2, len(row)).astype(np.float32))
+    args = settings_of(score="surprisal", negative_threshold=3.0, score_pooling=pooling, score_lookahead=0.25)
+    words = Words(tiny.tokenizer())
+    whole = add_token_weights(data, args, np.array([1]), False, words)
+    for row, weighed in zip(data, whole, strict=True):
+        assert row_weights(row, args, np.array([1]), False, words).tolist() == weighed["token_weights"]
+    assert {-1, 0, 1} == {weight for row in whole["token_weights"] for weight in row}
+    packed = Dataset.from_dict(
+        {name: [[v for row in data[name] for v in row]] for name in ("input_ids", "labels", "base_logps")}
+        | {"seq_lengths": [[len(row) for row in data["input_ids"]]]}
+    )
+    (weights,) = add_token_weights(packed, args, np.array([1]), True, words)["token_weights"]
+    assert weights == [weight for row in whole["token_weights"] for weight in row]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"score": "contrast", "reference_model": "a", "noisy_reference_model": "a"}, "all scores would be 0"),
+        ({"noisy_reference_model": "a"}, "only score='contrast'"),
+        ({"probe": "a"}, "set score='probe'"),
+        ({"probe_clean": "a"}, "set score='probe'"),
+        ({"score": "probe", "probe": "a", "probe_clean": "b"}, "exclude each other"),
+        ({"probe_corruptions": "swap"}, "set probe_clean"),
+        ({"target_precision": 0.5}, "set judged"),
+        ({"target_precision": 0.0, "judged": "a"}, r"target_precision=0.0 is outside of \(0.0, 1.0\]"),
+        ({"score": "probe", "judged_test": "a"}, "nothing to fit it on"),
+        ({"score_row_worst": 3}, "only 'row'"),
+        ({"score_pooling": "row", "score_row_worst": 0}, "must be at least 1"),
+        ({"score_pooling": "letter"}, "use one of token, word, span, row"),
+        ({"score_base_weight": -1.0}, "score_base_weight=-1.0 is outside"),
+        ({"score": "oracle", "score_pooling": "word"}, "score_pooling='word' with score='oracle'"),
+        ({"score": "probe", "gate_reference_prob": 0.1}, "has no reference"),
+        ({"score": "random", "positive_fraction": 0.5, "score_lookahead": 0.5}, "leave it out"),
+    ],
+)
+def test_contradictions_are_refused(changes, match):
+    with pytest.raises(ValueError, match=match):
+        settings_of(**changes)
