@@ -50,6 +50,7 @@ class _Settings(NamedTuple):
     forget: str
     beta: float
     floor: float | None
+    entropy_gate: float | None
     softcap: float | None
     logit_scale: float
     lora_scale: float
@@ -77,6 +78,7 @@ def linear_loss_op(
     forget: str,
     beta: float,
     floor: float | None,
+    entropy_gate: float | None,
     softcap: float | None,
     logit_scale: float,
     lora_scale: float,
@@ -93,7 +95,7 @@ def linear_loss_op(
     with backend.computing_on(input.device):
         head = make_head(weight, bias, lora_a, lora_b, softcap, logit_scale, lora_scale, compute_dtype)
         work = select_rows(target, token_weight, reference, active_rows, ignore_index)
-        objective = Objective(positive, forget, beta, floor)
+        objective = Objective(positive, forget, beta, floor, entropy_gate)
         grads = allocate(input, head, work, needs, weight_grad_dtype)
         stats = new_stats(work.size, input.device, entropy, is_top1)
         chunk_loop(input, head, work, objective, stats, grads, chunk_size)
@@ -107,8 +109,8 @@ def linear_loss_op(
 @linear_loss_op.register_fake
 def _(
     input, weight, bias, lora_a, lora_b, target, token_weight, reference, active_rows, positive, forget, beta, floor,
-    softcap, logit_scale, lora_scale, entropy, is_top1, chunk_size, compute_dtype, weight_grad_dtype, ignore_index,
-    needs,
+    entropy_gate, softcap, logit_scale, lora_scale, entropy, is_top1, chunk_size, compute_dtype, weight_grad_dtype,
+    ignore_index, needs,
 ):  # fmt: skip
     f32 = torch.float32
     n = target.shape
@@ -325,6 +327,7 @@ def linear_selective_cross_entropy(
     forget: str = "unlikelihood",
     beta: float = 1.0,
     floor: float | None = None,
+    entropy_gate: float | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     lora_a: Tensor | None = None,  # [r, H]
@@ -355,6 +358,8 @@ def linear_selective_cross_entropy(
         forget: `"unlikelihood"`, `"probability"`, `"npo"`, `"wga"` or `"gradient_ascent"` (unbounded).
         beta: The constant of `npo` and the exponent of `wga`.
         floor: A log-probability. A negative token below it gets no gradient, and the loss that it has at the floor.
+        entropy_gate: An entropy in nats. The weight of a positive token is multiplied by `min(1, H / entropy_gate)`, H
+            the entropy of its row, detached: entropy-adaptive fine-tuning (arXiv 2601.02151), which takes ln 20.
         softcap, logit_scale: Final logit softcapping and scale of the model; the scale comes first.
         lora_a, lora_b, lora_scale: LoRA on the head: `input W^T + lora_scale * (input A^T) B^T`, A `[r, H]`,
             B `[V, r]`, floating; computed in the dtype of `input`.
@@ -384,7 +389,7 @@ def linear_selective_cross_entropy(
         checks.per_token("reference_logprob", reference_logprob, input, torch.float32)
     checks.bias_vector(linear_bias, linear_weight)
     checks.lora(lora_a, lora_b, linear_weight)
-    checks.objective(positive, forget, beta, floor, reference_logprob)
+    checks.objective(positive, forget, beta, floor, reference_logprob, entropy_gate)
     checks.head_options(softcap, logit_scale)
     wanted = checks.output_names(outputs)
     checks.row_indices(active_rows, input)
@@ -403,10 +408,11 @@ def linear_selective_cross_entropy(
         forget,
         float(beta),
         floor,
+        entropy_gate,
         softcap,
         float(logit_scale),
         float(lora_scale),
-        "entropy" in wanted,
+        "entropy" in wanted or entropy_gate is not None,
         "is_top1" in wanted,
         chunk_size,
         compute_dtype,

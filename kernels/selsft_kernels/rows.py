@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .objectives import Objective, token_loss
+from .objectives import Objective, gated, token_loss
 
 # 1 MiB of fp32: the level-2 cache of a core.
 _CACHED_ELEMENTS = 2**18
@@ -63,7 +63,7 @@ class RowStats(NamedTuple):
 
     loss: Tensor | None = None
     logprob: Tensor | None = None
-    entropy: Tensor | None = None
+    entropy: Tensor | None = None  # an objective with an entropy gate needs it
     is_top1: Tensor | None = None  # bool
     lse: Tensor | None = None  # log-sum-exp without the target
     grad: Tensor | None = None  # |w| dL/dm
@@ -156,9 +156,13 @@ def _loss_rows(
     rest = 1.0 - p
     lse = largest + (rest / p).log()
     m = log_odds(z_y, lse)
-    value, grad = token_loss(m, targets.weight, targets.reference, objective)
+    weight, entropy = targets.weight, None
+    if stats.entropy is not None:
+        entropy = entropy_from(m, entropy_of(z, column, rest))
+        weight = gated(weight, entropy, objective)
+    value, grad = token_loss(m, weight, targets.reference, objective)
     skip = targets.weight == 0
-    _store(stats, value, m, lse, grad, None if stats.entropy is None else entropy_of(z, column, rest), skip)
+    _store(stats, value, m, lse, grad, entropy, skip)
 
     scale = grad * -t.logit_scale / rest
     if want_grad:
@@ -183,14 +187,14 @@ def entropy_of(p: Tensor, column: Tensor, rest: Tensor) -> Tensor:
 
 
 def _store(
-    stats: RowStats, value: Tensor, m: Tensor, lse: Tensor, grad: Tensor, rest: Tensor | None, skip: Tensor
+    stats: RowStats, value: Tensor, m: Tensor, lse: Tensor, grad: Tensor, entropy: Tensor | None, skip: Tensor
 ) -> None:
     if stats.loss is not None:
         stats.loss.copy_(value)
     if stats.logprob is not None:
         stats.logprob.copy_((-F.softplus(-m)).masked_fill(skip, 0.0))
-    if stats.entropy is not None and rest is not None:
-        stats.entropy.copy_(entropy_from(m, rest).masked_fill(skip, 0.0))
+    if stats.entropy is not None and entropy is not None:
+        stats.entropy.copy_(entropy.masked_fill(skip, 0.0))
     if stats.is_top1 is not None:
         stats.is_top1.logical_and_(~skip)
     if stats.lse is not None:

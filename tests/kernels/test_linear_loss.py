@@ -361,3 +361,12 @@ def test_logits_of_any_size(shift: float) -> None:
     expected, actual = oracle.selective(p), call.linear(p)
     for name in ("loss", "logprob", "entropy", "d_input", "d_weight", "d_bias"):
         assert relative(actual[name], expected[name]) < tolerance, name
+
+
+@pytest.mark.parametrize("options", [{}, {"positive": "dft", "floor": -3.0, "softcap": 4.0}], ids=["plain", "others"])
+def test_positives_gated_by_entropy(options: dict) -> None:
+    """Rows on both sides of the gate, and negative tokens that it does not touch."""
+    p = problem(rows=40, vocab=23, spread=3.0, entropy_gate=2.1, seed=3, **options)
+    entropy = oracle.selective(p)["entropy"][oracle.used(p) & (p.token_weight > 0)]
+    assert 0 < int((entropy < 2.1).sum()) < entropy.numel()
+    assert_matches(p, call.linear(p, chunk_size=16))

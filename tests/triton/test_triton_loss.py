@@ -45,6 +45,19 @@ def assert_matches(p: Problem, actual: dict) -> None:
         assert relative(actual[name], value) < TOLERANCE, name
 
 
+def assert_logits_match(p: Problem, z: torch.Tensor, **overrides: bool) -> None:
+    actual = call.logits(p, z, **overrides)
+    leaf = z.double().requires_grad_()
+    transformed = oracle.head_transform(leaf, p.options)
+    lp, l1mp = oracle.log_probabilities(transformed, p.target)
+    loss = oracle.token_losses(lp, l1mp, p, transformed).sum()
+    expected = oracle.statistics(transformed.detach(), lp.detach(), p.target, oracle.used(p))
+    expected |= {"loss": loss.detach(), "d_logits": torch.autograd.grad(loss, leaf)[0]}
+    assert torch.equal(actual["is_top1"], expected.pop("is_top1"))
+    for name, value in expected.items():
+        assert relative(actual[name], value) < TOLERANCE, name
+
+
 def test_this_is_the_triton_path(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from selsft_kernels import rows
 
@@ -193,6 +206,17 @@ def test_a_masked_vocabulary_entry_is_allowed(device: torch.device) -> None:
     assert z.grad is not None and z.grad.isfinite().all() and not z.grad[:, 8:24].any()
 
 
+@pytest.mark.parametrize("options", [{}, {"positive": "dft", "floor": -3.0, "softcap": 4.0}], ids=["plain", "others"])
+def test_positives_gated_by_entropy(options: dict, device: torch.device) -> None:
+    """Rows on both sides of the gate, and negative tokens that it does not touch."""
+    p = problem(rows=40, vocab=23, spread=3.0, entropy_gate=2.1, seed=3, device=device, **options)
+    entropy = oracle.selective(p)["entropy"][oracle.used(p) & (p.token_weight > 0)]
+    assert 0 < int((entropy < 2.1).sum()) < entropy.numel()
+    assert_matches(p, call.linear(p, chunk_size=16))
+    z = 3 * torch.randn(40, 23, generator=torch.Generator().manual_seed(1)).to(device)
+    assert_logits_match(p, z)
+
+
 @pytest.mark.parametrize("case", ["no rows", "all ignored", "all weights zero"])
 def test_nothing_to_compute_gives_connected_zeros(case: str, device: torch.device) -> None:
     p = problem(rows=0 if case == "no rows" else 3, bias=True, lora=True, device=device)
@@ -274,16 +298,7 @@ def test_strided_operands(device: torch.device) -> None:
 def test_logits(vocab: int, inplace_backward: bool, device: torch.device, short_blocks: None) -> None:
     p = problem(rows=5, vocab=vocab, floor=-4.0, softcap=6.0, logit_scale=1.5, device=device)
     z = 3 * torch.randn(5, vocab, generator=torch.Generator().manual_seed(1)).to(device)
-    actual = call.logits(p, z, inplace_backward=inplace_backward)
-    leaf = z.double().requires_grad_()
-    transformed = oracle.head_transform(leaf, p.options)
-    lp, l1mp = oracle.log_probabilities(transformed, p.target)
-    loss = oracle.token_losses(lp, l1mp, p).sum()
-    expected = oracle.statistics(transformed.detach(), lp.detach(), p.target, oracle.used(p))
-    expected |= {"loss": loss.detach(), "d_logits": torch.autograd.grad(loss, leaf)[0]}
-    assert torch.equal(actual["is_top1"], expected.pop("is_top1"))
-    for name, value in expected.items():
-        assert relative(actual[name], value) < TOLERANCE, name
+    assert_logits_match(p, z, inplace_backward=inplace_backward)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
