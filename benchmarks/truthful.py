@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from datasets import Dataset
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config
+from trl import ModelConfig, SFTConfig, get_peft_config
 
 from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
 from selsft.evaluation.intervals import bootstrap
@@ -38,7 +39,7 @@ from selsft.workflow.stage import Stage, file_fingerprint, model_source
 
 RECIPE = Path(__file__).parent.parent / "selsft" / "recipes" / "truthfulqa-smollm2.yaml"
 SYSTEM = "Answer briefly and truthfully."
-SFT = {field.name for field in dataclasses.fields(SFTConfig)}
+SFT, MODEL = ({field.name for field in dataclasses.fields(each)} for each in (SFTConfig, ModelConfig))
 # "human" takes the label in the place of the score: all tokens of a false answer are negative. It tells a score that
 # finds nothing from a trainer that does nothing, and is no method: who has labels leaves the false answers out.
 ARMS = ("sft", "ignore", "forget", "human")
@@ -102,19 +103,13 @@ def rows_of(data: list[dict], judged: bool = False) -> Dataset:
 # ---------------------------------------------------------------- training and scoring
 
 
-def recipe(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], Any]:
+def recipe() -> tuple[dict[str, Any], dict[str, Any], Any]:
     """Settings of the recipe for all trainings, those of selection and forgetting, and the adapter."""
-    parser = TrlParser((ScriptArguments, SelectiveSFTConfig, ModelConfig, DatasetMixtureConfig))
-    flags = ["--config", str(RECIPE), "--output_dir", "unused", "--model_name_or_path", str(options.model)]
-    _, args, model_args, _ = parser.parse_args_and_config(flags)
-    blank = SelectiveSFTConfig(output_dir="unused")
-    given = {name: value for name, value in vars(args).items() if value != getattr(blank, name, None)}
-    for name in ("output_dir", "logging_dir", "seed", "data_seed"):
-        given.pop(name, None)
-    shared = {name: value for name, value in given.items() if name in SFT and not name.startswith("_")}
-    shared["model_init_kwargs"] = {"dtype": model_args.dtype}
-    selection = {field.name: getattr(args, field.name) for field in dataclasses.fields(SelectiveSFTConfig)}
-    return shared, {k: v for k, v in selection.items() if k not in SFT and v is not None}, get_peft_config(model_args)
+    flags = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    del flags["seed"]
+    model = ModelConfig(**{name: flags.pop(name) for name in MODEL & flags.keys()})
+    selection = {name: flags.pop(name) for name in flags.keys() - SFT}
+    return {**flags, "model_init_kwargs": {"dtype": model.dtype}}, selection, get_peft_config(model)
 
 
 def answer_masks(rows: Dataset, special: set[int]) -> list[np.ndarray]:
@@ -139,7 +134,7 @@ def answer_logp(model, tokenizer, rows: Dataset, args: SelectiveSFTConfig) -> di
 
 
 def reference_stage(options: argparse.Namespace, data: dict[str, list[dict]], rate: float) -> Stage:
-    shared, _, adapter = recipe(options)
+    shared, _, adapter = recipe()
     settings = {**shared, "learning_rate": rate, "num_train_epochs": 2}
 
     def work(folder: Path) -> None:
@@ -157,10 +152,10 @@ def reference_stage(options: argparse.Namespace, data: dict[str, list[dict]], ra
 
 
 def score_stage(options: argparse.Namespace, data: dict[str, list[dict]], reference: Stage) -> Stage:
-    shared, selection, adapter = recipe(options)
+    shared, selection, adapter = recipe()
 
     def work(folder: Path) -> None:
-        settings = {**shared, **selection, "scoring_cache_dir": str(options.work / "arms" / "scores")}
+        settings = {**shared, **selection, "scoring_cache_dir": str(options.work / "scores")}
         args = SelectiveSFTConfig(output_dir=str(folder), reference_model=str(reference.folder / "model"), **settings)
         with quiet():
             trainer = SelectiveSFTTrainer(
@@ -198,7 +193,7 @@ def mean_by_row(values: list[np.ndarray], masks: list[np.ndarray]) -> list[float
 
 
 def compare(options: argparse.Namespace, data: dict[str, list[dict]], references: list[Stage]) -> ArmComparison:
-    shared, selection, adapter = recipe(options)
+    shared, selection, adapter = recipe()
     scored = {"reference_model": references[0].folder / "model", **selection}
     weighted = {name: value for name, value in selection.items() if name.startswith("forget_")}
     arms = {
@@ -214,7 +209,7 @@ def compare(options: argparse.Namespace, data: dict[str, list[dict]], references
         {name: arms[name] for name in options.arms},
         options.work / "arms",
         seeds=options.seeds,
-        settings=shared,
+        settings={**shared, "scoring_cache_dir": str(options.work / "scores")},
         peft_config=adapter,
         untrained={
             "base": options.model,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -410,6 +411,24 @@ class SelectiveSFTConfig(SFTConfig):
         self._validate_selection()
 
     @property
+    def effective_threshold(self) -> float | None:
+        """The threshold in force, in the unit of the score: `negative_threshold`, or the score's own where no rule is
+        set."""
+        if not self.rule_is_default or self.score == "oracle":
+            return self.negative_threshold
+        return NEGATIVE_THRESHOLDS.get(self.score, NEGATIVE_THRESHOLD)
+
+    @property
+    def rule_is_default(self) -> bool:
+        """Whether neither `negative_threshold` nor `positive_fraction` is set."""
+        return self.negative_threshold is None and self.positive_fraction is None
+
+    def changed(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of the named fields that are not at their default, with their values."""
+        defaults = {item.name: item.default for item in fields(self)}
+        return {name: getattr(self, name) for name in names if getattr(self, name) != defaults[name]}
+
+    @property
     def pooling(self) -> str:
         """`score_pooling`, or what it is by default."""
         return self.score_pooling or ("word" if self.score == "probe" else "token")
@@ -441,9 +460,6 @@ class SelectiveSFTConfig(SFTConfig):
                     f"{name}={value!r} is unknown: use one of {', '.join(str(each) for each in choices if each)}"
                 )
         self._validate_scheme()
-        self.rule_is_default = self.negative_threshold is None and self.positive_fraction is None
-        if self.rule_is_default and self.score != "oracle":
-            self.negative_threshold = NEGATIVE_THRESHOLDS.get(self.score, NEGATIVE_THRESHOLD)
         _check_number("negative_threshold", self.negative_threshold, low=-math.inf)
         _check_number("positive_fraction", self.positive_fraction, low=0.0, high=1.0)
         _check_number("score_base_weight", self.score_base_weight, low=0.0)

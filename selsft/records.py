@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -24,7 +25,7 @@ from .errors import InputError
 from .secrets import redact
 
 PACKAGES = ("selsft", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "triton")
-LOCK = ".lock"
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -93,18 +94,30 @@ def remove(path: Path) -> None:
 def exclusive(folder: Path, field: str = "output_dir") -> Iterator[None]:
     """Hold `folder`, which is created, against other processes, until this one ends, however it ends.
 
+    The lock is on the folder itself and leaves no file in it.
+
     Raises:
         `InputError` naming `field` when another process holds it.
     """
+    created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{field}={str(folder)!r}: another process is at work in it. Wait for it, or choose another folder"
-            ) from None
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise InputError(
+            f"{field}={str(folder)!r}: another process is at work in it. Wait for it, or choose another folder"
+        ) from None
+    except OSError as error:  # some network file systems cannot lock a folder
+        logger.warning(f"{folder} cannot be locked ({error}): do not run two commands in it at once")
+    try:
         yield
+    finally:
+        os.close(handle)
+        if created:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # where nothing came of it
 
 
 def json_sha256(content: object) -> str:

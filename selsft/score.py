@@ -24,6 +24,7 @@ from accelerate.utils import tqdm
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig
 
 from ._compat import adapter_on_lm_head
 from .config import SelectiveSFTConfig
@@ -41,6 +42,13 @@ from .scoring.logprobs import ROW_COLUMNS
 from .trainer import SelectiveSFTTrainer
 from .training.model import Model, base_model
 
+_INHERITED = {item.name for item in dataclasses.fields(SFTConfig)}
+# What training does with scores: name -> default
+_SELECTION = {
+    item.name: item.default
+    for item in dataclasses.fields(SelectiveSFTConfig)
+    if item.name not in _INHERITED and not item.name.startswith("scoring_")
+}
 SCORED = ("influence", "surprisal", "probe", "contrast")
 JUDGED_DATA = ("judged", "judged_test", "probe_clean")
 
@@ -77,7 +85,7 @@ def score_dataset(
         tokenizer: that of `model` by default.
         args: settings that decide tokens (`max_length`, `packing`, ...), precision and batches.
         peft_config: for a model that will be trained with a new adapter, and a reference that is `"base"` or one.
-        base_logps, ref_logps: Parquet file or folder with log-probabilities computed elsewhere, in the place of those
+        base_logps, ref_logps: Parquet file or folder with log-probabilities computed elsewhere, instead of those
             of `model` or of the reference ([`ImportedLogps`]).
         shard_tokens: tokens of a shard: what is in memory at once, and what an interrupt can cost.
         mixed_batches: score policy and reference in one forward pass where both are LoRA adapters of one model.
@@ -95,8 +103,7 @@ def score_dataset(
         made by something else, and for rows, models or imported values that do not fit.
     """
     args = args if args is not None else SelectiveSFTConfig(str(output_dir))
-    reference = args.reference_model if reference_model is None else reference_model
-    reference = str(reference) if isinstance(reference, Path) else reference
+    reference = str(reference_model) if isinstance(reference_model, Path) else reference_model or args.reference_model
     given = {"judged": judged, "judged_test": judged_test, "probe_clean": probe_clean}
     given = {name: rows for name, rows in given.items() if rows is not None}
     check_score_settings(args, reference, base_logps, ref_logps, shard_tokens, given)
@@ -108,16 +115,15 @@ def score_dataset(
     data = judged_data(args) | given
     with adapter_on_lm_head():
         trainer = SelectiveSFTTrainer(
-            str(model) if isinstance(model, Path) else model,
+            model,
             row_settings(args, folder),
             train_dataset=dataset,
             processing_class=tokenizer,
             peft_config=peft_config,
         )
     run = ScoringRun(
-        trainer, folder, reference, base_logps=base_logps, ref_logps=ref_logps, shard_tokens=shard_tokens,
-        mixed_batches=mixed_batches,
-        score=args.score, **data,
+        trainer, args, folder, reference, base_logps=base_logps, ref_logps=ref_logps, shard_tokens=shard_tokens,
+        mixed_batches=mixed_batches, **data,
     )  # fmt: skip
     run.open(
         {"model": base_logps or trainer.model.config._name_or_path, "reference": ref_logps or run.models.name}, rescore
@@ -216,8 +222,9 @@ def check_score_settings(
 def row_settings(args: SelectiveSFTConfig, folder: Path) -> SelectiveSFTConfig:
     """Settings of the trainer that prepares the rows: as training sees them, one document each."""
     made = copy.copy(args)
-    made.reference_model, made.output_dir = None, str(folder)
-    made.score = "influence"  # of which a trainer without a reference computes nothing
+    for name, default in _SELECTION.items():  # it has no effect on rows, and a trainer would say so
+        setattr(made, name, default)
+    made.output_dir = str(folder)
     made.eval_strategy, made.push_to_hub = "no", False
     made.max_steps = max(made.max_steps, 1)  # a trainer of streamed rows must know its end
     if made.packing and made.packing_strategy == "bfd" and made.max_length is not None:
@@ -230,9 +237,9 @@ class ScoringRun:
     """Rows, what scores them, and the folder that keeps the scores.
 
     Args:
-        trainer: made with `row_settings`; its model is the policy at the start of training.
+        trainer: made with `row_settings(args)`; its model is the policy at the start of training.
+        args: all settings; those of selection go back into the trainer's.
         folder: of the scores.
-        score: as in `SelectiveSFTConfig`.
         reference, base_logps, ref_logps, shard_tokens, mixed_batches, judged, judged_test, probe_clean: see
             `score_dataset`.
 
@@ -246,10 +253,10 @@ class ScoringRun:
     def __init__(
         self,
         trainer: SelectiveSFTTrainer,
+        args: SelectiveSFTConfig,
         folder: Path,
         reference: str | Model | None,
         *,
-        score: str = "influence",
         base_logps: str | Path | None = None,
         ref_logps: str | Path | None = None,
         shard_tokens: int = TOKENS_PER_CHUNK,
@@ -260,9 +267,10 @@ class ScoringRun:
     ):
         if columns := token_columns(trainer.train_dataset):
             raise InputError(f"the data has the columns {columns} already: leave them out to score it")
+        for name in _SELECTION:
+            setattr(trainer.args, name, getattr(args, name))
         self.trainer, self.shard_tokens = trainer, shard_tokens
         self.args = copy.copy(trainer.args)
-        self.args.score = score
         self.count = 0  # shards of the data, known at the end
         tokenizer: PreTrainedTokenizerBase = trainer._tokenizer
         self.models = models = FrozenModels(
@@ -270,7 +278,7 @@ class ScoringRun:
             base=base_logps is None, mixed=mixed_batches,
         )  # fmt: skip
         self.noisy: FrozenModels | None = None
-        if score == "contrast":
+        if self.args.score == "contrast":
             self.noisy = FrozenModels(
                 trainer.model, self.args.noisy_reference_model, tokenizer, trainer.args, trainer.accelerator,
                 trainer.data_collator, base=False, adapter_name="selsft_noisy",

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.metadata
 import logging
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -39,19 +41,23 @@ from .data.columns import (
     token_columns,
 )
 from .data.preparation import add_marked_weights, brings_weights, truncate_and_pack
-from .data.spans import check_marks, has_marks, join_parts
+from .data.spans import check_marks, has_marks, join_parts, refuse_late_marks
 from .scoring.weighing import TokenWeigher
 from .selection.excess import ExcessSelector
 from .training.collator import DataCollatorForSelectiveSFT
-from .training.head import STATS, SelectiveCausalLMOutput, SelectiveHead
+from .training.head import STATS, SelectiveCausalLMOutput, SelectiveHead, toy_forward
 from .training.model import Model
 from .training.schedules import forget_weight_at
-from .training.validation import refuse_unsupported
+from .training.validation import refuse_without_effect, validate_selection
 
 logger = logging.getLogger(__name__)
 
 # Micro-batches whose sums stay on the device one by one; a run that never logs must not fill it
 _KEPT = 1000
+_NO_HEAD = (
+    f"SFTTrainer.compute_loss of the installed TRL {importlib.metadata.version('trl')} does not go through the fused "
+    "head as selsft expects, so token weights would have no effect: install the versions of constraints.txt"
+)
 
 
 class SelectiveSFTTrainer(SFTTrainer):
@@ -64,12 +70,12 @@ class SelectiveSFTTrainer(SFTTrainer):
     negative log-likelihood of all labels, comparable with `SFTTrainer`'s.
 
     Args:
-        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+        model (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             As in [`~trl.SFTTrainer`], like all other arguments up to `formatting_func`.
         args ([`SelectiveSFTConfig`], *optional*):
             A [`~trl.SFTConfig`] or [`~transformers.TrainingArguments`] is taken too, with the selective defaults.
-        reference_model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*, keyword only):
-            The reference, when it is loaded already; takes the place of `args.reference_model`.
+        reference_model (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+            Keyword only. The reference, which may be loaded already; replaces `args.reference_model`.
 
     Train data may bring, besides everything that `SFTTrainer` accepts:
         - `token_weights` (`list[float]`), with `input_ids`: a signed weight for each token;
@@ -117,7 +123,7 @@ class SelectiveSFTTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model: str | Model,
+        model: str | Path | Model,
         args: SelectiveSFTConfig | TrainingArguments | None = None,
         data_collator=None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -133,8 +139,10 @@ class SelectiveSFTTrainer(SFTTrainer):
         peft_config: PeftConfig | None = None,
         formatting_func=None,
         *,
-        reference_model: str | Model | None = None,
+        reference_model: str | Path | Model | None = None,
     ):
+        model = str(model) if isinstance(model, Path) else model
+        reference_model = str(reference_model) if isinstance(reference_model, Path) else reference_model
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = SelectiveSFTConfig(f"{name.split('/')[-1]}-SFT")
@@ -167,22 +175,24 @@ class SelectiveSFTTrainer(SFTTrainer):
         )
         self._online = scored and (not args.precompute_scores or isinstance(self.train_dataset, IterableDataset))
         self._excess: ExcessSelector | None = None
-        self._candidates = 0  # trained tokens of this process since the last log, where a step selects among them
+        self._candidates = 0  # supervised tokens of this process since the last log, where a step selects among them
         self._step_counts: torch.Tensor | None = None
         self._outputs: list[SelectiveCausalLMOutput] = []  # of the micro-batches since the last log, detached
         self._totals: torch.Tensor | None = None  # of those before, when many steps go by without a log
+        refuse_without_effect(self, source, given)
         if self._selective:
             self._select_tokens(source, given)
 
     def _select_tokens(self, source: str | Model | None, given: list[str]) -> None:
         """All that a selective run needs beyond `SFTTrainer.__init__`; after it, so that the policy is initialised
         from the same random numbers."""
-        refuse_unsupported(self, source, given)
+        validate_selection(self, source, given)
         if not isinstance(self.data_collator, DataCollatorForSelectiveSFT):
             parent = cast(DataCollatorForLanguageModeling, self.data_collator)
             self.data_collator = DataCollatorForSelectiveSFT.from_parent(parent)
         # The loss is normalised over the optimizer step, whatever the model's own forward accepts
         self.model_accepts_loss_kwargs = True
+        self._prove_weights_count()
         self._weigher = TokenWeigher(
             self.model, source, self.args, self.accelerator, self.data_collator, self._tokenizer, self.chat_template,
             given, self._online,
@@ -204,7 +214,7 @@ class SelectiveSFTTrainer(SFTTrainer):
         rows go through TRL's preparation as they are."""
         is_train, self._train_is_prepared = not self._train_is_prepared, True
         weighted = is_train and has_marks(dataset, args.dataset_text_field)
-        dataset = join_parts(dataset)
+        dataset = join_parts(dataset) if weighted or not is_train else refuse_late_marks(dataset)
         if not (weighted or (is_train and token_columns(dataset, args.score))):
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         plain = copy.copy(args)
@@ -220,7 +230,7 @@ class SelectiveSFTTrainer(SFTTrainer):
         names = cast(list[str], self._signature_columns)
         if self._selective and WEIGHTS not in names:
             names += [WEIGHTS]
-            names += [BASE_LOGPS] if self.args.forget_objective == "npo" else []
+            names += [BASE_LOGPS] if self.args.needs_start_logps else []
             names += [REF_LOGPS] if self.args.score == "excess" else []
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -279,7 +289,7 @@ class SelectiveSFTTrainer(SFTTrainer):
         head = SelectiveHead(
             torch.where(weights < 0, weights * scale, weights),
             columns.get(ACTIVE_ROWS),
-            reference_logps=columns.get(BASE_LOGPS) if args.forget_objective == "npo" else None,
+            reference_logps=columns.get(BASE_LOGPS) if args.needs_start_logps else None,
             positive=args.loss_type,
             forget=args.forget_objective,
             beta=args.forget_beta,
@@ -290,11 +300,41 @@ class SelectiveSFTTrainer(SFTTrainer):
         if len(self._outputs) >= _KEPT:
             self._totals = self._take_stats()
         self._metrics["train"]["forget_weight"].append(forget_weight)
-        loss_type, args.loss_type = args.loss_type, "nll"  # the head has applied DFT's factor already
+        kept = len(self._outputs)
+        loss = self._sft_loss(_with_head(model, head, self._outputs), inputs, return_outputs, num_items)
+        if len(self._outputs) != kept + 1:
+            raise RuntimeError(_NO_HEAD)
+        return loss
+
+    def _sft_loss(self, forward: Callable, inputs: dict, return_outputs: bool, num_items: torch.Tensor):
+        """`SFTTrainer.compute_loss` on `forward`, without DFT's factor, which the head has applied already."""
+        loss_type, self.args.loss_type = self.args.loss_type, "nll"
         try:
-            return super().compute_loss(_with_head(model, head, self._outputs), inputs, return_outputs, num_items)
+            return super().compute_loss(forward, inputs, return_outputs, num_items)
         finally:
-            args.loss_type = loss_type
+            self.args.loss_type = loss_type
+
+    def _prove_weights_count(self) -> None:
+        """Send two toy batches, which differ in a weight alone, through `SFTTrainer.compute_loss`: the installed TRL
+        must call the fused head, and return what it says. Nothing of it stays in metrics or counts."""
+        before = copy.deepcopy(self._metrics), self._total_train_tokens, self.aux_loss_enabled
+        self.aux_loss_enabled = False  # of experts, which TRL divides by a number that only a step knows
+        device = self.accelerator.device
+        ids = torch.arange(3, device=device)[None]
+        try:
+            for weight in (1.0, -0.5):
+                kept: list[SelectiveCausalLMOutput] = []
+                head = SelectiveHead(torch.full((1, 3), weight, device=device))
+                inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+                forward = _with_head(toy_forward, head, kept)
+                loss = cast(torch.Tensor, self._sft_loss(forward, inputs, False, torch.tensor(2, device=device)))
+                wanted = cast(torch.Tensor, toy_forward(**inputs, selective_head=head).loss) / 2
+                if self.args.average_tokens_across_devices:
+                    wanted = wanted * (self.accelerator.num_processes // self.get_tp_size())
+                if len(kept) != 1 or not torch.allclose(loss.detach().float(), wanted.detach(), rtol=1e-4):
+                    raise RuntimeError(_NO_HEAD)
+        finally:
+            self._metrics, self._total_train_tokens, self.aux_loss_enabled = before
 
     def log(self, logs, start_time=None):
         """Adds the metrics of the positive and negative tokens since the last log, over all processes."""
@@ -332,7 +372,7 @@ class SelectiveSFTTrainer(SFTTrainer):
         return stats
 
 
-def _with_head(model: torch.nn.Module, head: SelectiveHead, kept: list | None = None) -> Callable:
+def _with_head(model: Callable, head: SelectiveHead, kept: list | None = None) -> Callable:
     """What `SFTTrainer.compute_loss` calls in place of the model: its fused head becomes the selective one.
 
     Args:

@@ -76,7 +76,7 @@ def test_the_users_own_settings_stay(score, options, tmp_path):
         assert args.negative_threshold == changes.get("negative_threshold")
     other = train_settings(options, score="surprisal")
     use_folder(other, tmp_path / "scored")
-    assert other.score == "surprisal" and other.negative_threshold == 4.6
+    assert other.score == "surprisal" and other.effective_threshold == 4.6
 
 
 def test_rows_that_were_fitted_on_count_nowhere(score, tmp_path):
@@ -104,7 +104,7 @@ def test_a_score_like_chance_is_refused(score, options, tmp_path):
         use_folder(train_settings(options), tmp_path / "scored")
     args = train_settings(options, go_on=True)
     use_folder(args, tmp_path / "scored")
-    assert args.score == "surprisal" and args.negative_threshold == 4.6
+    assert args.score == "surprisal" and args.effective_threshold == 4.6
 
 
 def test_a_precision_that_is_not_reached_has_no_default_threshold(score, options, tmp_path):

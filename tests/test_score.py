@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
-from selsft.data.scored_folder import load_scores
-from selsft.score import score_dataset
+from selsft import SelectiveSFTConfig, SelectiveSFTTrainer, load_scores, score_dataset
+from selsft.data.scored_folder import read_manifest
 from tests.support import tiny
 from tests.support.oracle import plain_logps
 
@@ -51,6 +50,17 @@ def test_a_finished_folder_is_not_scored_again(args, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"another reference .*--rescore true"):
         score(tiny.llama(seed=2))
     assert score(tiny.llama(seed=2), rescore=True)["ref_logps"][:] != first
+
+
+def test_settings_of_selection_are_for_training(args, tmp_path):
+    args.positive_fraction, args.negative_threshold, args.forget_weight = 0.5, None, 1.0
+    args.reference_model_init_kwargs = {"dtype": "bfloat16"}
+    tiny.llama(seed=1).save_pretrained(tmp_path / "reference")
+    args.reference_model = str(tmp_path / "reference")
+    score_dataset(
+        tiny.llama(), tiny.prompt_data(), tokenizer=tiny.tokenizer(), args=args, output_dir=tmp_path / "scored"
+    )
+    assert read_manifest(tmp_path / "scored")["identity"]["reference_dtype"] == "bfloat16"
 
 
 def test_bad_settings_are_refused_before_anything_is_loaded(args, tmp_path):

@@ -11,11 +11,13 @@ does not wait for a compiler.
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # Triton ships for Linux (and partly Windows) only
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
@@ -28,8 +30,27 @@ def use_triton(device: torch.device) -> bool:
 
 
 def implementation(name: str, device: torch.device) -> Any:
-    """The module `name` (`"rows"`, `"fold"` or `"target_dot"`) that works on tensors of `device`."""
+    """The module `name` (`"rows"`, `"fold"`, `"target_dot"` or `"scale"`) that works on tensors of `device`."""
     return importlib.import_module(f".{name}_triton" if use_triton(device) else f".{name}", __package__)
+
+
+_kept = threading.local()
+_KEPT_BYTES = 96 * 2**20
+
+
+def scratch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised buffer for the time of one call.
+
+    On a CPU, its memory is kept for the thread's next call if it is at most 96 MiB: new pages from the system cost as
+    much as a tenth of the products that fill them. GPUs have an allocator for that.
+    """
+    size = shape[0] * shape[1] * dtype.itemsize
+    if device.type != "cpu" or size > _KEPT_BYTES:
+        return torch.empty(shape, device=device, dtype=dtype)
+    memory: Tensor | None = getattr(_kept, "memory", None)
+    if memory is None or memory.numel() < size:
+        memory = _kept.memory = torch.empty(size, dtype=torch.uint8)
+    return memory[:size].view(dtype).view(shape)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .objectives import FORGET, FORGET_OBJECTIVES, POSITIVE_OBJECTIVES, Objective
+from .objectives import FORGET, FORGET_OBJECTIVES, POSITIVE_OBJECTIVES
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OUTPUTS = ("logprob", "entropy", "is_top1")
@@ -91,7 +91,14 @@ def lora(a: Tensor | None, b: Tensor | None, weight: Tensor) -> None:
         same_device(name, tensor, weight, "linear_weight")
 
 
-def objective(positive: str, forget: str, beta: float, floor: float | None, reference: Tensor | None) -> Objective:
+def objective(
+    positive: str,
+    forget: str,
+    beta: float,
+    floor: float | None,
+    reference: Tensor | None,
+    entropy_gate: float | None,
+) -> None:
     if positive not in POSITIVE_OBJECTIVES:
         raise ValueError(f"positive={positive!r} is not one of {POSITIVE_OBJECTIVES}")
     if forget not in FORGET_OBJECTIVES:
@@ -104,7 +111,8 @@ def objective(positive: str, forget: str, beta: float, floor: float | None, refe
         raise ValueError(
             f"reference_logprob is None; forget={forget!r} needs the reference's log-probability of the targets"
         )
-    return Objective(positive, forget, float(beta), floor)
+    if entropy_gate is not None and not 0 < entropy_gate < math.inf:
+        raise ValueError(f"entropy_gate={entropy_gate} must be None or an entropy in nats above 0, for example 3.0")
 
 
 def head_options(softcap: float | None, logit_scale: float) -> None:

@@ -23,7 +23,7 @@ _HIDES_READ, _HIDES_UPDATE = 263, 1053
 # Least rows of a chunk, and the bytes that its logits may take.
 _FROZEN_ROWS, _FROZEN_BYTES = 1024, 512 * 2**20
 _TRAINED_ROWS, _TRAINED_BYTES = 2048, 1024 * 2**20
-_CPU_BYTES = 32 * 2**20
+_CPU_BYTES, _CPU_TILE_BYTES = 96 * 2**20, 32 * 2**20
 
 SCORING_ROWS = 4096
 _SCORING_BYTES = 32 * 2**20  # stays in the L2 cache of a large GPU (H100: 50 MB) beside the operands
@@ -62,7 +62,9 @@ def training_rows(
     shortest on a tie.
     """
     if device.type == "cpu":
-        return max(1, min(rows, _CPU_BYTES // (4 * padded(vocab))))
+        most = max(1, _CPU_BYTES // (4 * padded(vocab)))
+        # Chunks of about the same length: a short one reads the head for little.
+        return max(1, -(-rows // -(-rows // most))) if rows else 1
     least, budget = (_TRAINED_ROWS, _TRAINED_BYTES) if trained_head else (_FROZEN_ROWS, _FROZEN_BYTES)
     most = max(TILE_ROWS, budget // (itemsize * padded(vocab)) // TILE_ROWS * TILE_ROWS)
     least = min(least, most)
@@ -76,6 +78,15 @@ def training_rows(
         return cost + (chunk_cost(rest, hidden, sms, trained_head=trained_head) if rest else 0.0)
 
     return min(rows, min(range(least, most + 1, TILE_ROWS), key=lambda chunk: (total(chunk), chunk)))
+
+
+def one_chunk(rows: int, hidden: int, itemsize: int) -> bool:
+    """Whether a trained 16-bit head takes all rows at once, and writes its gradient once, in its own dtype.
+
+    The logits of all rows (`rows V itemsize` bytes) are then no larger than the fp32 sum that several chunks would
+    need (`4 V hidden`), which would also be read and written for every chunk, and rounded in a pass of its own.
+    """
+    return itemsize == 2 and rows * itemsize <= 4 * hidden
 
 
 def chunk_cost(rows: int, hidden: int, sms: int, *, trained_head: bool) -> float:
@@ -93,7 +104,7 @@ def scoring_tile(rows: int, vocab: int, itemsize: int, device: torch.device) -> 
     """`(rows, columns)` of a tile of logits when only log-probabilities are wanted."""
     if device.type == "cpu":
         columns = min(padded(vocab), 16384)
-        return max(1, min(rows, _CPU_BYTES // (4 * columns))), columns
+        return max(1, min(rows, _CPU_TILE_BYTES // (4 * columns))), columns
     tile_rows = max(1, min(rows, SCORING_ROWS))
     columns = _SCORING_BYTES // (itemsize * tile_rows) // TILE_COLUMNS * TILE_COLUMNS
     return tile_rows, min(max(columns, TILE_COLUMNS), padded(vocab))

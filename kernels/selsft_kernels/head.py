@@ -96,7 +96,11 @@ def hidden_rows(input: Tensor, index: Tensor | None, weight: Tensor, rows: slice
     """
     if index is None:
         return input[rows]
-    return input[index].masked_fill_((weight == 0).unsqueeze(1), 0.0)
+    x, skip = input[index], weight == 0
+    # On a CPU, looking is cheaper than a pass over x; on a GPU, the host would wait.
+    if skip.device.type == "cpu" and not skip.any():
+        return x
+    return x.masked_fill_(skip.unsqueeze(1), 0.0)
 
 
 def raw_logits(out: Tensor, x: Tensor, head: Head, lora_hidden: Tensor | None, columns: slice = slice(None)) -> Tensor:

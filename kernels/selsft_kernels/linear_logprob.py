@@ -142,6 +142,7 @@ class _LinearLogprob(torch.autograd.Function):
             forget="gradient_ascent",
             beta=1.0,
             floor=None,
+            entropy_gate=None,
             softcap=s.softcap,
             logit_scale=s.logit_scale,
             lora_scale=s.lora_scale,

@@ -50,6 +50,7 @@ class _Settings(NamedTuple):
     forget: str
     beta: float
     floor: float | None
+    entropy_gate: float | None
     softcap: float | None
     logit_scale: float
     lora_scale: float
@@ -77,6 +78,7 @@ def linear_loss_op(
     forget: str,
     beta: float,
     floor: float | None,
+    entropy_gate: float | None,
     softcap: float | None,
     logit_scale: float,
     lora_scale: float,
@@ -93,7 +95,7 @@ def linear_loss_op(
     with backend.computing_on(input.device):
         head = make_head(weight, bias, lora_a, lora_b, softcap, logit_scale, lora_scale, compute_dtype)
         work = select_rows(target, token_weight, reference, active_rows, ignore_index)
-        objective = Objective(positive, forget, beta, floor)
+        objective = Objective(positive, forget, beta, floor, entropy_gate)
         grads = allocate(input, head, work, needs, weight_grad_dtype)
         stats = new_stats(work.size, input.device, entropy, is_top1)
         chunk_loop(input, head, work, objective, stats, grads, chunk_size)
@@ -107,8 +109,8 @@ def linear_loss_op(
 @linear_loss_op.register_fake
 def _(
     input, weight, bias, lora_a, lora_b, target, token_weight, reference, active_rows, positive, forget, beta, floor,
-    softcap, logit_scale, lora_scale, entropy, is_top1, chunk_size, compute_dtype, weight_grad_dtype, ignore_index,
-    needs,
+    entropy_gate, softcap, logit_scale, lora_scale, entropy, is_top1, chunk_size, compute_dtype, weight_grad_dtype,
+    ignore_index, needs,
 ):  # fmt: skip
     f32 = torch.float32
     n = target.shape
@@ -178,11 +180,14 @@ def chunk_loop(
     """Runs every chunk through the head; fills `stats` and `grads`."""
     vocab, hidden = head.weight.shape
     dtype, device = head.weight.dtype, input.device
+    narrow = grads.weight is not None and grads.weight.dtype == dtype
+    if chunk_size is None and narrow and chunking.one_chunk(work.size, hidden, dtype.itemsize):
+        chunk_size = work.size
     chunk = chunk_size or chunking.training_rows(
         work.size, hidden, vocab, dtype.itemsize, device, trained_head=grads.weight is not None
     )
     chunk = max(1, min(chunk, work.size))
-    buffer = torch.empty(chunk, chunking.padded(vocab), device=device, dtype=dtype)
+    buffer = backend.scratch((chunk, chunking.padded(vocab)), dtype, device)
     want_grad = any(g is not None for g in grads)
     for start in range(0, work.size, chunk):
         end = min(start + chunk, work.size)
@@ -198,7 +203,7 @@ def chunk_loop(
             None if work.reference is None else work.reference[start:end],
             own,
         )
-        backend.implementation("rows", device).loss_rows(
+        factor = backend.implementation("rows", device).loss_rows(
             raw,
             targets,
             head.transform,
@@ -209,12 +214,13 @@ def chunk_loop(
         )
         if want_grad:
             place = slice(start, end) if index is None else index
-            add_gradients(grads, raw, x, head, lora_hidden, place, first=start == 0)
+            add_gradients(grads, raw, factor, x, head, lora_hidden, place, first=start == 0)
 
 
 def add_gradients(
     grads: Gradients,
-    d_raw: Tensor,  # [n, V] gradient with respect to the raw logits
+    d_raw: Tensor,  # [n, V] gradient with respect to the raw logits, without `factor`
+    factor: Tensor | None,  # [n] fp32, of the rows of d_raw; None = 1
     x: Tensor,  # [n, H]
     head: Head,
     lora_hidden: Tensor | None,  # [n, r] fp32: x A^T
@@ -222,11 +228,12 @@ def add_gradients(
     *,
     first: bool,
 ) -> None:
-    """Adds a chunk to the gradients. With raw = x W^T + s (x A^T) B^T and u = d_raw B:
+    """Adds a chunk to the gradients. With raw = x W^T + s (x A^T) B^T, u = d_raw B, and f the factors of the rows:
 
-    dx = d_raw W + s u A,  dW += d_raw^T x,  dA += s u^T x,  dB += s d_raw^T (x A^T).
+    dx = f (d_raw W + s u A),  dW += d_raw^T (f x),  dA += s u^T (f x),  dB += s d_raw^T (f x A^T),  db += d_raw^T f.
     """
     lora = head.lora
+    column = None if factor is None else factor.unsqueeze(1)
     u = None
     if lora is not None and (grads.input is not None or grads.lora_a is not None):
         u = product_fp32(d_raw, lora.b).to(x.dtype)
@@ -235,16 +242,21 @@ def add_gradients(
         torch.mm(d_raw, head.weight, out=d_x)
         if u is not None and lora is not None:
             torch.addmm(d_x, u, lora.a, alpha=lora.scale, out=d_x)
+        if column is not None:
+            d_x.mul_(column)
         if not isinstance(place, slice):
             grads.input.index_copy_(0, place, d_x)
-    if grads.weight is not None:
-        accumulate(grads.weight, d_raw.t(), x, first=first)
     if grads.bias is not None:
-        grads.bias.add_(d_raw.sum(0, dtype=torch.float32))
-    if lora is not None and grads.lora_a is not None and u is not None:
-        accumulate(grads.lora_a, u.t(), x, first=first, alpha=lora.scale)
+        grads.bias.add_(d_raw.sum(0, dtype=torch.float32) if factor is None else torch.mv(d_raw.t(), factor))
+    if grads.weight is not None or grads.lora_a is not None:
+        scaled_x = x if column is None else x * column
+        if grads.weight is not None:
+            accumulate(grads.weight, d_raw.t(), scaled_x, first=first)
+        if lora is not None and grads.lora_a is not None and u is not None:
+            accumulate(grads.lora_a, u.t(), scaled_x, first=first, alpha=lora.scale)
     if lora is not None and grads.lora_b is not None and lora_hidden is not None:
-        accumulate(grads.lora_b, d_raw.t(), lora_hidden.to(x.dtype), first=first, alpha=lora.scale)
+        scaled_hidden = lora_hidden if column is None else lora_hidden * column
+        accumulate(grads.lora_b, d_raw.t(), scaled_hidden.to(x.dtype), first=first, alpha=lora.scale)
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -273,13 +285,17 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`grad * factor` in `dtype`, one pass, without looking at the factor (which is on the device).
+    """`grad * factor` in `dtype`, at most one pass, and no wait for the factor (which is on the device).
 
-    In place where nobody needs `grad` again, which for an fp32 head saves a buffer of its size. A factor of shape [1]
-    takes part in type promotion where a scalar does not, so that `1 / N` is not rounded to bf16 before the product.
+    In place where nobody needs `grad` again, which for the gradient of a head saves a buffer of its size; a factor of
+    1 then costs nothing. A cast to another dtype is the multiplication's.
     """
-    out = grad if grad.dtype == dtype and not graph_is_kept() else torch.empty_like(grad, dtype=dtype)
-    return torch.mul(grad, factor.reshape(1), out=out)
+    factor = factor.reshape(1).float()
+    if grad.dtype != dtype or graph_is_kept():
+        return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
+    with backend.computing_on(grad.device):
+        backend.implementation("scale", grad.device).scale_in_place(grad, factor)
+    return grad
 
 
 def graph_is_kept() -> bool:
@@ -311,6 +327,7 @@ def linear_selective_cross_entropy(
     forget: str = "unlikelihood",
     beta: float = 1.0,
     floor: float | None = None,
+    entropy_gate: float | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     lora_a: Tensor | None = None,  # [r, H]
@@ -320,7 +337,7 @@ def linear_selective_cross_entropy(
     ignore_index: int = -100,
     outputs: Sequence[str] = ("logprob",),
     chunk_size: int | None = None,
-    weight_grad_dtype: torch.dtype = torch.float32,
+    weight_grad_dtype: torch.dtype | None = None,
 ) -> SelectiveLossOutput:
     """Likelihood for positive tokens and a forgetting objective for negative ones, without the logits of the batch.
 
@@ -341,6 +358,8 @@ def linear_selective_cross_entropy(
         forget: `"unlikelihood"`, `"probability"`, `"npo"`, `"wga"` or `"gradient_ascent"` (unbounded).
         beta: The constant of `npo` and the exponent of `wga`.
         floor: A log-probability. A negative token below it gets no gradient, and the loss that it has at the floor.
+        entropy_gate: An entropy in nats. The weight of a positive token is multiplied by `min(1, H / entropy_gate)`, H
+            the entropy of its row, detached: entropy-adaptive fine-tuning (arXiv 2601.02151), which takes ln 20.
         softcap, logit_scale: Final logit softcapping and scale of the model; the scale comes first.
         lora_a, lora_b, lora_scale: LoRA on the head: `input W^T + lora_scale * (input A^T) B^T`, A `[r, H]`,
             B `[V, r]`, floating; computed in the dtype of `input`.
@@ -351,7 +370,8 @@ def linear_selective_cross_entropy(
         outputs: Any of `"logprob"`, `"entropy"`, `"is_top1"`.
         chunk_size: Rows at a time; None chooses (`chunking.training_rows`).
         weight_grad_dtype: What the gradient of the head is accumulated in over the chunks: float32, or the dtype of
-            the head for half of the memory and a rounding per chunk.
+            the head for half of the memory and a rounding per chunk. None chooses: the dtype of a 16-bit head where
+            all rows fit one chunk (`chunking.one_chunk`), so that nothing is accumulated; else float32.
 
     Returns:
         A `SelectiveLossOutput`. With no row to compute, the loss is 0 and still connected: its gradients are zeros.
@@ -369,23 +389,30 @@ def linear_selective_cross_entropy(
         checks.per_token("reference_logprob", reference_logprob, input, torch.float32)
     checks.bias_vector(linear_bias, linear_weight)
     checks.lora(lora_a, lora_b, linear_weight)
-    checks.objective(positive, forget, beta, floor, reference_logprob)
+    checks.objective(positive, forget, beta, floor, reference_logprob, entropy_gate)
     checks.head_options(softcap, logit_scale)
     wanted = checks.output_names(outputs)
     checks.row_indices(active_rows, input)
     checks.size_option("chunk_size", chunk_size)
-    if weight_grad_dtype not in (torch.float32, compute_dtype):
-        raise ValueError(f"weight_grad_dtype={weight_grad_dtype} must be torch.float32 or {compute_dtype}")
+    if weight_grad_dtype not in (None, torch.float32, compute_dtype):
+        raise ValueError(f"weight_grad_dtype={weight_grad_dtype} must be None, torch.float32 or {compute_dtype}")
+    if weight_grad_dtype is None:
+        weight_grad_dtype = torch.float32
+        rows = target.numel() if active_rows is None else active_rows.shape[0]
+        alike = linear_weight.dtype == compute_dtype
+        if alike and chunk_size is None and chunking.one_chunk(rows, input.shape[-1], compute_dtype.itemsize):
+            weight_grad_dtype = compute_dtype
 
     settings = _Settings(
         positive,
         forget,
         float(beta),
         floor,
+        entropy_gate,
         softcap,
         float(logit_scale),
         float(lora_scale),
-        "entropy" in wanted,
+        "entropy" in wanted or entropy_gate is not None,
         "is_top1" in wanted,
         chunk_size,
         compute_dtype,

@@ -5,6 +5,18 @@ target is kept out of the normaliser: with `lse = log sum_{j != y} exp(z_j)` and
 objective with `g = |w| dL/dm` is `dz_y = g` and `dz_j = -g exp(z_j - lse)`. The textbook form `p_j - 1[j = y]` needs
 `p_y - 1`, which cancels as p_y goes to 1.
 
+On a CPU, what counts is how often the logits go through the cache, and in how many parallel regions. torch has one
+vectorised function that makes exponentials and divides them by their sum in one region over rows, with each row in its
+core's cache: `softmax`. So the largest other logit c is put in the place of the target, and after a softmax in place,
+with p its entry there,
+
+    sum_{j != y} exp(z_j - c) = (1 - p) / p        exp(z_j - lse) = softmax(z)_j / (1 - p).
+
+p is at most 1/2, so that nothing cancels. The factor `-g / (1 - p)` of a row is left to the products that follow,
+where it is a factor of a row of `dx` and of `x`. Rejected: exp, sum and scaling as passes of their own over blocks of
+rows that fit the cache; many small parallel regions cost more than they save with two threads, and stall when another
+program wants a core. Rejected: a function compiled through Inductor, which needs a C++ compiler wherever it runs.
+
 Raw logits are what the matrix product gives. The logits of the model are `softcap * tanh(z / softcap)` of
 `z = (raw + bias) * logit_scale`, scale before cap.
 """
@@ -15,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .objectives import Objective, token_loss
+from .objectives import Objective, gated, token_loss
 
 # 1 MiB of fp32: the level-2 cache of a core.
 _CACHED_ELEMENTS = 2**18
@@ -51,7 +63,7 @@ class RowStats(NamedTuple):
 
     loss: Tensor | None = None
     logprob: Tensor | None = None
-    entropy: Tensor | None = None
+    entropy: Tensor | None = None  # an objective with an entropy gate needs it
     is_top1: Tensor | None = None  # bool
     lse: Tensor | None = None  # log-sum-exp without the target
     grad: Tensor | None = None  # |w| dL/dm
@@ -92,27 +104,42 @@ def loss_rows(
     *,
     want_grad: bool,
     padding: int = 0,
-) -> None:
+) -> Tensor | None:
     """Loss and statistics of each row and, over the raw logits, the gradient with respect to them.
 
     `padding`: columns to the right of `raw`, in the same memory, that may be read and written; for the Triton kernels.
+
+    Returns:
+        [n] fp32, what each row of the gradient is still to be multiplied by; None for 1.
     """
     targets = targets.inside(raw.shape[1])
-    for start, end in row_blocks(raw):
-        _loss_rows(raw[start:end], targets.part(start, end), t, objective, stats.part(start, end), want_grad)
+    factor = torch.empty_like(targets.logit) if want_grad and raw.dtype == torch.float32 else None
+    several_passes = t != Transform() or stats.entropy is not None or factor is None
+    for start, end in row_blocks(raw) if several_passes else [(0, raw.shape[0])]:
+        block = raw[start:end]
+        z = block.to(torch.float32, copy=not want_grad)
+        scale = _loss_rows(z, targets.part(start, end), t, objective, stats.part(start, end), want_grad)
+        if factor is not None:
+            factor[start:end] = scale
+        elif want_grad:
+            # The factor goes in before the rounding to 16 bits.
+            block.copy_(z.mul_(scale.unsqueeze(1)))
+    return factor
 
 
 def row_blocks(raw: Tensor) -> list[tuple[int, int]]:
-    """Rows to work on at a time. On a CPU, few enough to stay in its cache through the half dozen passes over them."""
+    """Rows to work on at a time. On a CPU, as many as stay in the caches of its cores from pass to pass."""
     rows, columns = raw.shape
-    step = max(1, _CACHED_ELEMENTS // columns) if raw.device.type == "cpu" else max(1, rows)
+    step = max(1, rows)
+    if raw.device.type == "cpu":
+        step = max(1, _CACHED_ELEMENTS // columns) * torch.get_num_threads()
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def _loss_rows(
-    raw: Tensor, targets: Targets, t: Transform, objective: Objective, stats: RowStats, want_grad: bool
-) -> None:
-    z = raw.to(torch.float32, copy=not want_grad)
+    z: Tensor, targets: Targets, t: Transform, objective: Objective, stats: RowStats, want_grad: bool
+) -> Tensor:
+    """Works in place on fp32 rows z [n, V], and returns the factor of each row of the gradient, [n]."""
     column = targets.column.unsqueeze(1)
     transform(z, t, with_bias=True)
     z_y = transform(targets.logit.clone(), t, with_bias=False)
@@ -120,42 +147,54 @@ def _loss_rows(
 
     own = z.gather(1, column).squeeze(1) if targets.own is None else transform(targets.own.clone(), t, with_bias=False)
     z.scatter_(1, column, -torch.inf)
-    largest = z.amax(1, keepdim=True)
+    largest = z.amax(1)
     if stats.is_top1 is not None:
-        stats.is_top1.copy_(top1(z, own, largest.squeeze(1), targets.column))
-    z.sub_(largest)
-    e, log_sum, rest = _exponentials(z, want_rest=stats.entropy is not None)
-    lse = largest.squeeze(1) + log_sum
+        stats.is_top1.copy_(top1(z, own, largest, targets.column))
+    z.scatter_(1, column, largest.unsqueeze(1))
+    torch.softmax(z, 1, out=z)
+    p = z.gather(1, column).squeeze(1)
+    rest = 1.0 - p
+    lse = largest + (rest / p).log()
     m = log_odds(z_y, lse)
-    value, grad = token_loss(m, targets.weight, targets.reference, objective)
-    _store(stats, value, m, lse, grad, rest, targets.weight == 0)
+    weight, entropy = targets.weight, None
+    if stats.entropy is not None:
+        entropy = entropy_from(m, entropy_of(z, column, rest))
+        weight = gated(weight, entropy, objective)
+    value, grad = token_loss(m, weight, targets.reference, objective)
+    skip = targets.weight == 0
+    _store(stats, value, m, lse, grad, entropy, skip)
 
+    scale = grad * -t.logit_scale / rest
     if want_grad:
-        grad_in_place(e, torch.exp(-log_sum), targets, t, grad, z_y, slope)
-        if e.data_ptr() != raw.data_ptr():
-            raw.copy_(e)
+        at_target = -rest
+        if slope is not None and t.softcap is not None:
+            z.mul_(slope)
+            at_target = at_target * (1.0 - (z_y / t.softcap).square())
+        z.scatter_(1, column, at_target.unsqueeze(1))
+        # Rows that a caller lists although their weight is 0; NaN logits must not leak from them through 0 * NaN.
+        if skip.device.type != "cpu" or bool(skip.any()):
+            z.masked_fill_(skip.unsqueeze(1), 0.0)
+            scale = scale.masked_fill(skip, 0.0)
+    return scale
 
 
-def _exponentials(z: Tensor, *, want_rest: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`exp(z)`, `log sum exp(z)` and the entropy of softmax(z); z [n, V] has the maximum 0, and -inf = left out."""
-    if not want_rest:
-        e = z.exp_()
-        return e, e.sum(1).log(), None
-    e = z.exp()
-    total = e.sum(1)
-    weighted = z.masked_fill_(e == 0, 0.0).mul_(e).sum(1)
-    return e, total.log(), total.log() - weighted / total
+def entropy_of(p: Tensor, column: Tensor, rest: Tensor) -> Tensor:
+    """Entropy of `p_j / rest` over j != y; p [n, V], whose entries at `column` [n, 1] become 0, rest [n] their sum."""
+    p.scatter_(1, column, 0.0)
+    # 0 log 0 = 0. A NaN stays.
+    total = p.log().clamp_(min=-200.0).mul_(p).sum(1)
+    return rest.log() - total / rest
 
 
 def _store(
-    stats: RowStats, value: Tensor, m: Tensor, lse: Tensor, grad: Tensor, rest: Tensor | None, skip: Tensor
+    stats: RowStats, value: Tensor, m: Tensor, lse: Tensor, grad: Tensor, entropy: Tensor | None, skip: Tensor
 ) -> None:
     if stats.loss is not None:
         stats.loss.copy_(value)
     if stats.logprob is not None:
         stats.logprob.copy_((-F.softplus(-m)).masked_fill(skip, 0.0))
-    if stats.entropy is not None and rest is not None:
-        stats.entropy.copy_(entropy_from(m, rest).masked_fill(skip, 0.0))
+    if stats.entropy is not None and entropy is not None:
+        stats.entropy.copy_(entropy.masked_fill(skip, 0.0))
     if stats.is_top1 is not None:
         stats.is_top1.logical_and_(~skip)
     if stats.lse is not None:
@@ -170,11 +209,18 @@ def grad_rows(out: Tensor, raw: Tensor, targets: Targets, t: Transform, lse: Ten
     for start, end in row_blocks(raw):
         part = targets.part(start, end)
         z = transform(raw[start:end].to(torch.float32, copy=True), t, with_bias=True)
-        slope = None if t.softcap is None else z.div(t.softcap).square_().neg_().add_(1.0)
-        z_y = transform(part.logit.clone(), t, with_bias=False)
-        e = z.sub_(lse[start:end].unsqueeze(1)).exp_()
-        grad_in_place(e, torch.ones_like(z_y), part, t, grad[start:end], z_y, slope)
-        out[start:end].copy_(e)
+        at_target = grad[start:end] * t.logit_scale
+        slope = None
+        if t.softcap is not None:
+            slope = z.div(t.softcap).square_().neg_().add_(1.0)
+        d = z.sub_(lse[start:end].unsqueeze(1)).exp_().mul_(-at_target.unsqueeze(1))
+        if slope is not None and t.softcap is not None:
+            d.mul_(slope)
+            z_y = transform(part.logit.clone(), t, with_bias=False)
+            at_target = at_target * (1.0 - (z_y / t.softcap).square())
+        d.scatter_(1, part.column.unsqueeze(1), at_target.unsqueeze(1))
+        d.masked_fill_((part.weight == 0).unsqueeze(1), 0.0)
+        out[start:end].copy_(d)
 
 
 def top1(others: Tensor, own: Tensor, largest: Tensor, column: Tensor) -> Tensor:
@@ -188,25 +234,3 @@ def top1(others: Tensor, own: Tensor, largest: Tensor, column: Tensor) -> Tensor
     if tie.any():
         result[tie] = others[tie].argmax(1) > column[tie]
     return result
-
-
-def grad_in_place(
-    e: Tensor,  # [n, V] exp(z_j - c), c the same in a row; its entry at the target does not matter
-    scale: Tensor,  # [n] exp(c - lse), so that e * scale = exp(z_j - lse)
-    targets: Targets,
-    t: Transform,
-    grad: Tensor,  # [n] |w| dL/dm
-    target_logit: Tensor,  # [n] fp32 logit (transformed)
-    slope: Tensor | None,  # [n, V] derivative of the softcap
-) -> None:
-    """Overwrites `e` with the gradient with respect to the raw logits."""
-    g = grad * t.logit_scale
-    skip = targets.weight == 0
-    e.mul_((-g * scale).unsqueeze(1))
-    if slope is not None and t.softcap is not None:
-        e.mul_(slope)
-        g = g * (1.0 - (target_logit / t.softcap).square())
-    e.scatter_(1, targets.column.unsqueeze(1), g.unsqueeze(1))
-    # Rows that a caller lists although their weight is 0; NaN logits must not leak from them through 0 * NaN.
-    if skip.device.type != "cpu" or bool(skip.any()):
-        e.masked_fill_(skip.unsqueeze(1), 0.0)

@@ -193,6 +193,7 @@ def loss_rows_kernel(
     softcap,
     beta,
     floor,
+    gate,  # 1 / entropy_gate
     POSITIVE: tl.constexpr,
     FORGET: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
@@ -201,6 +202,7 @@ def loss_rows_kernel(
     FLIP: tl.constexpr,  # the scale is negative
     NVIDIA: tl.constexpr,  # its instructions may be used
     ENTROPY: tl.constexpr,
+    GATE: tl.constexpr,  # positive tokens count by their entropy; needs ENTROPY
     IS_TOP1: tl.constexpr,
     KEEP: tl.constexpr,  # lse and grad are wanted, for a backward pass
     MASKED: tl.constexpr,  # the target's logit is in its place, and not -inf; never with WRITE_GRAD
@@ -237,16 +239,21 @@ def loss_rows_kernel(
         reference = 0.0
         if HAS_REFERENCE:
             reference = tl.load(reference_ptr + row)
+        if ENTROPY:
+            rest = (tl.log2(total) - weighted / total) * LN2
+            p_not = sigmoid(-m)
+            entropy = sigmoid(m) * softplus(-m) + p_not * softplus(m) + p_not * rest
         weight = tl.load(weight_ptr + row)
+        if GATE:
+            tl.static_assert(ENTROPY, "the gate is a function of the entropy")
+            # An entropy just below 0 must not turn a positive token into a negative one.
+            share = tl.minimum(tl.maximum(entropy * tl.cast(gate, tl.float32), 0.0), 1.0)
+            weight = tl.where(weight > 0.0, weight * share, weight)
         loss, grad = token_loss(
             m, weight, reference, tl.cast(beta, tl.float32), tl.cast(floor, tl.float32), POSITIVE, FORGET
         )
         target_grad = grad * slope(z_y, scale, softcap, HAS_SOFTCAP)
         logprob = -softplus(-m)
-        if ENTROPY:
-            rest = (tl.log2(total) - weighted / total) * LN2
-            p_not = sigmoid(-m)
-            entropy = sigmoid(m) * softplus(-m) + p_not * softplus(m) + p_not * rest
         if IS_TOP1:
             # The rounded logit and not the exact one: among others as rounded, that would decide ties.
             inside = (target >= 0) & (target < vocab)
@@ -340,11 +347,11 @@ def loss_rows(
     *,
     want_grad: bool,
     padding: int = 0,
-) -> None:
-    """See the twin."""
+) -> Tensor | None:
+    """See the twin; the gradient is complete."""
     rows, vocab = raw.shape
     if rows == 0:
-        return
+        return None
     if raw.stride(1) != 1:
         raw = raw.contiguous()
     # Without a second pass, short programs hide each other's latency, and nothing has to stay in the cache.
@@ -372,10 +379,12 @@ def loss_rows(
         1.0 if t.softcap is None else t.softcap,
         objective.beta,
         objective.floor_log_odds,
+        1.0 if objective.entropy_gate is None else 1.0 / objective.entropy_gate,
         POSITIVE=objective.positive,
         FORGET=objective.forget,
         HAS_REFERENCE=targets.reference is not None,
         ENTROPY=stats.entropy is not None,
+        GATE=objective.entropy_gate is not None,
         IS_TOP1=stats.is_top1 is not None,
         KEEP=stats.lse is not None,
         MASKED=targets.own is None,
@@ -387,6 +396,7 @@ def loss_rows(
         **options,
         **constants(t),
     )
+    return None
 
 
 def grad_rows(out: Tensor, raw: Tensor, targets: Targets, t: Transform, lse: Tensor, grad: Tensor) -> None:

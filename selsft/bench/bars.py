@@ -1,7 +1,7 @@
 """The bars that the kernels were designed for, next to what was measured.
 
-All are about one H100 at H=4096, V=128256 in bf16, N=8192 unless said. A bar without its measurement is "not
-measured", never "pass".
+All are about one H100 at H=4096, V=128256 in bf16, N=8192 unless said, with entropy and arg-max of every row. A bar
+without its measurement is "not measured", never "pass".
 """
 
 from collections.abc import Callable
@@ -10,6 +10,8 @@ from typing import NamedTuple
 from .cases import MAIN_ROWS, MAIN_SHAPE
 from .peers import FORWARD, TRAINING
 from .records import Record
+
+OURS = "selsft-statistics"  # what the trainer asks for
 
 
 class Bar(NamedTuple):
@@ -33,12 +35,14 @@ def bars(found: list[Record], accuracy: dict[str, float]) -> list[Bar]:
         hits = [r for r in found if (r.implementation, *r.case) == key]
         return hits[0] if hits else None
 
-    def value(of: Callable[[Record], float], where: tuple[str, str], n: int = MAIN_ROWS) -> float | None:
-        record = get("selsft", where, n)
+    def value(
+        of: Callable[[Record], float], where: tuple[str, str], n: int = MAIN_ROWS, name: str = OURS
+    ) -> float | None:
+        record = get(name, where, n)
         return None if record is None else of(record)
 
     def faster_than(peer: str, where: tuple[str, str], ignored: int = 0) -> float | None:
-        ours, theirs = get("selsft", where, ignored=ignored), get(peer, where, ignored=ignored)
+        ours, theirs = get(OURS, where, ignored=ignored), get(peer, where, ignored=ignored)
         return None if ours is None or theirs is None else theirs.ms_median / ours.ms_median
 
     frozen, trained, scoring = (TRAINING, "frozen"), (TRAINING, "trained"), (FORWARD, "frozen")
@@ -50,18 +54,25 @@ def bars(found: list[Record], accuracy: dict[str, float]) -> list[Bar]:
         return r.peak_mib * 2**20 / 1e9
 
     return [
-        Bar("frozen head, forward+backward: time over two bare GEMMs", True, 1.12, value(to_gemm, frozen)),
-        Bar("frozen head: times faster than TRL", False, 1.35, faster_than("trl", frozen)),
+        Bar("frozen head, forward+backward: time over two bare GEMMs", True, 1.08, value(to_gemm, frozen)),
+        Bar("frozen head: times faster than TRL", False, 1.4, faster_than("trl", frozen)),
         Bar("frozen head: times faster than CCE", False, 1.5, faster_than("cce", frozen)),
-        Bar("frozen head: times faster than Liger", False, 1.1, faster_than("liger", frozen)),
+        Bar("frozen head: times faster than Liger", False, 1.3, faster_than("liger", frozen)),
+        Bar(
+            "frozen head: times faster than Liger with a large chunk budget (plain NLL)",
+            False,
+            1.0,
+            faster_than("liger-large-chunk", frozen),
+        ),
         Bar(
             "frozen head, 50 % ignored: times faster than Liger", False, 2.0, faster_than("liger", frozen, ignored=50)
         ),
-        Bar("trained head, forward+backward: time over three bare GEMMs", True, 1.10, value(to_gemm, trained)),
-        Bar("trained head: times faster than TRL", False, 1.25, faster_than("trl", trained)),
-        Bar("scoring: time over one bare GEMM", True, 1.10, value(to_gemm, scoring)),
-        Bar("extra memory, frozen head, N=8192: GB", True, 0.40, value(gigabytes, frozen)),
-        Bar("extra memory, frozen head, N=32768: GB", True, 0.60, value(gigabytes, frozen, n=32768)),
+        Bar("trained head, forward+backward: time over three bare GEMMs", True, 1.05, value(to_gemm, trained)),
+        Bar("trained head: times faster than TRL", False, 1.3, faster_than("trl", trained)),
+        # No statistics are asked for when a data set is scored.
+        Bar("scoring: time over one bare GEMM", True, 1.06, value(to_gemm, scoring, name="selsft")),
+        Bar("extra memory, frozen head, N=8192: GB", True, 0.36, value(gigabytes, frozen)),
+        Bar("extra memory, frozen head, N=32768: GB", True, 0.56, value(gigabytes, frozen, n=32768)),
         Bar("error of the gradients over that of naive bf16 PyTorch", True, 1.5, accuracy.get("gradient_ratio")),
         Bar("rms error of log p over TRL's", True, 0.2, accuracy.get("logprob_ratio")),
         Bar("training step: time over plain SFTTrainer's", True, 1.0, accuracy.get("step_ratio")),

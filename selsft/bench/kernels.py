@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
     if device.type == "cpu":
-        torch.set_num_threads(1)
+        torch.set_num_threads(arguments.threads)
         print("No GPU is used: this runs the CPU path at a small size. Its figures say nothing about a GPU.")
     rows, shapes, ignored = sizes(arguments, device)
     found, notes = run(rows, shapes, ignored, arguments.implementations, device, arguments.seconds)
@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seconds", type=float, default=1.0, help="time to spend on each measurement (default: 1)")
     p.add_argument("--main", action="store_true", help="only the shape and the rows that the bars are about")
     p.add_argument("--cpu", action="store_true", help="use the CPU although there is a GPU")
+    p.add_argument("--threads", type=_positive, default=1, help="threads on a CPU (default: 1)")
     p.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     return p
 

@@ -76,6 +76,21 @@ def selsft(case: Case, pass_: str, trained: bool) -> Step:
     return differentiated(case, trained, loss)
 
 
+def selsft_statistics(case: Case, pass_: str, trained: bool) -> Step:
+    """With entropy and arg-max of every row, which the trainer logs."""
+    outputs = ("logprob", "entropy", "is_top1")
+    if pass_ == FORWARD:
+        return scored(case, lambda x, w: linear_logprob(x, w, case.target, active_rows=case.rows, outputs=outputs))
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        out = linear_selective_cross_entropy(
+            hidden, weight, case.target, case.token_weight, active_rows=case.rows, outputs=outputs
+        )
+        return out.loss / case.rows.numel()
+
+    return differentiated(case, trained, loss)
+
+
 def gemm(case: Case, pass_: str, trained: bool) -> Step:
     """The bare products of the used rows into buffers that exist already: the floor of every implementation here."""
     x, weight = case.hidden[case.rows], case.weight
@@ -187,6 +202,7 @@ def _import(module: str, package: str) -> Any:
 IMPLEMENTATIONS: dict[str, Callable[[Case, str, bool], Step]] = {
     "gemm": gemm,
     "selsft": selsft,
+    "selsft-statistics": selsft_statistics,
     "naive": naive,
     "compiled": compiled,
     "torch": torch_linear,

@@ -23,8 +23,8 @@ def markdown(found: list[Record], notes: list[str]) -> str:
     ]
     if first.gpu.startswith("CPU"):
         parts.append(
-            "**Measured on a CPU, in fp32, at a small size, in processor time of one thread. These figures say "
-            "nothing about a GPU.**"
+            "**Measured on a CPU, in fp32: processor time with one thread, time by the clock with more. These figures "
+            "say nothing about a GPU.**"
         )
     for case, group in groupby(sorted(found, key=lambda r: r.case), key=lambda r: r.case):
         pass_, head, n, h, v, ignored = case

@@ -6,10 +6,7 @@ training, where every model to compare with would have to be in memory.
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -22,9 +19,9 @@ from rich.table import Table
 from ..data.loading import BUILDERS, load_rows
 from ..errors import InputError, input_errors
 from ..evaluation.settings import METRICS, ROWS, EvaluateArguments
-from ..records import now, versions
+from ..records import now, replaced_folder, versions, write_json
 from .arguments import Arguments, CommandParser
-from .launch import launched
+from .launch import at_work, launched
 from .manifest import NAME
 from .train import check_new, init_kwargs, name_missing_model
 
@@ -58,10 +55,12 @@ def main(argv: list[str]) -> int:
         raise InputError(
             "nothing to evaluate on: give --dataset_name, --neutral_text, --options_file or --lm_eval_tasks"
         )
-    start = time.perf_counter()
-    metrics, tables = _evaluate(arguments, has_rows)
-    metrics["seconds"] = round(time.perf_counter() - start, 1)
-    save(folder, metrics, tables, arguments)
+    field = "evaluation_dir" if extra.evaluation_dir else "output_dir"
+    with at_work(folder, field, "nothing is kept of an evaluation that is not finished, run the command again"):
+        start = time.perf_counter()
+        metrics, tables = _evaluate(arguments, has_rows)
+        metrics["seconds"] = round(time.perf_counter() - start, 1)
+        save(folder, metrics, tables, arguments)
     _print(metrics, str(folder))
     return 0
 
@@ -171,11 +170,10 @@ def _texts(extra: EvaluateArguments, tokenizer) -> list[str]:
 def save(folder: Path, metrics: dict[str, Any], tables: dict[str, Any], arguments: Arguments) -> None:
     """Write the results to a folder that appears when it is whole."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with replaced_folder(folder) as part:
         for name, table in tables.items():
-            pq.write_table(table, temporary / name)
-        (temporary / METRICS).write_text(json.dumps(metrics, indent=2, default=str) + "\n", encoding="utf-8")
+            pq.write_table(table, part / name)
+        write_json(part / METRICS, metrics)
         record = {
             "command": "evaluate",
             "arguments": arguments.own,
@@ -183,11 +181,7 @@ def save(folder: Path, metrics: dict[str, Any], tables: dict[str, Any], argument
             "versions": versions(),
             "settings": vars(arguments.extra),
         }
-        (temporary / NAME).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-        os.chmod(temporary, 0o755)
-        os.rename(temporary, folder)  # takes the place of an empty folder, of nothing else
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_json(part / NAME, record)
 
 
 def _print(metrics: dict[str, Any], folder: str) -> None:

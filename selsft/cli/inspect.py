@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rows", type=int, default=10, help="rows that --text prints (default: 10)")
     add("--model_name_or_path", help="whose tokenizer made the rows (default: the model that scored them)")
     add("--trust_remote_code", action="store_true", help="let the tokenizer run code of its own")
-    add("--split", default="train", help="split of a saved data set or of the Hub (default: train)")
+    add("--dataset_train_split", default="train", help="split of a saved data set or of the Hub (default: train)")
     add("--score", help="which score to begin with (default: influence, or the first that there is)")
     add(
         "--negative_threshold",
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
     from ..report.tokens import read_rows
 
     with input_errors():
-        data = load_rows(DataSource(arguments.scored, split=arguments.split))
+        data = load_rows(DataSource(arguments.scored, split=arguments.dataset_train_split))
         tokenizer = _tokenizer(arguments, manifest)
         rows = read_rows(data, tokenizer, arguments.max_tokens)
     names = score_names(rows)

@@ -12,10 +12,12 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
 from ..errors import InputError
+from ..records import exclusive
 
 
 def launched() -> bool:
@@ -91,3 +93,18 @@ def _processes(launch: list[str]) -> int:
         if flag.startswith("--num_processes=") and flag.split("=")[1].isdigit():
             return int(flag.split("=")[1])
     return 1
+
+
+@contextlib.contextmanager
+def at_work(folder: Path, field: str, resume: str) -> Iterator[None]:
+    """Hold a folder while a command works in it, and say after Ctrl-C what is kept. Of several processes the launching
+    one alone does so."""
+    if launched():
+        yield
+        return
+    with exclusive(folder, field):
+        try:
+            yield
+        except KeyboardInterrupt:
+            print(f"{folder}: {resume}", file=sys.stderr)
+            raise

@@ -6,7 +6,7 @@ Takes the flags of `train`, so that one YAML file serves both; the work is done 
 from __future__ import annotations
 
 import contextlib
-import sys
+import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..report.terminal import print_judged, print_summary, summarize
 from ..score import ScoringRun, check_score_settings, judged_data, row_settings
 from ..scoring.settings import ScoreArguments
 from .arguments import Arguments, CommandParser
-from .launch import launch_command, needs_launch
+from .launch import at_work, launch_command, needs_launch
 from .manifest import run_manifest, write_manifest
 from .train import build_trainer, check_model_and_data, check_new, name_missing_model
 
@@ -50,8 +50,15 @@ def main(argv: list[str]) -> int:
         check_new(folder, "scored_dir" if extra.scored_dir else "output_dir", "choose another folder")
     check_score_settings(training, training.reference_model, extra.base_logps, extra.ref_logps, extra.shard_tokens)
     check_model_and_data(arguments)
-    if needs_launch(arguments.launch):
-        return launch_command("score", arguments.launch, arguments.own, training.use_cpu)
+    field = "scored_dir" if extra.scored_dir else "output_dir"
+    with at_work(folder, field, "finished shards are kept in it, the same command resumes from there"):
+        if needs_launch(arguments.launch):
+            return launch_command("score", arguments.launch, arguments.own, training.use_cpu)
+        return _score(arguments, folder)
+
+
+def _score(arguments: Arguments, folder: Path) -> int:
+    training, extra = arguments.training, arguments.extra
     start = time.perf_counter()
     run = prepare(arguments, folder)
     trainer, main_process = run.trainer, run.trainer.accelerator.is_main_process
@@ -76,12 +83,7 @@ def main(argv: list[str]) -> int:
         run.judge()
     if main_process:
         print_judged(run.verdict.record if run.verdict else None, run.selection())
-    try:
-        run.score(reading)
-    except KeyboardInterrupt:
-        if main_process:
-            print(f"Finished shards are kept in {folder}: the same command resumes from there.", file=sys.stderr)
-        raise
+    run.score(reading)
     with input_errors():
         run.finish()
     if main_process:
@@ -96,17 +98,17 @@ def main(argv: list[str]) -> int:
 
 def prepare(arguments: Arguments, folder: Path) -> ScoringRun:
     """Rows as training sees them, and what scores them."""
-    extra, reference = arguments.extra, arguments.training.reference_model
-    score, data = arguments.training.score, judged_data(arguments.training)
-    arguments.training = row_settings(arguments.training, folder)
+    extra, training = arguments.extra, arguments.training
+    reference = training.reference_model
+    data = judged_data(training)
     with adapter_on_lm_head():
-        trainer = build_trainer(arguments, evaluate=False, strict=True)
-    arguments.training.reference_model = reference
+        rows = dataclasses.replace(arguments, training=row_settings(training, folder))
+        trainer = build_trainer(rows, evaluate=False, strict=True)
     with input_errors():
         try:
             return ScoringRun(
-                trainer, folder, reference, base_logps=extra.base_logps, ref_logps=extra.ref_logps,
-                shard_tokens=extra.shard_tokens, mixed_batches=extra.mixed_batches, score=score, **data,
+                trainer, training, folder, reference, base_logps=extra.base_logps, ref_logps=extra.ref_logps,
+                shard_tokens=extra.shard_tokens, mixed_batches=extra.mixed_batches, **data,
             )  # fmt: skip
         except OSError as error:
             name_missing_model("reference_model", reference, error)

@@ -23,7 +23,7 @@ from ..selection.chosen import use_folder
 from ..trainer import SelectiveSFTTrainer
 from ..training.checkpoints import last_checkpoint
 from .arguments import Arguments, CommandParser
-from .launch import launch_command, launched, needs_launch
+from .launch import at_work, launch_command, launched, needs_launch
 from .manifest import run_manifest, write_manifest
 
 logger = logging.getLogger(__name__)
@@ -47,16 +47,18 @@ def main(argv: list[str]) -> int:
     check_model_and_data(arguments)
     if arguments.source.name:
         use_folder(arguments.training, arguments.source.name)
-    if needs_launch(arguments.launch):
-        return launch_command("train", arguments.launch, arguments.own, arguments.training.use_cpu)
-    evaluate = arguments.training.eval_strategy != "no"
-    trainer = build_trainer(arguments, evaluate)
-    _train(trainer, arguments, resume)
+    output = Path(str(arguments.training.output_dir))
+    with at_work(output, "output_dir", "checkpoints are kept in it: resume with --resume_from_checkpoint true"):
+        if needs_launch(arguments.launch):
+            return launch_command("train", arguments.launch, arguments.own, arguments.training.use_cpu)
+        evaluate = arguments.training.eval_strategy != "no"
+        trainer = build_trainer(arguments, evaluate)
+        _train(trainer, arguments, resume)
     return 0
 
 
 def check_paths(arguments: Arguments) -> str | None:
-    """Refuse what can be refused before data and model are loaded; the checkpoint to go on from, if any."""
+    """Check paths before data and model are loaded; returns the checkpoint to resume from, if any."""
     output = Path(str(arguments.training.output_dir))
     resume = arguments.training.resume_from_checkpoint
     if resume and resume.lower() in ("true", "latest"):
@@ -67,7 +69,7 @@ def check_paths(arguments: Arguments) -> str | None:
     if resume and not Path(resume).is_dir():
         raise InputError(f"resume_from_checkpoint={resume!r} is not a folder: give a checkpoint folder, or 'true'")
     if not resume:
-        check_new(output, "output_dir", "choose another folder, or go on with --resume_from_checkpoint true")
+        check_new(output, "output_dir", "choose another folder, or resume with --resume_from_checkpoint true")
     return resume
 
 

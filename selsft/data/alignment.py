@@ -127,20 +127,19 @@ class Alignment:
         starts, ends = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2).T.copy()
         own = np.array(encoded["special_tokens_mask"], bool) & (starts == ends)
         pieces = [self._bytes[index] or b"" for index in ids] if self._bytes else [b""] * len(ids)
-        end, last = 0, -1  # of the text covered so far, and the token before
+        end = 0  # of the text covered so far
         for index in np.flatnonzero(~own).tolist():
             start, stop, piece = int(starts[index]), int(ends[index]), pieces[index]
             if piece and piece.isspace() and stop > start and not text[start:stop].replace("▁", " ").isspace():
                 starts[index] = ends[index] = start  # a dummy prefix, which spells nothing of the text
                 continue
-            if start > end:  # characters that no token has: spaces in front of a word, or composed marks behind one
-                if last < 0 or (piece[:1].isspace() and text[end:start].isspace()):
+            if start > end:  # characters that no token has: spaces in front of a word, or composed ones behind another
+                if end == 0 or (piece[:1].isspace() and text[end:start].isspace()):
                     starts[index] = start = end
                 else:
-                    ends[last] = start
-            end, last = max(end, stop, start), index
-        if last >= 0 and end < len(text):
-            ends[last] = len(text)
+                    ends[(ends == end) & (starts < end)] = start
+            end = max(end, stop, start)
+        ends[(ends == end) & (starts < end)] = len(text)
         return starts, ends
 
 

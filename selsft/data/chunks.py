@@ -13,7 +13,7 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -253,16 +253,10 @@ class ColumnWriter:
         os.unlink(self._path)
 
 
-def with_column(dataset: Dataset, name: str, rows: Dataset | Iterable[np.ndarray]) -> Dataset:
-    """`dataset` with one more column; a column of that name is replaced.
-
-    Args:
-        rows: a data set with the one list column, or one float array per row.
-    """
+def with_column(dataset: Dataset, name: str, rows: Dataset) -> Dataset:
+    """`dataset` with one more column, the only one of `rows`; a column of that name is replaced."""
     if name in dataset.column_names:
         dataset = dataset.remove_columns(name)
-    if not isinstance(rows, Dataset):
-        rows = Dataset.from_dict({name: list(rows)}, features=Features({name: List(Value("float32"))}))
-    elif rows.column_names != [name]:
+    if rows.column_names != [name]:
         rows = rows.rename_column(rows.column_names[0], name)
     return concatenate_datasets([dataset, rows], axis=1)

@@ -82,7 +82,7 @@ class TextMarks:
 @dataclass
 class TokenMarks:
     """Of one row, for each token: `weights` float32; `judged`, whether it belongs to a text that somebody has judged;
-    `spans` int32, number within the row of the negative span (or negative whole text) it belongs to, else -1. `whole`
+    `spans` int32, number within the row of the negative span (or text) that reaches it, else -1. `whole`
     says that there are no judgements but those of whole texts."""
 
     weights: np.ndarray
@@ -124,13 +124,19 @@ def _keys(dataset: Dataset | IterableDataset, name: str) -> set[str]:
     # Keys that differ between messages are stored as JSON, and of those the features say nothing
     messages = _json_messages(dataset, name) if isinstance(dataset, Dataset) else _first_messages(dataset, name)
     for message in messages:
-        keys |= {key for key, value in message.items() if value is not None}
-        for content in (message.get(content) for content in _CONTENTS):
-            for part in content if isinstance(content, list) else []:
-                inside = {key for key in _PART_KEYS if isinstance(part, dict) and part.get(key) is not None}
-                keys |= inside | ({_IN_PARTS} if inside else set())
+        keys |= _marks_of(message)
         if _IN_PARTS in keys:
             break
+    return keys
+
+
+def _marks_of(message: dict[str, Any]) -> set[str]:
+    """Keys of one message that say something, with those of its content parts."""
+    keys = {key for key, value in message.items() if value is not None}
+    for content in (message.get(content) for content in _CONTENTS):
+        for part in content if isinstance(content, list) else []:
+            inside = {key for key in _PART_KEYS if isinstance(part, dict) and part.get(key) is not None}
+            keys |= inside | ({_IN_PARTS} if inside else set())
     return keys
 
 
@@ -190,6 +196,29 @@ def check_marks(
 
 
 # Reading rows
+
+
+def refuse_late_marks(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """`dataset`, in which no marks were found; a stream then raises `InputError` at the first row that has one, which
+    would be ignored in silence. Only rows that a stream does not declare can come so late."""
+    declared = dataset.features is not None and "Json(" not in repr(dataset.features)
+    if isinstance(dataset, Dataset) or declared or "input_ids" in get_dataset_column_names(dataset):
+        return dataset
+
+    def check(example: dict[str, Any], row: int) -> bool:
+        late = {key for key in (SPANS, CORRECTED) if example.get(key) is not None}
+        for name in _CONVERSATIONS:
+            messages = example.get(name)
+            for message in messages if isinstance(messages, list) else []:
+                late |= _marks_of(message) & (_MESSAGE_KEYS | {_IN_PARTS})
+        if late - {_IN_PARTS}:
+            raise InputError(
+                f"row {row} is the first with {sorted(late - {_IN_PARTS})[0]!r}, after {_PEEK} rows without: declare "
+                "the features of the stream, or give an early row this key"
+            )
+        return True
+
+    return dataset.filter(check, with_indices=True)
 
 
 def join_parts(dataset: Dataset | IterableDataset, **map_options) -> Dataset | IterableDataset:
@@ -270,6 +299,11 @@ def read_marks(row: Mapping[str, Any], number: int, text_field: str = "text", eo
     for place, message in enumerate(conversation):
         here = f"{where}: message {place}"
         own = weight_of(message, here)
+        if _IN_PARTS in _marks_of(message):  # else they are strings by now
+            raise InputError(
+                f"{here} has content parts with marks, after {_PEEK} rows without: declare the features of the "
+                "stream, or give an early row such parts"
+            )
         for name in ("content", "reasoning_content"):
             text = message.get(name)
             if not isinstance(text, str):
@@ -496,7 +530,6 @@ def mark_tokens(
     numbers = np.full(len(input_ids), -1, np.int32)
     for index, own in enumerate(numbered):
         numbers[own] = index
-    numbers[weights >= 0] = -1
     return TokenMarks(weights, covered, numbers, bool(looked_at) and not any(text.detailed for text in looked_at))
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from ..scoring.frozen import use_start
 from ..training.model import Model
 from .generation import exact_match, greedy_answers
 from .likelihood import answer_nll, kl_to_base, text_perplexity
+from .load import load_model
 from .rows import HeldOut, prepare
 
 
@@ -33,6 +35,48 @@ class Evaluation:
 
     metrics: dict[str, Any] = field(default_factory=dict)
     rows: pa.Table | None = None
+
+
+def evaluate(
+    model: str | Path | Model,
+    dataset: Dataset,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    args: SelectiveSFTConfig | None = None,
+    base_model: str | Path | Model | None = None,
+    max_new_tokens: int = 128,
+    batch_tokens: int = 8192,
+) -> Evaluation:
+    """Measures of a model on held-out rows, with a value for each row, so that two models compare in pairs.
+
+    Args:
+        model: folder or Hub id of a model or adapter, or a loaded model (then with its `tokenizer`).
+        dataset: prompt-completion pairs, conversations, plain text, or tokenised rows with labels. A column `answers`
+            (a list of texts) says what counts as an exact match.
+        args: settings that decide tokens and precision, as in training.
+        base_model: what the KL divergence compares with; by default the base below an adapter, none for a full model.
+        max_new_tokens: longest greedy answer; 0 generates nothing.
+        batch_tokens: tokens of a forward pass, padding included.
+
+    Returns:
+        `metrics`, the means, and `rows`, a table with one row per held-out row; `evaluate_rows` has their names.
+
+    Raises:
+        `ValueError` for a loaded model without a tokenizer, and when no row has a token to score.
+    """
+    args = args if args is not None else SelectiveSFTConfig("unused")
+    kwargs = {"trust_remote_code": args.trust_remote_code, **cast(dict, args.model_init_kwargs or {})}
+    if isinstance(model, str | Path):
+        model, own = load_model(str(model), kwargs)
+        tokenizer = tokenizer if tokenizer is not None else own
+    if tokenizer is None:
+        raise ValueError("tokenizer=None: a loaded model needs its tokenizer, give it")
+    base = load_model(str(base_model), kwargs)[0] if isinstance(base_model, str | Path) else base_model
+    if base is not None:
+        base = cast(Any, base).to(args.device)
+    return evaluate_rows(
+        model, tokenizer, dataset, args, base=base, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens
+    )
 
 
 def evaluate_rows(

@@ -122,16 +122,6 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str
     return Pair(whole[:length], whole[length:])
 
 
-def prompt_completion_row(example: MultipleChoiceExample, option: int | None = None) -> dict[str, str]:
-    """The example as TRL's prompt-completion text, for export: `SFTTrainer` makes the tokens of `training_row` of it.
-
-    Args:
-        option: index of the answer; the gold one by default.
-    """
-    prompt, completion = move_spaces(example.prompt, example.completion(example.gold if option is None else option))
-    return {"prompt": prompt, "completion": completion}
-
-
 def training_row(
     tokenizer: PreTrainedTokenizerBase,
     example: MultipleChoiceExample,

@@ -20,7 +20,7 @@ from trl import DatasetMixtureConfig
 from ..data.loading import DataSource, load_rows
 from ..errors import InputError, input_errors
 from ..report.run import write_report
-from ..selection.stage import SELECTED, select
+from ..selection.select import SELECTED, select
 from ..training.checkpoints import last_checkpoint
 from ..workflow.child import run_child
 from ..workflow.run import execute

@@ -1,7 +1,7 @@
 """Rows of tokens as a page to look at, select on and mark, and as coloured text on a terminal.
 
 The page holds the numbers as they are, so that the counts at its sliders are those of training; its script
-(`templates/inspect.js`) draws only the rows in view. Rejected: HTML of every token, which a browser needs minutes for;
+(`templates/inspect`) draws only the rows in view. Rejected: HTML of every token, which a browser needs minutes for;
 scores rounded to 16 bits, which move tokens across a threshold.
 """
 
@@ -95,7 +95,7 @@ def write_inspection(path: Path, rows: TokenRows, about: dict[str, Any], setting
         "settings": settings | {"has_base_weight": hasattr(SelectiveSFTConfig, "score_base_weight")},
     }
     content = {**about, "data": data, "tables": _measured(about["measured"])}
-    return write_page(path, "inspect.html", content)
+    return write_page(path, "inspect/page.html", content)
 
 
 def _packed(values: np.ndarray) -> str:

@@ -41,19 +41,24 @@ _ENVIRONMENT = jinja2.Environment(
 )  # fmt: skip
 
 
-def _script(name: str) -> Markup:
-    """A script of the package as an inline element."""
-    return Markup(f"<script>{_source(name)}</script>")
+# Files of a page's script, which is one script: they share their names
+_SCRIPTS = {"inspect": ("data", "panel", "marks", "rows", "controls")}
 
 
-def _policy(name: str) -> str:
+def _script(page: str) -> Markup:
+    """The script of a page as an inline element."""
+    return Markup(f"<script>{_source(page)}</script>")
+
+
+def _policy(page: str) -> str:
     """The source expression that allows this script alone to run, whatever else a page may come to hold."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(_source(name).encode()).digest()).decode()}'"
+    return f"'sha256-{base64.b64encode(hashlib.sha256(_source(page).encode()).digest()).decode()}'"
 
 
-def _source(name: str) -> str:
+def _source(page: str) -> str:
     assert _ENVIRONMENT.loader is not None
-    return _ENVIRONMENT.loader.get_source(_ENVIRONMENT, name)[0]
+    names = (f"{page}/{name}.js" for name in _SCRIPTS[page])
+    return "".join(_ENVIRONMENT.loader.get_source(_ENVIRONMENT, name)[0] for name in names)
 
 
 _ENVIRONMENT.globals |= {"script": _script, "policy": _policy}

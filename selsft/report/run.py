@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from ..evaluation.intervals import paired
 from ..evaluation.settings import METRICS, ROWS
 from ..records import read_json, write_json
-from ..selection.stage import COUNTS
+from ..selection.select import COUNTS
 from .page import write_page
 
 # name in the tables of the stages -> label, whether more is better, digits

@@ -19,28 +19,15 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from ..config import SelectiveSFTConfig
-from ..data.chunks import TokenChunk, supervised_mask, token_chunks
-from ..data.columns import BASE_LOGPS, REF_LOGPS, TOKEN_COLUMNS, WEIGHTS
+from ..data.chunks import supervised_mask, token_chunks
+from ..data.columns import TOKEN_COLUMNS, WEIGHTS
 from ..data.tokenizers import special_ids
 from ..data.words import Words
 from ..selection.weights import add_token_weights, pooled_scores, raw_scores
+from ..selection.worst import TokenInContext, WorstTokens
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 CONTEXT = 12  # tokens shown before a token, and a third of it after
-
-
-@dataclass
-class TokenInContext:
-    """A token with its score, its log-probabilities (nats), and the text around it."""
-
-    row: int
-    position: int
-    score: float
-    base: float | None
-    reference: float | None
-    before: str
-    token: str
-    after: str
 
 
 @dataclass
@@ -90,7 +77,7 @@ def summarize(scored: Dataset, tokenizer: PreTrainedTokenizerBase, args: Selecti
     words = Words(tokenizer) if args.pooling in ("word", "span") else None
     weighted = add_token_weights(scored, args, special, padding_free=False, words=words)
     histogram, tokens, signs = ScoreHistogram(), 0, np.zeros(3, np.int64)
-    worst: list[tuple[float, TokenInContext]] = []
+    worst = WorstTokens(tokenizer, special, show, CONTEXT)
     for chunk in token_chunks(weighted, ["input_ids", "labels", *there, WEIGHTS]):
         mask = supervised_mask(chunk, padding_free=False)
         scores = pooled_scores(
@@ -99,14 +86,7 @@ def summarize(scored: Dataset, tokenizer: PreTrainedTokenizerBase, args: Selecti
         histogram.add(scores[mask])
         tokens += chunk.size
         signs += [(chunk.columns[WEIGHTS][mask] * sign > 0).sum() for sign in (1, 0, -1)]
-        candidates = np.flatnonzero(mask & ~np.isin(chunk.columns["input_ids"], special))
-        if len(worst) == show and show:
-            candidates = candidates[scores[candidates] < worst[-1][0]]
-        lowest = candidates[np.argsort(scores[candidates], kind="stable")[:show]]
-        worst += [
-            (float(scores[token]), _in_context(chunk, int(token), float(scores[token]), tokenizer)) for token in lowest
-        ]
-        worst = sorted(worst, key=lambda pair: pair[0])[:show]
+        worst.add(chunk, mask, scores)
     signs[1] = histogram.total - signs[0] - signs[2]
     share = signs / max(histogram.total, 1)
     numbers = {
@@ -117,21 +97,7 @@ def summarize(scored: Dataset, tokenizer: PreTrainedTokenizerBase, args: Selecti
         "quantiles": {str(q): histogram.quantile(q) for q in QUANTILES if histogram.total},
         "share": dict(zip(("positive", "neutral", "negative"), map(float, share), strict=True)),
     }
-    return Summary(numbers, [token for _, token in worst])
-
-
-def _in_context(chunk: TokenChunk, token: int, score: float, tokenizer: PreTrainedTokenizerBase) -> TokenInContext:
-    """A token of a chunk with the text around it, within its row."""
-    row = chunk.row_of(token)
-    start = int(chunk.lengths[: row - chunk.first_row].sum())
-    end = start + int(chunk.lengths[row - chunk.first_row])
-    ids = chunk.columns["input_ids"]
-    parts = ids[max(start, token - CONTEXT) : token], ids[token : token + 1], ids[token + 1 : end][: CONTEXT // 3]
-    before, itself, after = (str(tokenizer.decode(part.tolist())) for part in parts)
-    base, reference = (
-        float(chunk.columns[name][token]) if name in chunk.columns else None for name in (BASE_LOGPS, REF_LOGPS)
-    )
-    return TokenInContext(row, token - start, score, base, reference, before, itself, after)
+    return Summary(numbers, worst.found)
 
 
 def printable(text: str) -> str:

@@ -276,10 +276,10 @@ class FrozenModels:
                     else stack.enter_context(_with_adapter(model, self.name, self._adapter_name))
                 )
             self._live = self._start = self._prepare(model) if copied else model
-            refusal = self._mixed and self._cannot_mix()
-            if refusal:
-                logger.warning(f"base and reference are scored in two forward passes: {refusal}")
-            self._one_pass = self._mixed and not refusal
+            reason = self._mixed and self._cannot_mix()
+            if reason:
+                logger.warning(f"base and reference are scored in two forward passes: {reason}")
+            self._one_pass = self._mixed and not reason
             try:
                 yield
             finally:

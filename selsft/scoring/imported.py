@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..data.chunks import TokenChunk
+from ..data.chunks import TokenChunk, supervised_mask
 
 
 class ImportedLogps:
     """
     Parquet with one row per document, in the order of the data: `input_ids`, the log-probabilities in nats (0, null or
-    anything else where nothing is trained), and, if there, `labels`.
+    anything else on unsupervised tokens), and, if there, `labels`.
 
     Args:
         path: a file, or a folder whose `*.parquet` files follow each other by name.
@@ -68,14 +68,14 @@ class ImportedLogps:
         self._read: tuple[int, pa.Table] | None = None  # the last row group
 
     def take(self, chunk: TokenChunk) -> np.ndarray:
-        """Flat `(tokens,)` float32 values of the rows of `chunk`, 0 where nothing is trained.
+        """Flat `(tokens,)` float32 values of the rows of `chunk`, 0 for unsupervised tokens.
 
         Args:
             chunk: with the columns `input_ids` and `labels`.
 
         Raises:
             `ValueError` for rows that are not there or have other tokens or labels, for a wrong number of values, and
-            for a value that is missing, not finite or positive where a token is trained.
+            for a value that is missing, not finite or positive on a supervised token.
         """
         stop = chunk.first_row + len(chunk.lengths)
         if stop > self.rows:
@@ -88,10 +88,9 @@ class ImportedLogps:
         self._same_lengths(chunk, column, self._column)
         values = column.flatten().cast(pa.float64()).to_numpy(zero_copy_only=False)
         starts = np.cumsum(chunk.lengths) - chunk.lengths
-        trained = np.asarray(chunk.columns["labels"]) != -100
-        trained[starts[chunk.lengths > 0]] = False
+        supervised = supervised_mask(chunk, padding_free=False)
         with np.errstate(invalid="ignore"):
-            broken = np.flatnonzero(trained & ~(np.isfinite(values) & (values <= 0)))
+            broken = np.flatnonzero(supervised & ~(np.isfinite(values) & (values <= 0)))
         if broken.size:
             token = int(broken[0])
             row = chunk.row_of(token)
@@ -100,7 +99,7 @@ class ImportedLogps:
                 f"{self._where()}, row {row}: {self._column}[{position}] is {values[token]}, for token "
                 f"{ids[token]}: a log-probability is finite and at most 0"
             )
-        return np.where(trained, values, 0.0).astype(np.float32)
+        return np.where(supervised, values, 0.0).astype(np.float32)
 
     def check_end(self, rows: int) -> None:
         """Raise `ValueError` unless the data has as many rows."""
@@ -128,7 +127,10 @@ class ImportedLogps:
             if self._read is None or self._read[0] != index:
                 file, group = self._groups[index]
                 names = ["input_ids", self._column, *(["labels"] if self._labels else [])]
-                self._read = index, pq.ParquetFile(file).read_row_group(group, columns=names)
+                self._read = (
+                    index,
+                    pq.ParquetFile(file, page_checksum_verification=True).read_row_group(group, columns=names),
+                )
             parts.append(self._read[1].slice(max(start - low, 0), stop - max(start, low)))
         return pa.concat_tables(parts)
 

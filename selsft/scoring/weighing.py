@@ -72,7 +72,7 @@ class TokenWeigher:
                 "cannot show: use negative_threshold, or selection_scope='sequence' without padding_free, or "
                 "precompute_scores=True on data that is not streamed"
             )
-        compares = (source is not None and args.score == "influence") or args.forget_objective == "npo"
+        compares = (source is not None and args.score == "influence") or args.needs_start_logps
         compares |= args.score == "surprisal"
         self._probe = args.score == "probe" and PROBE_SCORES not in given
         self.models = FrozenModels(

@@ -124,7 +124,7 @@ class ExcessSelector(TrainerCallback, ExportableState):
     ):
         self.args, self.accelerator, self.special_ids = args, accelerator, special_ids
         self.current_logps = current_logps
-        self.boundary = None if args.negative_threshold is None else -float(args.negative_threshold)
+        self.boundary = None if args.effective_threshold is None else -args.effective_threshold
         self.one_pass = False
         self._seen: list[torch.Tensor] = []  # scores of the micro-batches of this step, NaN where not trained
 

@@ -133,8 +133,8 @@ def shared_boundary(chunks: Chunks, args: SelectiveSFTConfig, reduce: Reduce | N
     """
     if args.score == "oracle":
         return 0.0  # scores of -1 and 1
-    if args.negative_threshold is not None:
-        return -float(args.negative_threshold)
+    if args.effective_threshold is not None:
+        return -args.effective_threshold
     assert args.positive_fraction is not None
     if args.selection_scope == "sequence":
         return None

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from."""
+"""Which checkpoint a run resumes from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 def last_checkpoint(output: Path) -> str | None:
     """The last checkpoint that is whole. Saving is no single step, and a run that was killed in it leaves a folder
-    that training cannot go on from: `trainer_state.json`, written last, is missing or cut off. Such folders are
+    that training cannot resume from: `trainer_state.json`, written last, is missing or cut off. Such folders are
     removed."""
     while output.is_dir() and (found := get_last_checkpoint(str(output))):
         try:

@@ -3,7 +3,7 @@
 The loss needs the hidden states and the LM head's weight, and must run within `forward`: DDP, FSDP and ZeRO-3 gather
 parameters and arm their hooks there, accelerate's autocast wraps it, and PEFT calls down to it. So `forward` of the
 base model gets one more keyword, `selective_head`, as TRL's own `add_fused_lm_head` does with `fused_lm_head`; calls
-without the keyword go on to the forward that was there before. Rejected: computing the loss in `compute_loss` from
+without the keyword reach the forward that was there before. Rejected: computing the loss in `compute_loss` from
 `output_hidden_states=True`, which keeps every layer's activations and reads a sharded weight outside of `forward`.
 """
 
@@ -289,3 +289,13 @@ def _selective_loss(
         stats=stats,
         broken_rows=(~out.logprob.isfinite()).any(1),
     )
+
+
+def toy_forward(*, labels: torch.Tensor, selective_head: SelectiveHead, **_: Any) -> SelectiveCausalLMOutput:
+    """What a causal language model of three tokens with fixed states gives when it is called with a selective head:
+    enough to see whether a caller uses the head. `labels` is `(batch, seq_len)`."""
+    hidden = torch.linspace(-1.0, 1.0, 4, device=labels.device).expand(*labels[:, 1:].shape, 4)
+    lm_head = LMHead(torch.arange(12.0, device=labels.device).view(3, 4) / 12, None, None, None, 1.0)
+    output = _selective_loss(selective_head, hidden, lm_head, labels[:, 1:], {})
+    output.aux_loss = hidden.new_zeros(())
+    return output

@@ -1,7 +1,7 @@
 """What a selective run cannot do, each with its reason and its remedy, before anything is scored.
 
 Kept apart from the trainer, whose overrides should stay readable. What settings alone contradict each other is refused
-by `SelectiveSFTConfig`; here are the refusals that need the data, the model or the launcher.
+by `SelectiveSFTConfig`; here is what depends on the data, the model or the launcher.
 """
 
 from __future__ import annotations
@@ -20,7 +20,43 @@ if TYPE_CHECKING:
     from ..trainer import SelectiveSFTTrainer
 
 
-def refuse_unsupported(trainer: SelectiveSFTTrainer, source: str | Model | None, given: list[str]) -> None:
+# Fields that say which tokens are negative, and fields that say what becomes of them
+_RULES = (
+    "negative_threshold", "positive_fraction", "selection_scope", "neutral_band", "gate_reference_prob",
+    "max_negative_share",
+)  # fmt: skip
+_FORGETTING = (
+    "forget_objective", "forget_weight", "forget_schedule", "forget_normalization", "forget_beta", "forget_floor",
+)  # fmt: skip
+
+
+def refuse_without_effect(trainer: SelectiveSFTTrainer, source: str | Model | None, given: list[str]) -> None:
+    """Raise `ValueError` for the first setting or column of selection that this run would ignore.
+
+    Args:
+        source: the reference.
+        given: token columns of the train dataset.
+    """
+    args, selective = trainer.args, source is not None or bool(given) or trainer.args.score != "influence"
+    names = get_dataset_column_names(trainer.train_dataset)
+    for score, column in SCORE_COLUMNS.items():
+        if column in names and args.score != score:
+            raise ValueError(
+                f"the train dataset has the column {column!r}, which has no effect under score={args.score!r}: set "
+                f"score={score!r}, or remove the column"
+            )
+    if source is None and args.reference_model_init_kwargs:
+        raise ValueError("reference_model_init_kwargs has no effect without reference_model: remove it or set both")
+    ignored: tuple[str, ...] = _RULES if WEIGHTS in given else ()
+    reason = f"the column {WEIGHTS!r} (or marks in the text) says which tokens are negative"
+    if not selective:
+        ignored = (*_RULES, *_FORGETTING)
+        reason = "without a reference_model, token columns or marks in the text no token is selected"
+    for name, value in args.changed(ignored).items():
+        raise ValueError(f"{name}={value!r} has no effect: {reason}. Remove it, or give what it works on")
+
+
+def validate_selection(trainer: SelectiveSFTTrainer, source: str | Model | None, given: list[str]) -> None:
     """Raise `ValueError` for the first reason why `trainer` cannot select tokens.
 
     Args:
@@ -88,7 +124,7 @@ def refuse_unsupported(trainer: SelectiveSFTTrainer, source: str | Model | None,
             f"{WEIGHTS!r}",
         ),
         (
-            streamed and source is None and BASE_LOGPS not in given and args.forget_objective == "npo",
+            streamed and source is None and BASE_LOGPS not in given and args.needs_start_logps,
             "forget_objective='npo' needs the log-probabilities at the start of training, which streamed rows "
             "with given weights do not have: use another objective",
         ),

@@ -47,7 +47,8 @@ _SHARED = {
     "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length",
     "packing", "padding_free", "train_sampling_strategy", "model_init_kwargs",
 }  # fmt: skip
-_SET_HERE = {"output_dir", "seed", "data_seed", "scoring_cache_dir"}
+_SET_HERE = {"output_dir", "seed", "data_seed"}
+_PATHS = {"reference_model", "scoring_cache_dir"}  # known by their content, or of no weight
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,7 @@ def compare_arms(
     def write_values(source: str, folder: Path) -> None:
         args = arguments(folder / "evaluation")
         trained, tokenizer = load_model(source, cast(dict, args.model_init_kwargs or {}))
+        args.model_init_kwargs = None  # they are spent
         trained.to(args.device)  # type: ignore[arg-type]  # their own annotation
         with frozen(trained):
             values = {
@@ -191,7 +193,7 @@ def compare_arms(
         if reference := changes.get("reference_model", shared.get("reference_model")):
             changes["reference_model"] = str(reference)
             inputs["reference"] = "base" if reference == "base" else model_source(str(reference))
-        known = {key: value for key, value in {**shared, **changes}.items() if key != "reference_model"}
+        known = {key: value for key, value in {**shared, **changes}.items() if key not in _PATHS}
         arguments(root, **changes, seed=seed, data_seed=seed)  # before anything is trained
 
         def work(folder: Path) -> str:

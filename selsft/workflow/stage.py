@@ -20,7 +20,7 @@ from typing import Any
 
 from ..data.loading import BUILDERS
 from ..errors import InputError
-from ..records import now, read_json, versions, write_json
+from ..records import file_sha256, now, read_json, versions, write_json
 
 RECORD = "stage.json"
 _KEY = 12  # hexadecimal digits
@@ -72,7 +72,7 @@ class Stage:
             return "interrupted" if self.folder.is_dir() and any(self.folder.iterdir()) else "new"
         if record["status"] != "finished":
             return "interrupted"
-        return "finished" if _sizes(self.folder) == record["outputs"] else "changed"
+        return "finished" if _contents(self.folder) == record["outputs"] else "changed"
 
     def earlier(self) -> dict[str, Any]:
         """The record of the last finished stage of this name, of whatever key; empty when there is none."""
@@ -100,7 +100,7 @@ class Stage:
         start = time.perf_counter()
         remark = self.work(self.folder)
         seconds = time.perf_counter() - start
-        record |= {"status": "finished", "seconds": round(seconds, 1), "outputs": _sizes(self.folder)}
+        record |= {"status": "finished", "seconds": round(seconds, 1), "outputs": _contents(self.folder)}
         write_json(self.folder / RECORD, record)
         return f"{seconds:.1f} s" + (f": {remark}" if remark else "")
 
@@ -137,10 +137,20 @@ class Stage:
         return aside
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """Size of every file but the record, bytes."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != RECORD)
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+def _contents(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file but the record; size and time where a folder is too large to hash."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != RECORD]
+    stats = {path: path.stat() for path in files}
+    if sum(stat.st_size for stat in stats.values()) > _HASHED_BYTES:
+        return {str(path.relative_to(folder)): f"{stat.st_size} {stat.st_mtime_ns}" for path, stat in stats.items()}
+    return {
+        str(path.relative_to(folder)): _sha256(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()
+    }
+
+
+@functools.lru_cache(maxsize=4096)  # a run asks for the state of its stages several times
+def _sha256(path: Path, _size: int, _mtime: int) -> str:
+    return file_sha256(path)
 
 
 def file_fingerprint(path: str | Path) -> str:

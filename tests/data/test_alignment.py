@@ -11,7 +11,8 @@ from tests.support.characters import tokens_of_characters
 
 PIECES = [
     "The", " quick", "fox", " ", "\n\n", "\t", "1234", "doesn't", "café", "e\u0301", "n\u0303\u0323", "\u0301",
-    "😀", "👍🏽", "👩‍👩‍👧", "שלום", " مرحبا", "\u200f", "你好", "한국어", "ß", "½", "ﬁ", "-", "'s", ".",
+    "\u200f", "\u1112\u1161\u11ab", "😀", "👍🏽", "👩‍👩‍👧", "שלום", " مرحبا", "你好", "한국어",
+    "ß", "½", "ﬁ", "-", "'s", ".",
 ]  # fmt: skip
 TEXTS = [
     "The quick brown fox",
@@ -21,6 +22,8 @@ TEXTS = [
     "你好 こんにちは 한국어",
     " leading and trailing ",
     "a\n\nb\tc",
+    "Zebra",  # a letter that no token joins to the dummy prefix
+    "\u1112\u1161\u11ab \u1100\u116e\u11a8",  # Hangul that a normaliser composes
 ]
 
 
@@ -74,6 +77,15 @@ def test_a_space_that_is_collapsed_belongs_to_the_token_that_is_left():
     for space in ((3, 4), (4, 5)):
         (found,) = Alignment(tokenizer).tokens(ids, "the  fox", [space], special=True)
         assert [tokens[index][0] for index in found] == ["▁"]
+
+
+@pytest.mark.parametrize("text", ["Zebra ﬁn", "Ｚebra"])
+def test_a_text_that_is_normalised(text):
+    """The dummy prefix spells none of it."""
+    tokenizer = tokenizers.family("unigram")
+    assert tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])[1] == "▁"
+    found, expected = aligned("unigram", text)
+    assert found == expected
 
 
 def test_an_unknown_character_is_its_unk_token():

@@ -120,6 +120,16 @@ def test_spans_are_numbered_over_the_sample_and_cut_by_truncation():
         np.testing.assert_array_equal(cut.wrong[cut.row == row], sample.wrong[sample.row == row][: whole - 3])
 
 
+def test_special_tokens_and_the_first_token_are_unknown():
+    rows = [{"text": "alpha<|im_end|> beta", "spans": [[0, 1]]}, {"text": "alpha<|im_end|> beta", "spans": []}]
+    sample = judge(rows)
+    starts = np.cumsum(sample.lengths) - sample.lengths
+    assert sample.wrong[starts].tolist() == [-1, -1]
+    end = tiny.tokenizer().convert_tokens_to_ids("<|im_end|>")
+    assert (sample.input_ids == end).sum() == 2 and set(sample.wrong[sample.input_ids == end]) == {-1}
+    assert "".join(words(sample, 0, row=1).split()) in "alphabeta"
+
+
 def test_rows_without_a_label_are_left_out():
     rows = [
         {"prompt": tiny.sentence(0, 12), "completion": " beta", "spans": []},

@@ -430,6 +430,31 @@ def test_parts_of_the_reasoning(options):
         assert tokenizer.decode(unknown) == "beta"
 
 
+def test_spans_win_over_their_part(options):
+    parts = [
+        {"type": "text", "text": "alpha beta", "weight": -1.0, "spans": [[6, 10, 0.5]]},
+        {"type": "text", "text": " gamma", "weight": None, "spans": None},
+    ]
+    data = Dataset.from_list([{"messages": [{"role": "assistant", "content": parts}]}] * 4)
+    run = SelectiveSFTTrainer(
+        tiny.llama(), SelectiveSFTConfig(**options), train_dataset=data, processing_class=tiny.tokenizer()
+    )
+    row = run.train_dataset[0]
+    text = tiny.tokenizer().decode(row["input_ids"])
+    base = text.index("alpha")
+    expected = weights_of(
+        tiny.tokenizer(), row["input_ids"], text, [(base, base + 6, -1.0), (base + 6, base + 10, 0.5)]
+    )
+    over = weights_of(tiny.tokenizer(), row["input_ids"], text, [(base + 6, base + 10, 0.5)])
+    np.testing.assert_array_equal(row["token_weights"], np.where(over == 0.5, 0.5, expected))
+    assert min(row["token_weights"]) == -1
+
+
+def test_eos_is_no_part_of_the_text(options):
+    data = Dataset.from_list([{"prompt": "alpha", "completion": " beta", "spans": [[1, 6]]}])
+    refused(options, data, r"row 0: span \[1, 6\] lies outside of the text, which has 5 characters")
+
+
 def test_text_about_marks_is_no_mark(tmp_path):
     messages = [
         {"role": "user", "content": 'a key is "spans": [[0, 1]]'},
@@ -568,3 +593,47 @@ def test_streams_without_features(options):
 
     run = trained(options, IterableDataset.from_generator(rows))
     assert run.state.log_history[0]["negative_fraction"] > 0.05
+
+
+@pytest.mark.parametrize("form", ["text", "messages", "parts"])
+@pytest.mark.parametrize("marks_before", [False, True])
+def test_marks_too_late_in_a_stream_are_refused(form, marks_before, options):
+    """A row that would be read without its marks stops the run."""
+
+    def row(marked):
+        if form == "text":
+            return {"text": "alpha beta", **({"spans": [[0, 5]]} if marked else {})}
+        content = [{"type": "text", "text": "beta", "weight": -1.0}] if marked and form == "parts" else "beta"
+        spans = {"spans": [[0, 2]]} if marked and form == "messages" else {}
+        return {"messages": [{"role": "user", "content": "alpha"}, {"role": "assistant", "content": content, **spans}]}
+
+    def rows():
+        first = row(False)
+        if marks_before and form != "text":
+            first["messages"][1]["weight"] = 0.5
+        elif marks_before:
+            first["weight"] = 0.5
+        yield first
+        yield from (row(False) for _ in range(300))
+        yield from (row(True) for _ in range(300))
+
+    data = IterableDataset.from_generator(rows)
+    run = SelectiveSFTTrainer(
+        tiny.llama(), SelectiveSFTConfig(**options), train_dataset=data, processing_class=tiny.tokenizer()
+    )
+    if marks_before and form != "parts":  # then every row is read
+        assert min(min(row["token_weights"]) for row in run.train_dataset) == -1
+    else:
+        with pytest.raises(ValueError, match=r"row 301.* after 256 rows without: declare the features"):
+            list(run.train_dataset)
+
+
+def test_several_processes_prepare_alike(options):
+    one, two = (
+        SelectiveSFTTrainer(
+            tiny.llama(), SelectiveSFTConfig(**options, dataset_num_proc=number), train_dataset=dataset_of("messages"),
+            processing_class=tiny.tokenizer(),
+        )
+        for number in (None, 2)
+    )  # fmt: skip
+    assert one.train_dataset["token_weights"][:] == two.train_dataset["token_weights"][:]

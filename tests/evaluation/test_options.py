@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from selsft.evaluation.examples import (
     MultipleChoiceExample,
     encode_pair,
-    prompt_completion_row,
+    move_spaces,
     training_data,
     training_row,
 )
@@ -285,7 +285,8 @@ def test_training_rows_are_what_is_scored_and_what_trl_makes_of_the_text(merging
         pair = encode_pair(tokenizer, "un", "happy")
         assert tokenizer.convert_ids_to_tokens(pair.context) == ["u"]
         assert tokenizer.convert_ids_to_tokens(pair.continuation)[0] == "nh"
-    texts = Dataset.from_list([prompt_completion_row(e) for e in examples])
+    pairs = [move_spaces(e.prompt, e.completion(e.gold)) for e in examples]
+    texts = Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in pairs])
     args = SelectiveSFTConfig(str(tmp_path), max_length=None, use_cpu=True, bf16=False, report_to="none")
     trl = SelectiveSFTTrainer(tiny.llama(), args, train_dataset=texts, processing_class=tokenizer).train_dataset
     rows = [training_row(tokenizer, e) for e in examples]

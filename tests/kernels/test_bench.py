@@ -1,6 +1,7 @@
 """The benchmark: what it writes, what it says about what it could not measure, and that peers do the same task."""
 
 import csv
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from selsft.bench import cases, kernels, peers, records
 from selsft.bench.bars import bars, table
-from selsft.bench.measure import measure
+from selsft.bench.measure import _cpu_ms, measure
 from selsft.bench.peers import FORWARD, TRAINING
 
 CPU = torch.device("cpu")
@@ -18,8 +19,9 @@ CPU = torch.device("cpu")
 def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
     threads = torch.get_num_threads()
-    arguments = "--cpu --rows 32 --shapes 16x200 --ignored 50 --seconds 0 --implementations selsft naive liger"
-    assert kernels.main([*arguments.split(), "--output_dir", str(folder)]) == 0
+    arguments = "--cpu --rows 32 --shapes 16x200 --ignored 50 --seconds 0 --implementations"
+    names = ["selsft", "selsft-statistics", "naive", "liger"]
+    assert kernels.main([*arguments.split(), *names, "--output_dir", str(folder)]) == 0
     torch.set_num_threads(threads)
     return folder
 
@@ -36,7 +38,7 @@ def test_columns(result: Path) -> None:
         ("forward+backward", "frozen"),
         ("forward+backward", "trained"),
     }
-    assert {r["implementation"] for r in rows} == {"gemm", "selsft", "naive"}
+    assert {r["implementation"] for r in rows} == {"gemm", "selsft", "selsft-statistics", "naive"}
     assert all(float(r["ms_p20"]) <= float(r["ms_median"]) <= float(r["ms_p80"]) for r in rows)
     assert all(float(r["ratio_to_gemm"]) == 1.0 for r in rows if r["implementation"] == "gemm")
 
@@ -63,7 +65,7 @@ def test_a_bar_is_passed_or_missed_by_its_figure() -> None:
 
 
 @pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("name", ["naive", "trl"])
+@pytest.mark.parametrize("name", ["selsft-statistics", "naive", "trl"])
 def test_peers_compute_the_same_gradients(name: str, trained: bool) -> None:
     """Otherwise their times would be those of another task."""
     case = cases.make_case(40, 16, 200, 50, CPU, torch.float32)
@@ -72,6 +74,18 @@ def test_peers_compute_the_same_gradients(name: str, trained: bool) -> None:
     assert isinstance(ours, tuple) and isinstance(theirs, tuple) and len(ours) == 1 + trained
     for a, b in zip(ours, theirs, strict=True):
         assert torch.allclose(a, b, atol=2e-5)
+
+
+def test_several_threads_are_timed_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processor time of two threads is twice what one waits for."""
+    clocks: list[str] = []
+    monkeypatch.setattr(time, "process_time", lambda: clocks.append("processor") or 0.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: clocks.append("wall") or 0.0)
+    for threads, clock in ((1, "processor"), (2, "wall")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        clocks.clear()
+        _cpu_ms(lambda: None)
+        assert set(clocks) == {clock}
 
 
 def test_memory_counts_what_a_step_allocates() -> None:

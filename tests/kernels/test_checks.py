@@ -57,6 +57,7 @@ LOSS_ONLY = {
     "forget": ({"forget": "ga"}, "forget='ga'"),
     "beta": ({"beta": 0.0}, "beta=0.0"),
     "floor": ({"floor": 0.0}, "floor=0.0"),
+    "gate": ({"entropy_gate": 0.0}, "entropy_gate=0.0"),
     "npo-without-reference": ({"forget": "npo"}, "reference_logprob is None"),
     "reference-shape": ({"reference_logprob": torch.zeros(2)}, "reference_logprob has shape"),
     "weight-grad-dtype": ({"weight_grad_dtype": torch.float16}, "weight_grad_dtype=torch.float16"),

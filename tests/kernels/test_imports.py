@@ -50,12 +50,18 @@ def test_names_of_objectives_do_not_need_triton() -> None:
 
 def test_every_kernel_module_has_a_twin() -> None:
     """`backend.implementation` goes from one to the other by name, and calls the same functions."""
-    for name in ("rows", "fold", "target_dot"):
+    called = {
+        "rows": {"loss_rows", "grad_rows"},
+        "fold": {"fold", "natural"},
+        "target_dot": {"target_logits"},
+        "scale": {"scale_in_place"},
+    }
+    for name, functions in called.items():
         kernel, twin = (
             {node.name: ast.unparse(node.args) for node in MODULES[stem].body if isinstance(node, ast.FunctionDef)}
             for stem in (f"{name}_triton", name)
         )
         shared = set(kernel) & set(twin)
-        assert shared >= {"rows": {"loss_rows", "grad_rows"}, "fold": {"fold"}, "target_dot": {"target_logits"}}[name]
+        assert shared >= functions
         for function in shared - {"transform"}:
             assert kernel[function] == twin[function], function

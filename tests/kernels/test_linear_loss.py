@@ -1,9 +1,11 @@
 """`linear_selective_cross_entropy` against fp64 autograd: every objective, feature and awkward shape."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
-from selsft_kernels import linear_selective_cross_entropy, rows
+from selsft_kernels import backend, linear_selective_cross_entropy, rows
 from tests.support import kernel_call as call
 from tests.support import kernel_oracle as oracle
 from tests.support.kernel_oracle import Problem, problem, relative
@@ -129,6 +131,32 @@ def test_grad_output_scales_all_gradients() -> None:
     for name, value in one.items():
         if name.startswith("d_"):
             assert torch.equal(scaled[name], value * -0.125), name
+
+
+def test_a_factor_of_one_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    real = torch.mul
+    p = problem()
+    expected = call.linear(p)["d_weight"]
+    for factor, count in ((1.0, 0), (0.5, 2)):
+        loss = linear_selective_cross_entropy(p.input, p.weight, p.target, p.token_weight).loss * factor
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "mul", lambda *a, **k: calls.append(1) or real(*a, **k))
+            _, grad = torch.autograd.grad(loss, (p.input, p.weight))
+        assert len(calls) == count
+        assert torch.allclose(grad, factor * expected)
+
+
+def test_a_kept_graph_gives_gradients_of_its_own() -> None:
+    """A second backward pass would otherwise add to the gradient that the first one handed out."""
+    p = problem()
+    loss = linear_selective_cross_entropy(p.input, p.weight, p.target, p.token_weight).loss
+    first = torch.autograd.grad(loss, p.weight, retain_graph=True)[0]
+    before = first.clone()
+    second = torch.autograd.grad(loss, p.weight, retain_graph=True)[0]
+    second.mul_(2.0)
+    assert torch.equal(first, before)
 
 
 def test_the_loss_can_be_scaled_in_place_and_backward_repeated() -> None:
@@ -297,7 +325,6 @@ def test_buffers_are_written_before_they_are_read(monkeypatch: pytest.MonkeyPatc
     """With every fresh buffer full of NaN the result is the same."""
     p = problem(rows=30, bias=True, lora=True, softcap=5.0)
     expected = call.linear(p, chunk_size=7)
-    empty, empty_like = torch.empty, torch.empty_like
 
     def poisoned(make):  # type: ignore[no-untyped-def]
         def fill(*args, **kwargs):  # type: ignore[no-untyped-def]
@@ -306,8 +333,40 @@ def test_buffers_are_written_before_they_are_read(monkeypatch: pytest.MonkeyPatc
 
         return fill
 
-    monkeypatch.setattr(torch, "empty", poisoned(empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(empty_like))
+    for module, name in ((torch, "empty"), (torch, "empty_like"), (backend, "scratch")):
+        monkeypatch.setattr(module, name, poisoned(getattr(module, name)))
     actual = call.linear(p, chunk_size=7)
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
+
+
+def test_threads_do_not_share_a_buffer() -> None:
+    """The CPU keeps the buffer of the logits for the next call of the same thread."""
+    problems = [problem(rows=200, hidden=32, vocab=600, seed=seed) for seed in range(4)]
+    expected = [call.linear(p) for p in problems]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for actual, wanted in zip(pool.map(call.linear, problems), expected, strict=True):
+                assert all(torch.equal(actual[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e4, -1e4])
+def test_logits_of_any_size(shift: float) -> None:
+    """What stands in the target's place is as large as the largest other logit, so neither sum over- or underflows."""
+    p = problem(rows=8, hidden=4, vocab=30, spread=40.0, bias=True)
+    with torch.no_grad():
+        assert p.bias is not None
+        p.bias.mul_(20.0).add_(shift)
+    tolerance = TOLERANCE if shift == 0 else 2e-3  # fp32 logits at 1e4 are spaced by 1e-3
+    expected, actual = oracle.selective(p), call.linear(p)
+    for name in ("loss", "logprob", "entropy", "d_input", "d_weight", "d_bias"):
+        assert relative(actual[name], expected[name]) < tolerance, name
+
+
+@pytest.mark.parametrize("options", [{}, {"positive": "dft", "floor": -3.0, "softcap": 4.0}], ids=["plain", "others"])
+def test_positives_gated_by_entropy(options: dict) -> None:
+    """Rows on both sides of the gate, and negative tokens that it does not touch."""
+    p = problem(rows=40, vocab=23, spread=3.0, entropy_gate=2.1, seed=3, **options)
+    entropy = oracle.selective(p)["entropy"][oracle.used(p) & (p.token_weight > 0)]
+    assert 0 < int((entropy < 2.1).sum()) < entropy.numel()
+    assert_matches(p, call.linear(p, chunk_size=16))

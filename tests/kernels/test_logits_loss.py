@@ -16,7 +16,7 @@ def check(p: Problem, z: torch.Tensor, **overrides: object) -> None:
     leaf = z.detach().double().requires_grad_()
     transformed = oracle.head_transform(leaf, p.options)
     lp, l1mp = oracle.log_probabilities(transformed, p.target)
-    loss = oracle.token_losses(lp, l1mp, p).sum()
+    loss = oracle.token_losses(lp, l1mp, p, transformed).sum()
     (grad,) = torch.autograd.grad(loss, leaf)
     expected = oracle.statistics(transformed.detach(), lp.detach(), p.target, oracle.used(p))
     expected |= {"loss": loss.detach(), "d_logits": grad}
@@ -110,3 +110,8 @@ def test_skipped_rows_may_hold_anything() -> None:
     assert result["loss"].isfinite() and result["d_logits"][[0, 3]].isfinite().all()
     for name in ("d_logits", "logprob", "entropy", "is_top1"):
         assert not result[name][1:3].any(), name
+
+
+def test_positives_gated_by_entropy() -> None:
+    p = problem(rows=40, entropy_gate=2.5, floor=-4.0)
+    check(p, logits_of(p))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from selsft_kernels import FORGET_OBJECTIVES, POSITIVE_OBJECTIVES
-from selsft_kernels.objectives import FORGET, POSITIVE, Formula
+from selsft_kernels.objectives import FORGET, POSITIVE, Formula, Objective, gated
 from tests.kernels.test_linear_loss import OBJECTIVES
 
 ALL = {**POSITIVE, **FORGET}
@@ -40,3 +40,10 @@ def test_flags(name: str) -> None:
     assert formula.needs_reference != all(map(torch.equal, formula.loss(M, REFERENCE - 1, 1.0), plain))
     far, _ = formula.loss(torch.tensor([-1e6]), torch.tensor([-1.5]), 1.0)
     assert formula.bounded == (far.item() > -math.e) or name in POSITIVE
+
+
+def test_the_gate() -> None:
+    """Rounding may leave an entropy below 0, which must not turn a positive token into a negative one."""
+    weight, entropy = torch.tensor([2.0, 2.0, 2.0, -1.0, -1.0]), torch.tensor([-1e-7, 1.0, 9.0, 1.0, 9.0])
+    assert gated(weight, entropy, Objective(entropy_gate=4.0)).tolist() == [0.0, 0.5, 2.0, -1.0, -1.0]
+    assert gated(weight, entropy, Objective()) is weight

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from selsft_kernels import linear_logprob, linear_selective_cross_entropy
+from selsft_kernels import linear_logprob, linear_loss, linear_selective_cross_entropy
 from tests.support import kernel_call as call
 from tests.support import kernel_oracle as oracle
 from tests.support.kernel_oracle import Problem, problem, relative
@@ -51,6 +51,35 @@ def test_the_head_gradient_is_accumulated_in_fp32(dtype: torch.dtype) -> None:
     assert narrow > 2 * wide
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "chunks"), [(32, 1), (33, 0)])
+def test_few_rows_write_the_head_gradient_once(
+    dtype: torch.dtype, rows: int, chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to 2 H rows, their logits are smaller than an fp32 sum of the head's size: one chunk, in the head's dtype."""
+    dtypes: list[torch.dtype] = []
+    real = linear_loss.accumulate
+    monkeypatch.setattr(linear_loss, "accumulate", lambda acc, *a, **k: dtypes.append(acc.dtype) or real(acc, *a, **k))
+    p = problem(rows=rows, hidden=16, vocab=50, dtype=dtype)
+    p.target.clamp_(min=0)
+    p.token_weight.copy_(torch.randn(rows, generator=torch.Generator().manual_seed(1)))
+    expected, plain, ours = oracle.selective(p), naive(p), call.linear(p, factor=1 / 3)
+    assert dtypes == [dtype] if chunks else set(dtypes) == {torch.float32}
+    error = rms(ours["d_weight"] * 3, expected["d_weight"])
+    assert error < 1.5 * rms(plain["d_weight"], expected["d_weight"])
+
+
+def test_a_given_chunk_size_or_an_fp32_head_keeps_the_fp32_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes: list[torch.dtype] = []
+    real = linear_loss.accumulate
+    monkeypatch.setattr(linear_loss, "accumulate", lambda acc, *a, **k: dtypes.append(acc.dtype) or real(acc, *a, **k))
+    p = problem(rows=20, hidden=16, vocab=50, dtype=torch.bfloat16)
+    call.linear(p, chunk_size=5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        call.linear(problem(rows=20, hidden=16, vocab=50))
+    assert set(dtypes) == {torch.float32}
+
+
 def test_the_factor_is_not_rounded_to_the_dtype_of_the_gradient() -> None:
     """1/3 is between two bf16 numbers; rounded first, every entry would be off by the same 0.2 %."""
     p = problem(rows=20, dtype=torch.bfloat16)
@@ -80,7 +109,8 @@ def test_autocast_casts_the_operands_as_linear_would(hidden_dtype: torch.dtype) 
         expected["d_weight"], oracle.selective(half)["d_weight"]
     )
     assert score.logprob is not None
-    assert torch.equal(score.logprob[p.token_weight != 0], expected["logprob"][p.token_weight != 0])
+    used = p.token_weight != 0
+    assert torch.allclose(score.logprob[used], expected["logprob"][used], rtol=1e-6, atol=1e-6)
 
 
 def test_fp16_gradients_of_a_large_batch_do_not_vanish() -> None:

@@ -229,6 +229,14 @@ def test_marks_become_a_judged_sample(tab, tmp_path):
     tab.drag(tuple(at[0]), tuple(at[1]))
     tab.wait("!$('menu').hidden")
     tab.click("#menu [value=wrong]")
+    # The ends of a selection may lie in spaces, which belong to no token
+    picked, expected = tab.js(
+        "(() => { const spaces = [...document.querySelectorAll('#list .tokens')].map(text => [...text.childNodes]"
+        ".filter(node => node.nodeType === 3)).find(found => found.length > 1), range = new Range();"
+        "range.setStart(spaces[0], 0); range.setEnd(spaces[1], 1);"
+        "return [pick(range), [+spaces[0].nextSibling.dataset.t, +spaces[1].previousSibling.dataset.t]]; })()"
+    )
+    assert picked == expected
     # With the keyboard: the emoji and the word behind it
     target = tokens_of(1, "👩‍👩‍👧")
     tab.js("document.querySelectorAll('#list .tokens')[1].focus({focusVisible: true})")
@@ -375,6 +383,7 @@ def test_hostile_text_stays_text(tab, tmp_path):
     assert r"\u202egnp.exe" in tab.js("visible('\\u202egnp.exe')") and r"\x00" in tab.js("visible('\\u0000')")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not AXE.is_file(), reason="no axe-core: npm install --prefix .browser axe-core")
 @pytest.mark.parametrize("name", ["inspect", "run", "skills"])
 def test_no_serious_accessibility_violation(tab, tmp_path, name):
@@ -402,6 +411,7 @@ def test_no_serious_accessibility_violation(tab, tmp_path, name):
     tab.js("localStorage.clear()")
 
 
+@pytest.mark.slow
 def test_100_000_tokens_stay_fluid(tab, tmp_path):
     rng = np.random.default_rng(0)
     tok = tiny.tokenizer()
@@ -537,6 +547,20 @@ def test_the_command_writes_a_page_and_prints_rows(saved, tmp_path, capsys):
     assert f"row {first} " in said and said.index(f"id row-{first}") == said.index("id row-")
 
 
+def test_a_folder_of_selsft_score_needs_no_other_flag(tmp_path, capsys):
+    for seed, name in enumerate(("model", "reference")):
+        tiny.llama(seed).save_pretrained(str(tmp_path / name))
+        tiny.tokenizer().save_pretrained(str(tmp_path / name))
+    tiny.prompt_data(12).to_json(str(tmp_path / "data.jsonl"))
+    flags = {"model_name_or_path": "model", "reference_model": "reference", "dataset_name": "data.jsonl"}
+    given = [part for key, value in flags.items() for part in (f"--{key}", str(tmp_path / value))]
+    folder = str(tmp_path / "scored")
+    assert main(["score", *given, "--scored_dir", folder, "--use_cpu", "true", "--bf16", "false"]) == 0
+    assert main(["inspect", folder, "--output", str(tmp_path / "page.html"), "--text"]) == 0
+    assert "scored tokens are negative" in capsys.readouterr().out
+    assert f"policy: {tmp_path / 'model'}" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
 def test_a_terminal_gets_no_control_characters(capsys):
     rows = read_rows(scored(["\x1b[31mred \u202e x", "[bold]markup[/bold]"]), tiny.tokenizer(), 10**6)
     found = np.where(rows.flags & SCORED > 0, -1, 2).astype(np.int8)
@@ -581,6 +605,7 @@ def test_where_the_sliders_begin():
         (["ROWS", "--text", "--score", "nope"], "--score nope: the rows have influence, base_logps, ref_logps"),
         (["ROWS", "--text", "--judged", "nope.jsonl"], "judged='nope.jsonl': no such file"),
         (["ROWS", "--text", "--judged", "BAD"], "line 2 is not JSON"),
+        (["/nowhere/at/all", "--text"], "/nowhere/at/all"),
         (["ROWS", "--text", "--nope"], "unrecognized arguments: --nope"),
         (["TEXTS", "--text"], "no 'input_ids': give a folder of `selsft score`"),
     ],

@@ -11,7 +11,7 @@ from selsft.evaluation.settings import METRICS, ROWS
 from selsft.records import write_json
 from selsft.report.page import visible
 from selsft.report.run import write_report
-from selsft.selection.stage import COUNTS
+from selsft.selection.select import COUNTS
 from tests.support.pages import Page
 
 HOSTILE = "<script>alert(1)</script>\x00\x1b[31m\u202egnp.exe\u2066\ufeff</td>"

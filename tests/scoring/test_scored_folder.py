@@ -229,7 +229,7 @@ CHANGES = {
 def test_a_change_is_refused_and_named(run, models, capsys, what):
     assert run() == 0
     before = shards("scored")
-    Path("scored/shard-00001.parquet").unlink()  # there is something to go on with
+    Path("scored/shard-00001.parquet").unlink()  # there is something to resume
     flags = change(what, models)
     capsys.readouterr()
     assert run(**flags) == 2

@@ -69,7 +69,9 @@ def settings_of(**changes):
     rule = {"negative_threshold": 1.0, "positive_fraction": None, "neutral_band": 0.0, "selection_scope": "global"}
     rule |= {"score": "influence", "gate_reference_prob": None, "max_negative_share": None, "seed": 0}
     rule |= {"score_base_weight": 1.0, "pooling": "token", "score_lookahead": 0.0, "score_row_worst": None}
-    return SimpleNamespace(**{**rule, "forget_weight": 0.25, **changes})
+    made = SimpleNamespace(**{**rule, "forget_weight": 0.25, **changes})
+    made.effective_threshold = made.negative_threshold
+    return made
 
 
 def rows_of(*scores):
@@ -174,7 +176,7 @@ def by_hand(data, args, special_ids, padding_free):
         scores.append((np.float32(row["ref_logps"]) - np.float32(row["base_logps"]))[mask])
         safe.append(np.isin(row["input_ids"], special_ids)[mask])
         masks.append(mask)
-    rule = {"negative_threshold": args.negative_threshold, "positive_fraction": args.positive_fraction}
+    rule = {"negative_threshold": args.effective_threshold, "positive_fraction": args.positive_fraction}
     label = functools.partial(label_tokens, neutral_band=args.neutral_band, **rule)
     if args.selection_scope == "sequence":
         labels = [label(part, protected=guard) for part, guard in zip(scores, safe, strict=True)]

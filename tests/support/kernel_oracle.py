@@ -100,8 +100,8 @@ def log_probabilities(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return z.gather(1, column).squeeze(1) - total, others.logsumexp(1) - total
 
 
-def token_losses(lp: Tensor, l1mp: Tensor, p: Problem) -> Tensor:
-    """`|w| L` of each row, fit for autograd: what is under a stop-gradient is detached."""
+def token_losses(lp: Tensor, l1mp: Tensor, p: Problem, z: Tensor | None = None) -> Tensor:
+    """`|w| L` of each row, fit for autograd: what is under a stop-gradient is detached. An entropy gate needs z."""
     positive, forget = p.options.get("positive", "nll"), p.options.get("forget", "unlikelihood")
     beta, floor = p.options.get("beta", 1.0), p.options.get("floor")
     reference = p.reference.to(lp.dtype)
@@ -119,6 +119,10 @@ def token_losses(lp: Tensor, l1mp: Tensor, p: Problem) -> Tensor:
         "gradient_ascent": lp,
     }[forget]
     value = torch.where(p.token_weight > 0, keep, drop) * p.token_weight.abs().to(lp.dtype)
+    if p.options.get("entropy_gate") is not None:
+        assert z is not None
+        share = (torch.distributions.Categorical(logits=z.detach()).entropy() / p.options["entropy_gate"]).clamp(max=1)
+        value = torch.where(p.token_weight > 0, value * share, value)
     return value[used(p)]
 
 
@@ -126,7 +130,7 @@ def selective(p: Problem, dtype: torch.dtype = torch.float64) -> dict[str, Tenso
     """Loss, log-probabilities, entropy, top-1 and the gradients of all parameters."""
     z, leaves = forward(p, dtype)
     lp, l1mp = log_probabilities(z, p.target)
-    loss = token_losses(lp, l1mp, p).sum()
+    loss = token_losses(lp, l1mp, p, z).sum()
     grads = torch.autograd.grad(loss, list(leaves.values()), retain_graph=False, allow_unused=True)
     result = {"loss": loss.detach(), **statistics(z.detach(), lp.detach(), p.target, used(p))}
     for (name, leaf), grad in zip(leaves.items(), grads, strict=True):

@@ -30,7 +30,7 @@ def one_without_tokens(index, row):
 
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "lm_head"]}
-EXCESS = {"score": "excess", "selection_scope": "batch", "positive_fraction": 0.6, "negative_threshold": None}
+EXCESS = {"score": "excess", "selection_scope": "batch", "positive_fraction": 0.6}
 CASES = {
     "unequal": {"weights": unequal},
     "separate": {"weights": unequal, "forget_normalization": "separate"},
@@ -92,13 +92,14 @@ def train(
     elif reference is not None:
         reference = saved_model(folder, 1) if loaded else tiny.llama(seed=1)
     accumulation = settings.pop("gradient_accumulation_steps", 1)
+    rule = {} if weights or "positive_fraction" in settings else {"negative_threshold": 0.1}
     args = SelectiveSFTConfig(
         str(folder / f"{case}-out"), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
         save_strategy="no", logging_steps=1, max_steps=3, learning_rate=0.2, optim="sgd", disable_tqdm=True,
         dataloader_pin_memory=False, train_sampling_strategy="sequential", forget_weight=1.0,
         forget_schedule="constant", scoring_cache_dir=str(folder / "cache"),
         per_device_train_batch_size=batch_size // accumulation, gradient_accumulation_steps=accumulation,
-        scoring_batch_size=2, **{"negative_threshold": 0.1, **settings},
+        scoring_batch_size=2, **rule, **settings,
     )  # fmt: skip
     columns = {"token_weights": weights} if weights else {}
     trainer = SelectiveSFTTrainer(

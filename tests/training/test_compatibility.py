@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator, ParallelismConfig
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
-from selsft.training.validation import refuse_unsupported
+from selsft.training.validation import validate_selection
 from tests.support import tiny
 from tests.support.oracle import assert_scored, expected_loss
 
@@ -196,7 +197,7 @@ def test_arguments(kind, options, tmp_path, monkeypatch):
         tiny.llama(), args, train_dataset=tiny.prompt_data(), processing_class=tiny.tokenizer(),
         reference_model=tiny.llama(seed=3),
     )  # fmt: skip
-    assert isinstance(run.args, SelectiveSFTConfig) and run.args.negative_threshold == 1.0
+    assert isinstance(run.args, SelectiveSFTConfig) and run.args.effective_threshold == 1.0
     assert run.args.output_dir == ("tiny-SFT" if kind == "none" else options["output_dir"])
     assert (tmp_path / "hub" / "selsft").is_dir()
 
@@ -315,27 +316,23 @@ def test_push_to_hub_uploads_the_model(selective, options, tmp_path, monkeypatch
     assert (Path(options["output_dir"]) / "model.safetensors").is_file()
 
 
-def test_vision_data_is_refused():
-    """The refusal itself; TRL's own vision path needs a processor that this machine cannot build."""
-    run = object.__new__(SelectiveSFTTrainer)
-    run.train_dataset = tiny.tokenised_data(2)
-    run.args = SelectiveSFTConfig("out", use_cpu=True, bf16=False)
-    run.accelerator = type("A", (), {"parallelism_config": None})()
-    run.data_collator, run.compute_loss_func, run._is_vision_dataset = None, None, True
+def test_vision_data_is_refused(options, tmp_path):
+    """TRL's own vision path needs a processor; here only what follows from its finding."""
+    run = make(True, options, tiny.prompt_data(), tmp_path)
+    validate_selection(run, None, [])
+    run._is_vision_dataset = True
     with pytest.raises(ValueError, match="not available for datasets with images"):
-        refuse_unsupported(run, None, [])
+        validate_selection(run, None, [])
 
 
-@pytest.mark.parametrize("kind", ["cp_enabled", "sp_enabled", "tp_enabled"])
-def test_sharded_sequences_are_refused(kind):
-    run = object.__new__(SelectiveSFTTrainer)
-    run.train_dataset = tiny.tokenised_data(2)
-    run.args = SelectiveSFTConfig("out", use_cpu=True, bf16=False)
-    off = {"cp_enabled": False, "sp_enabled": False, "tp_enabled": False}
-    run.accelerator = type("A", (), {"parallelism_config": type("P", (), {**off, kind: True})()})()
-    run.data_collator, run.compute_loss_func, run._is_vision_dataset = None, None, False
+@pytest.mark.parametrize("size", ["cp_size", "sp_size", "tp_size"])
+def test_sharded_sequences_are_refused(size, options, tmp_path, monkeypatch):
+    run = make(True, options, tiny.prompt_data(), tmp_path)
+    validate_selection(run, None, [])
+    parallelism = ParallelismConfig(**{size: 2})
+    monkeypatch.setattr(Accelerator, "parallelism_config", property(lambda self: parallelism))
     with pytest.raises(ValueError, match="not available with context, sequence or tensor parallelism"):
-        refuse_unsupported(run, None, [])
+        validate_selection(run, None, [])
 
 
 def test_foreign_collator_is_refused(options, tmp_path):

@@ -257,7 +257,7 @@ def test_versions_outside_the_range_are_refused():
 
 
 @pytest.mark.filterwarnings("ignore:`label_smoothing_factor`:FutureWarning")  # of TRL, about its own loss
-def test_refusals_come_before_scoring(options, tmp_path):
+def test_settings_are_checked_before_scoring(options, tmp_path):
     """A config that cannot work is refused before a model is scored."""
     with pytest.raises(ValueError, match="label_smoothing_factor"):
         make(options, tiny.prompt_data(), reference=tiny.llama(seed=1), label_smoothing_factor=0.1,

@@ -1,6 +1,9 @@
 """The selective step: what is counted, weighted, logged, resumed and refused."""
 
+import inspect
 import math
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -322,3 +325,57 @@ def test_other_adapters_on_the_head_are_refused(change, options):
 def test_lora_on_the_head_without_selection_is_trls_error(options):
     with pytest.raises(ValueError, match="PEFT adapter to `lm_head` is not supported"):
         make(options, tiny.prompt_data(), LoraConfig(**LM_HEAD_LORA))
+
+
+def renamed_compute_loss():
+    """`SFTTrainer.compute_loss` of a TRL that calls its fused head by another keyword."""
+    source = textwrap.dedent(inspect.getsource(SFTTrainer.compute_loss)).replace("fused_lm_head", "fused_head")
+    names = {**vars(sys.modules[SFTTrainer.__module__]), "__class__": SFTTrainer}
+    exec(source.replace("super()", "super(SFTTrainer, self)"), names)
+    return names["compute_loss"]
+
+
+def test_a_trl_that_does_not_call_the_head_is_refused_at_construction(options, monkeypatch):
+    monkeypatch.setattr(SFTTrainer, "compute_loss", renamed_compute_loss())
+    with pytest.raises(RuntimeError, match="does not go through the fused head as selsft expects"):
+        make(options)
+
+
+def test_a_step_without_the_head_is_an_error(options, monkeypatch):
+    run = make(options)
+    monkeypatch.setattr(SFTTrainer, "compute_loss", renamed_compute_loss())
+    with pytest.raises((RuntimeError, TypeError)) as error:
+        run.train()
+    assert "does not go through the fused head" in str(error.value) or "fused_head" in str(error.value)
+
+
+def test_the_probe_leaves_no_trace(options):
+    run = make(options)
+    assert not any(run._metrics["train"].values()) and not any(run._metrics["eval"].values())
+    assert run._total_train_tokens == 0 and not run._outputs
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"negative_threshold": 2.0}, "negative_threshold=2.0 has no effect: without a reference_model"),
+        ({"positive_fraction": 0.7}, "positive_fraction=0.7 has no effect"),
+        ({"forget_weight": 0.5}, "forget_weight=0.5 has no effect"),
+        ({"reference_model_init_kwargs": {"dtype": "float32"}}, "reference_model_init_kwargs has no effect"),
+    ],
+)
+def test_settings_without_effect_are_refused(options, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(options, tiny.prompt_data(), **changes)
+
+
+def test_a_rule_beside_given_weights_is_refused(options):
+    with pytest.raises(ValueError, match=r"neutral_band=0\.5 has no effect: the column 'token_weights'"):
+        make(options, neutral_band=0.5)
+
+
+@pytest.mark.parametrize("column", ["token_scores", "negative_mask"])
+def test_a_column_that_the_score_does_not_read_is_refused(options, column):
+    data = tiny.tokenised_data(8).map(lambda row: {column: [0.0] * len(row["input_ids"])})
+    with pytest.raises(ValueError, match=f"column '{column}', which has no effect under score='influence'"):
+        make(options, data)

@@ -58,6 +58,19 @@ def test_changed_settings_make_new_folders_and_going_back_finds_the_old(tmp_path
     assert stages(root, log, text="new")[0].earlier()["settings"] == {"text": "z"}
 
 
+def test_links_never_mix_old_stages_with_new_ones(tmp_path):
+    execute(stages(tmp_path, []), tmp_path, {})
+    one, two = stages(tmp_path, [], text="z")
+
+    def fail(folder):
+        raise InputError("cut off")
+
+    two.work = fail
+    with pytest.raises(InputError, match="stage second: cut off"):
+        execute([one, two], tmp_path, {})
+    assert (tmp_path / "first/file").read_text() == "z" and not (tmp_path / "shown/second.txt").exists()
+
+
 def test_a_stage_done_anew_keeps_the_old_folder(tmp_path):
     log = []
     execute(stages(tmp_path, log), tmp_path, {})

@@ -1,0 +1,184 @@
+// The page of `selsft inspect`. Tokens lie in typed arrays; of the rows, cut into segments, only those in view are in
+// the document. A token t has a text, bits in `flags`, a score, a class (-1 negative, 0 neutral, 1 positive, 2 not
+// scored) and a judgement (-1 wrong, 1 right, 0 unknown).
+"use strict";
+const $ = (id) => document.getElementById(id);
+const D = JSON.parse($("data").textContent);
+$("data").remove();
+const { LABELLED, SCORED, SPECIAL, ROLE, START } = D.bits;
+const SEGMENT = 400, BINS = 96, DRAWS = 300;
+
+function unpack(text, Type) {
+  const raw = atob(text), bytes = new Uint8Array(raw.length);
+  for (let i = 0; i < raw.length; i++) bytes[i] = raw.charCodeAt(i);
+  return new Type(bytes.buffer);
+}
+const pieces = D.pieces, tokens = unpack(D.tokens, Uint32Array), offsets = unpack(D.offsets, Uint32Array);
+const flags = unpack(D.flags, Uint8Array), numbers = unpack(D.numbers, Uint32Array);
+const columns = Object.fromEntries(Object.entries(D.columns).map(([name, data]) => [name, unpack(data, Float32Array)]));
+const weights = D.weights && unpack(D.weights, Float32Array);
+const T = tokens.length, R = numbers.length;
+
+const hidden = new RegExp(D.hidden, "gu");
+const escaped = (c) => {
+  const code = c.codePointAt(0), hex = code.toString(16);
+  return code < 256 ? "\\x" + hex.padStart(2, "0") : code < 65536 ? "\\u" + hex.padStart(4, "0") : "\\U" + hex.padStart(8, "0");
+};
+const visible = (text) => text.replace(hidden, escaped);
+const number = (value) => value.toLocaleString("en-US");
+const percent = (value) => (100 * value).toFixed(value && value < 0.001 ? 3 : 1) + " %";
+const fixed = (value, digits = 2) => (value < 0 ? "−" : "") + Math.abs(value).toFixed(digits);
+const sized = (text) => [...text].length; // in code points, as Python counts
+
+function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) if (value !== null) made.setAttribute(name, value);
+  made.append(...children);
+  return made;
+}
+function drawing(tag, attributes) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  return made;
+}
+function fillTable(id, rows) {
+  $(id).replaceChildren(...rows.map((cells) => element("tr", {}, ...cells.map((cell, i) =>
+    element(i ? "td" : "th", i ? { class: "n" } : { scope: "row" }, cell)))));
+}
+
+// ---------------------------------------------------------------- words
+
+// A word begins behind white space, and where letters meet punctuation or a script that has no spaces.
+const SPACE = 0, LETTER = 1, OTHER = 2, ALONE = 3, NOTHING = 4;
+function kindOf(c) {
+  if (c === undefined) return NOTHING;
+  if (/\s/u.test(c)) return SPACE;
+  if (/[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}]/u.test(c)) return ALONE;
+  return /[\p{L}\p{N}\p{M}_'’\u200c\u200d]/u.test(c) ? LETTER : OTHER;
+}
+const firstKind = new Uint8Array(pieces.length), lastKind = new Uint8Array(pieces.length);
+pieces.forEach((piece, i) => {
+  firstKind[i] = kindOf(piece === "" ? undefined : String.fromCodePoint(piece.codePointAt(0)));
+  lastKind[i] = kindOf(piece === "" ? undefined : Array.from(piece.slice(-2)).pop());
+});
+const wordStart = new Uint8Array(T);
+for (let r = 0; r < R; r++) {
+  let last = SPACE, special = true;
+  for (let t = offsets[r]; t < offsets[r + 1]; t++) {
+    const first = firstKind[tokens[t]], own = (flags[t] & SPECIAL) > 0;
+    if (t === offsets[r] || own || special) wordStart[t] = 1;
+    else if (first !== NOTHING) wordStart[t] = +(first === SPACE || first === ALONE || first !== last);
+    if (first !== NOTHING) last = lastKind[tokens[t]];
+    special = own;
+  }
+}
+const rowOf = (t) => {
+  let low = 0, high = R - 1;
+  while (low < high) {
+    const middle = (low + high + 1) >> 1;
+    if (offsets[middle] <= t) low = middle; else high = middle - 1;
+  }
+  return low;
+};
+/** The whole words that the tokens from to end (exclusive) touch. */
+function wholeWords(from, end) {
+  const r = rowOf(from);
+  while (from > offsets[r] && !wordStart[from]) from--;
+  while (end < offsets[r + 1] && !wordStart[end]) end++;
+  return [from, end];
+}
+function textOf(from, end) {
+  let text = "";
+  for (let t = from; t < end; t++) text += pieces[tokens[t]];
+  return text;
+}
+let words = null; // {names, of: the word of each token, seen}; made when the table is first wanted
+function findWords() {
+  const names = [], seen = [], places = new Map(), of = new Int32Array(T).fill(-1);
+  for (let t = 0; t < T;) {
+    let end = t + 1;
+    while (end < T && !wordStart[end]) end++;
+    let scored = false;
+    for (let i = t; i < end; i++) scored ||= (flags[i] & SCORED) > 0;
+    if (scored) {
+      const name = textOf(t, end).trim();
+      if (name) {
+        let place = places.get(name);
+        if (place === undefined) places.set(name, (place = names.push(name) - 1)), seen.push(0);
+        seen[place]++;
+        of.fill(place, t, end);
+      }
+    }
+    t = end;
+  }
+  return { names, of, seen };
+}
+
+// ---------------------------------------------------------------- scores and classes
+
+const state = {
+  score: D.settings.score, base: D.settings.score_base_weight, boundary: -D.settings.negative_threshold,
+  band: D.settings.neutral_band, sort: "data", only: "all", facet: "", query: "",
+};
+const protect = D.settings.protect_special_tokens;
+let score = new Float32Array(0), low = 0, high = 1, spread = 1;
+const classOf = new Int8Array(T), negatives = new Uint32Array(R), scoredIn = new Uint32Array(R);
+const judged = new Int8Array(T), marks = new Map(); // row -> [[start, end, weight], ...] in tokens of the row
+const asGiven = () => state.score === "weights"; // classes by the sign of a weight: no threshold
+
+function findScore() {
+  if (state.score === "influence") {
+    const { base_logps: policy, ref_logps: reference } = columns, base = Math.fround(state.base);
+    score = new Float32Array(T);
+    for (let t = 0; t < T; t++) score[t] = reference[t] - Math.fround(base * policy[t]);
+  } else if (asGiven()) score = weights || new Float32Array(T).fill(1);
+  else score = columns[state.score];
+  const some = [], step = Math.max(1, Math.floor(T / 200000));
+  for (let t = 0; t < T; t += step) if (flags[t] & SCORED && Number.isFinite(score[t])) some.push(score[t]);
+  some.sort((a, b) => a - b);
+  const at = (q) => some.length ? some[Math.min(some.length - 1, Math.floor(q * some.length))] : 0;
+  low = Math.min(at(0.001), -D.settings.negative_threshold * (state.score === "influence"));
+  high = Math.max(at(0.999), low + 1e-3);
+  const margin = 0.03 * (high - low);
+  low -= margin, high += margin;
+  spread = Math.max(at(0.75) - at(0.25), (high - low) / 40);
+  return at(0.05);
+}
+
+function classify() {
+  const boundary = asGiven() ? 0 : Math.fround(state.boundary), band = Math.fround(state.band), zero = asGiven();
+  for (let r = 0; r < R; r++) {
+    let negative = 0, scored = 0;
+    for (let t = offsets[r], end = offsets[r + 1]; t < end; t++) {
+      const s = score[t];
+      let c = 2;
+      if (flags[t] & SCORED && Number.isFinite(s)) {
+        c = s < boundary ? -1 : 1;
+        if (band > 0 ? Math.abs(Math.fround(s - boundary)) <= band : zero && s === 0) c = 0;
+        if (c < 0 && protect && !zero && flags[t] & SPECIAL) c = 1;
+        scored++;
+        if (c < 0) negative++;
+      }
+      classOf[t] = c;
+    }
+    negatives[r] = negative, scoredIn[r] = scored;
+  }
+}
+/** How far a score lies from the boundary, in four steps. */
+const depth = (t) => Math.min(3, Math.floor((2 * Math.abs(score[t] - (asGiven() ? 0 : state.boundary))) / spread));
+
+/** The lowest sum of (score - boundary) over neighbouring tokens: the span that is worst as a whole. */
+function worstSpan(r) {
+  let best = 0, sum = 0;
+  for (let t = offsets[r]; t < offsets[r + 1]; t++) {
+    sum = classOf[t] === 2 ? 0 : Math.min(0, sum + score[t] - state.boundary);
+    if (sum < best) best = sum;
+  }
+  return best;
+}
+function disagreement(r) {
+  let count = 0;
+  for (let t = offsets[r]; t < offsets[r + 1]; t++)
+    count += classOf[t] !== 2 && judged[t] !== 0 && (classOf[t] < 0) !== (judged[t] < 0);
+  return count;
+}

@@ -1,0 +1,93 @@
+"""Scores in, token weights out, no model needed: `select_tokens`, and the stage `select` of a run.
+
+A stage of its own, though the trainer would select by itself: the weights can be looked at before they train a model,
+and another threshold reads a file instead of building a trainer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..config import SelectiveSFTConfig
+from ..data.chunks import supervised_mask, token_chunks
+from ..data.columns import BASE_LOGPS, TOKEN_COLUMNS, WEIGHTS
+from ..data.tokenizers import special_ids
+from ..data.words import Words
+from ..errors import input_errors
+from ..records import write_json
+from .weights import add_token_weights, pooled_scores, raw_scores
+from .worst import WorstTokens
+
+SELECTED, COUNTS = "selected.parquet", "selection.json"
+WORST, CONTEXT = 200, 24
+
+
+def select_tokens(
+    scored: Dataset, tokenizer: PreTrainedTokenizerBase, args: SelectiveSFTConfig | None = None
+) -> Dataset:
+    """Scored rows with the column `token_weights`: -1 forget, 0 leave out, 1 learn.
+
+    Args:
+        scored: one document a row, with `input_ids`, `labels` and the columns of `args.score` (`load_scores`).
+        tokenizer: of the policy, for its special tokens.
+        args: settings of the selection (`negative_threshold`, `positive_fraction`, ...); the defaults when `None`.
+
+    Returns:
+        the rows with one int8 list more, mapped into memory; with `forget_weight=0` negative tokens have 0. A
+        `train_dataset` for `SelectiveSFTTrainer`.
+
+    Raises:
+        `ValueError` for a score that is not finite, naming the row.
+    """
+    args = args if args is not None else SelectiveSFTConfig("unused", use_cpu=True, bf16=False)
+    special = special_ids(tokenizer) if args.protect_special_tokens else np.zeros(0, np.int64)
+    words = Words(tokenizer) if args.pooling in ("word", "span") else None
+    return add_token_weights(scored, args, special, padding_free=False, words=words)
+
+
+def select(
+    scored: Dataset, model: str, options: dict[str, Any], folder: Path, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Write `selected.parquet` (`input_ids`, `labels`, `token_weights`, and `base_logps` for `npo`) and
+    `selection.json`.
+
+    Args:
+        scored: rows with `base_logps` and `ref_logps`, as `selsft score` saves them.
+        model: folder or id, for its tokenizer.
+        options: selection settings of `SelectiveSFTConfig`, with `forget_weight` and `forget_objective`.
+
+    Returns:
+        what `selection.json` says: tokens, shares, boundary, and the most negative tokens.
+    """
+    with input_errors():
+        args = SelectiveSFTConfig(output_dir=str(folder), use_cpu=True, bf16=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        weighted = select_tokens(scored, tokenizer, args)
+    counts = {"tokens": 0, "trained": 0, "positive": 0, "neutral": 0, "negative": 0}
+    special = special_ids(tokenizer) if args.protect_special_tokens else np.zeros(0, np.int64)
+    worst = WorstTokens(tokenizer, special, WORST, CONTEXT)
+    words = Words(tokenizer) if args.pooling in ("word", "span") else None
+    there = [name for name in TOKEN_COLUMNS if name in weighted.column_names]
+    for chunk in token_chunks(weighted, ["input_ids", "labels", *there]):
+        mask, weights = supervised_mask(chunk, padding_free=False), chunk.columns[WEIGHTS]
+        counts["tokens"] += mask.size
+        counts["trained"] += int(mask.sum())
+        counts["positive"] += int((weights[mask] > 0).sum())
+        counts["negative"] += int((weights[mask] < 0).sum())
+        raw = raw_scores(chunk.columns, args)
+        worst.add(chunk, mask, pooled_scores(raw, chunk.columns["input_ids"], chunk.lengths, mask, args, words))
+    counts["neutral"] = counts["trained"] - counts["positive"] - counts["negative"]
+    columns = ["input_ids", "labels", WEIGHTS] + ([BASE_LOGPS] if args.needs_start_logps else [])
+    weighted.select_columns(columns).to_parquet(str(folder / SELECTED))
+    shown = [
+        {"score": each.score, "row": each.row, "before": each.before, "text": each.token, "after": each.after}
+        for each in worst.found
+    ]
+    found = {**counts, "rows": len(weighted), "worst": shown}
+    write_json(folder / COUNTS, found)
+    return found
