@@ -255,7 +255,7 @@ class Judging:
             assert fit is not None
             partial = {share: self._out_of_fold(judged, fit, logits) for share, logits in fit.partial.items()}
             flat = {
-                share: self._pooled(judged, values, "probe")
+                share: self._pooled(judged, values)
                 for share, values in {**partial, 1.0: columns["judged"][PROBE_SCORES]}.items()
             }
             record["learning_curve"] = learning_curve(judged, flat, words, level)
@@ -313,20 +313,19 @@ class Judging:
         return flat
 
     def _scores(self, rows: JudgedRows, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The score and its baselines, pooled alike, `(tokens,)` each."""
-        found = {self.args.score: self._pooled(rows, raw_scores(columns, self.args), self.args.score)}
+        """The score and its baselines, `(tokens,)` each; all pooled alike but `random`, which pooling would give a
+        sense for long words."""
+        found = {self.args.score: self._pooled(rows, raw_scores(columns, self.args))}
         if BASE_LOGPS in columns:
-            found.setdefault("surprisal", self._pooled(rows, columns[BASE_LOGPS], "surprisal"))
+            found.setdefault("surprisal", self._pooled(rows, columns[BASE_LOGPS]))
         if REF_LOGPS in columns:
-            found["reference"] = self._pooled(rows, columns[REF_LOGPS], "reference")
+            found["reference"] = self._pooled(rows, columns[REF_LOGPS])
         drawn = np.random.default_rng(self.args.seed).random(rows.row.size).astype(np.float32)
-        return found | {"random": self._pooled(rows, drawn, "random")}
+        return found | {"random": drawn}
 
-    def _pooled(self, rows: JudgedRows, scores: np.ndarray, name: str) -> np.ndarray:
+    def _pooled(self, rows: JudgedRows, scores: np.ndarray) -> np.ndarray:
         args = copy.copy(self.args)
         args.score_pooling, args.score = self.args.pooling, "given"
-        if name == "random":
-            args.score_lookahead = 0.0
         mask = rows.labels != -100
         mask[np.cumsum(rows.lengths) - rows.lengths] = False
         return pooled_scores(scores, rows.input_ids, rows.lengths, mask, args, self.words)
