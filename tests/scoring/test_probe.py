@@ -153,7 +153,7 @@ def test_padding_and_concatenation_say_the_same(kind):
     states = [torch.from_numpy(rng.normal(size=(n, 6)).astype(np.float32)) for n in lengths]
     logps = [-torch.rand(n) for n in lengths]
     ids = [torch.tensor([5] * (n - 1) + [1]) for n in lengths]
-    labels = [torch.tensor([-100] + row[1:].tolist()) for row in ids]
+    labels = [torch.tensor([-100, *row[1:].tolist()]) for row in ids]
 
     def run(groups, mask):
         def grid(parts):
