@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .data.scored_folder import load_scores
     from .evaluation.evaluate import Evaluation, evaluate
     from .score import score_dataset
+    from .selection.chosen import use_folder
     from .selection.select import select_tokens
     from .trainer import SelectiveSFTTrainer
     from .training.collator import DataCollatorForSelectiveSFT
@@ -38,6 +39,7 @@ __all__ = [
     "load_scores",
     "score_dataset",
     "select_tokens",
+    "use_folder",
 ]
 _MODULES = {
     "ArmComparison": "workflow.arms",
@@ -55,6 +57,7 @@ _MODULES = {
     "load_scores": "data.scored_folder",
     "score_dataset": "score",
     "select_tokens": "selection.select",
+    "use_folder": "selection.chosen",
 }
 
 

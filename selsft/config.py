@@ -522,13 +522,6 @@ class SelectiveSFTConfig(SFTConfig):
              f"score={score!r}: set score='probe' to fit one"),
             (self.probe is not None and self.probe_clean is not None, f"probe={self.probe!r} and "
              f"probe_clean={self.probe_clean!r} exclude each other: the one is fitted, the other asks for a new one"),
-            (self.probe_corruptions is not None and self.probe_clean is None,
-             f"probe_corruptions={self.probe_corruptions!r} without clean rows: set probe_clean"),
-            (self.target_precision is not None and self.judged is None,
-             f"target_precision={self.target_precision} without judged rows to choose the threshold on: set judged"),
-            (self.judged_test is not None and self.judged is None and self.probe is None and self.probe_clean is None
-             and score == "probe", f"judged_test={self.judged_test!r} with score='probe' and nothing to fit it on: "
-             "set judged, probe or probe_clean"),
             (self.score_row_worst is not None and self.pooling != "row", f"score_row_worst={self.score_row_worst} "
              f"with score_pooling={self.pooling!r}: only 'row' looks at a number of scores"),
             (self.score_lookahead and (excess or own), f"score_lookahead={self.score_lookahead} with "

@@ -14,7 +14,7 @@ import copy
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from .trainer import SelectiveSFTTrainer
 from .training.model import Model, base_model
 
 SCORED = ("influence", "surprisal", "probe", "contrast")
+JUDGED_DATA = ("judged", "judged_test", "probe_clean")
 
 
 def score_dataset(
@@ -95,14 +96,15 @@ def score_dataset(
     """
     args = args if args is not None else SelectiveSFTConfig(str(output_dir))
     reference = str(reference_model) if isinstance(reference_model, Path) else reference_model or args.reference_model
-    check_score_settings(args, reference, base_logps, ref_logps, shard_tokens)
+    given = {"judged": judged, "judged_test": judged_test, "probe_clean": probe_clean}
+    given = {name: rows for name, rows in given.items() if rows is not None}
+    check_score_settings(args, reference, base_logps, ref_logps, shard_tokens, given)
     folder = Path(output_dir)
     if not is_scored(folder) and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(
             f"output_dir={str(folder)!r} exists and is not empty, nothing was overwritten: choose another"
         )
-    given = {"judged": judged, "judged_test": judged_test, "probe_clean": probe_clean}
-    data = judged_data(args) | {name: rows for name, rows in given.items() if rows is not None}
+    data = judged_data(args) | given
     with adapter_on_lm_head():
         trainer = SelectiveSFTTrainer(
             model,
@@ -132,7 +134,7 @@ def judged_data(args: SelectiveSFTConfig) -> dict[str, Dataset | None]:
         `InputError` naming the setting whose rows cannot be read.
     """
     found: dict[str, Dataset | None] = {}
-    for name in ("judged", "judged_test", "probe_clean"):
+    for name in JUDGED_DATA:
         source = getattr(args, name)
         try:
             found[name] = None if source is None else load_rows(DataSource(source), args.dataset_text_field)
@@ -147,8 +149,14 @@ def check_score_settings(
     base_logps: str | Path | None,
     ref_logps: str | Path | None,
     shard_tokens: int,
+    given: Collection[str] = (),
 ) -> None:
-    """Raise `InputError` for settings that cannot be scored with, before anything is loaded."""
+    """Raise `InputError` for settings that cannot be scored with, before anything is loaded.
+
+    Args:
+        given: which of `JUDGED_DATA` come as rows, and not as the files that `args` names.
+    """
+    rows = {name for name in JUDGED_DATA if name in given or getattr(args, name) is not None}
     if args.score not in SCORED:
         raise InputError(
             f"score={args.score!r} is not computed beforehand: leave it to `selsft train`, or use one of "
@@ -173,10 +181,26 @@ def check_score_settings(
         raise InputError(
             f"base_logps={str(base_logps)!r} with score='probe', which reads the model's hidden states: leave it out"
         )
-    if args.judged is not None and (base_logps is not None or ref_logps is not None):
+    if args.score == "probe" and args.probe is None and not rows & {"judged", "probe_clean"}:
+        raise InputError(
+            "score='probe' has nothing to fit a probe on: give --judged FILE, --probe_clean FILE, or a fitted one "
+            "with --probe FOLDER"
+        )
+    if args.score == "probe" and args.probe is not None and "probe_clean" in rows:
+        raise InputError(f"probe={args.probe!r} and probe_clean exclude each other: the one is fitted already")
+    if args.score != "probe" and "probe_clean" in rows:
+        raise InputError(f"probe_clean with score={args.score!r}: set score='probe' to fit one")
+    if args.probe_corruptions is not None and "probe_clean" not in rows:
+        raise InputError(f"probe_corruptions={args.probe_corruptions!r} without clean rows: set probe_clean")
+    for name in ("target_precision", "judged_test", "judged_group"):
+        if getattr(args, name) is not None and "judged" not in rows:
+            raise InputError(f"{name}={getattr(args, name)!r} without judged rows: set judged")
+    if "judged_test" in rows and "judged" not in rows:
+        raise InputError("judged_test without judged rows: call them judged where nothing is fitted on any")
+    if "judged" in rows and (base_logps is not None or ref_logps is not None):
         raise InputError(
             "judged rows have no imported log-probabilities: leave base_logps and ref_logps out, or score without "
-            "--judged"
+            "judged rows"
         )
     if args.target_precision is not None and not args.rule_is_default:
         raise InputError(

@@ -113,11 +113,6 @@ class Judging:
         self.probe: Probe | None = None
         if args.score == "probe" and args.probe is not None:
             self.probe = load_probe(args.probe, models.policy_sha256, self.tokenizer_sha256)
-        elif args.score == "probe" and self.judged is None and self.clean is None:
-            raise InputError(
-                "score='probe' has nothing to fit a probe on: give --judged FILE, --probe_clean FILE, or a fitted one "
-                "with --probe FOLDER"
-            )
 
     @property
     def probe_key(self) -> str | None:

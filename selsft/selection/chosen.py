@@ -11,7 +11,7 @@ import logging
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from ..config import NEGATIVE_THRESHOLD, NEGATIVE_THRESHOLDS, SelectiveSFTConfig
+from ..config import SelectiveSFTConfig
 from ..data.scored_folder import is_scored, read_manifest
 from ..errors import InputError
 
@@ -55,8 +55,6 @@ def use_folder(args: SelectiveSFTConfig, folder: str | Path) -> None:
             f"dataset_name={str(folder)!r}: {selection['threshold']}. Set negative_threshold or positive_fraction "
             "yourself, or score with a lower target_precision"
         )
-    else:
-        args.negative_threshold = NEGATIVE_THRESHOLDS.get(args.score, NEGATIVE_THRESHOLD)
     if not selection["verified"]:
         logger.warning(
             f"{folder}: score={args.score!r} is unverified: no judged rows say whether it finds what is wrong "
