@@ -20,6 +20,8 @@ from selsft._compat import SUPPORTED, check_versions
 from selsft.data.preparation import truncate_and_pack
 from tests.support import tiny
 
+pytestmark = pytest.mark.slow
+
 
 def make(options, data, model=None, reference=None, **changes):
     return SelectiveSFTTrainer(
