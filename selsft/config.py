@@ -6,6 +6,7 @@ Only settings live here; what they mean is in `selection.py`, `schedules.py`, `r
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterable
@@ -423,6 +424,14 @@ class SelectiveSFTConfig(SFTConfig):
         """Whether neither `negative_threshold` nor `positive_fraction` is set."""
         return self.negative_threshold is None and self.positive_fraction is None
 
+    def without_selection(self) -> SelectiveSFTConfig:
+        """A copy in which nothing is selected, for preparing rows: what this class adds is at its defaults, but for
+        the settings of scoring."""
+        made = copy.copy(self)
+        for name, default in SELECTION_DEFAULTS.items():
+            setattr(made, name, default)
+        return made
+
     def changed(self, names: Iterable[str]) -> dict[str, Any]:
         """Those of the named fields that are not at their default, with their values."""
         defaults = {item.name: item.default for item in fields(self)}
@@ -562,6 +571,15 @@ class SelectiveSFTConfig(SFTConfig):
         config.__dict__.update(args.__dict__)
         config._validate_selection()
         return config
+
+
+_INHERITED = {item.name for item in fields(SFTConfig)}
+# What decides about tokens and their loss: field -> default
+SELECTION_DEFAULTS: dict[str, Any] = {
+    item.name: item.default
+    for item in fields(SelectiveSFTConfig)
+    if item.name not in _INHERITED and not item.name.startswith("scoring_")
+}
 
 
 def _check_number(

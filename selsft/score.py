@@ -24,10 +24,9 @@ from accelerate.utils import tqdm
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
-from trl import SFTConfig
 
 from ._compat import adapter_on_lm_head
-from .config import SelectiveSFTConfig
+from .config import SELECTION_DEFAULTS, SelectiveSFTConfig
 from .data.chunks import TOKENS_PER_CHUNK, TokenChunk, supervised_mask, token_chunks
 from .data.columns import BASE_LOGPS, NOISY_LOGPS, PROBE_SCORES, READ_COLUMNS, REF_LOGPS, token_columns
 from .data.loading import DataSource, load_rows
@@ -42,13 +41,6 @@ from .scoring.logprobs import ROW_COLUMNS
 from .trainer import SelectiveSFTTrainer
 from .training.model import Model, base_model
 
-_INHERITED = {item.name for item in dataclasses.fields(SFTConfig)}
-# What training does with scores: name -> default
-_SELECTION = {
-    item.name: item.default
-    for item in dataclasses.fields(SelectiveSFTConfig)
-    if item.name not in _INHERITED and not item.name.startswith("scoring_")
-}
 SCORED = ("influence", "surprisal", "probe", "contrast")
 JUDGED_DATA = ("judged", "judged_test", "probe_clean")
 
@@ -221,9 +213,7 @@ def check_score_settings(
 
 def row_settings(args: SelectiveSFTConfig, folder: Path) -> SelectiveSFTConfig:
     """Settings of the trainer that prepares the rows: as training sees them, one document each."""
-    made = copy.copy(args)
-    for name, default in _SELECTION.items():  # it has no effect on rows, and a trainer would say so
-        setattr(made, name, default)
+    made = args.without_selection()
     made.output_dir = str(folder)
     made.eval_strategy, made.push_to_hub = "no", False
     made.max_steps = max(made.max_steps, 1)  # a trainer of streamed rows must know its end
@@ -267,7 +257,7 @@ class ScoringRun:
     ):
         if columns := token_columns(trainer.train_dataset):
             raise InputError(f"the data has the columns {columns} already: leave them out to score it")
-        for name in _SELECTION:
+        for name in SELECTION_DEFAULTS:
             setattr(trainer.args, name, getattr(args, name))
         self.trainer, self.shard_tokens = trainer, shard_tokens
         self.args = copy.copy(trainer.args)

@@ -378,9 +378,12 @@ def _with_head(model: Callable, head: SelectiveHead, kept: list | None = None) -
     Args:
         kept: receives what the metrics need of each output, when the head returns a loss.
     """
+    before = None if kept is None else len(kept)
 
     def forward(fused_lm_head: bool = False, **inputs):
-        if not fused_lm_head:  # the deprecated forward that rebuilds the logits for `return_outputs`
+        if not fused_lm_head:  # the deprecated forward that rebuilds the logits for `return_outputs`, after the loss
+            if kept is not None and len(kept) == before:
+                raise RuntimeError(_NO_HEAD)
             return model(**inputs)
         outputs = model(**inputs, selective_head=head)
         if kept is not None:

@@ -17,6 +17,8 @@ from selsft.selection.chosen import use_folder
 from tests.support import judged, tiny
 from tests.support.oracle import plain_logps
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def score(options, tmp_path):

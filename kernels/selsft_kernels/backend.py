@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,7 +32,12 @@ def use_triton(device: torch.device) -> bool:
 
 def implementation(name: str, device: torch.device) -> Any:
     """The module `name` (`"rows"`, `"fold"`, `"target_dot"` or `"scale"`) that works on tensors of `device`."""
-    return importlib.import_module(f".{name}_triton" if use_triton(device) else f".{name}", __package__)
+    return _module(f".{name}_triton" if use_triton(device) else f".{name}")
+
+
+@cache
+def _module(name: str) -> Any:
+    return importlib.import_module(name, __package__)
 
 
 _kept = threading.local()

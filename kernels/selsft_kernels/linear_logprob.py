@@ -100,7 +100,7 @@ def tile_loop(input: Tensor, head: Head, work: Work, state: FoldState, chunk_siz
     dtype, device = head.weight.dtype, input.device
     height, width = chunking.scoring_tile(work.size, vocab, dtype.itemsize, device)
     width = min(chunk_size or width, vocab)
-    buffer = torch.empty(height, chunking.padded(width), device=device, dtype=dtype)
+    buffer = backend.scratch((height, chunking.padded(width)), dtype, device)
     fold = backend.implementation("fold", device).fold
     z_y = torch.empty(work.size, device=device, dtype=torch.float32)
     for start in range(0, work.size, height):

@@ -113,9 +113,12 @@ def loss_rows(
         [n] fp32, what each row of the gradient is still to be multiplied by; None for 1.
     """
     targets = targets.inside(raw.shape[1])
-    factor = torch.empty_like(targets.logit) if want_grad and raw.dtype == torch.float32 else None
-    several_passes = t != Transform() or stats.entropy is not None or factor is None
-    for start, end in row_blocks(raw) if several_passes else [(0, raw.shape[0])]:
+    in_place = want_grad and raw.dtype == torch.float32
+    blocks = row_blocks(raw)
+    if in_place and (len(blocks) == 1 or (t == Transform() and stats.entropy is None)):
+        return _loss_rows(raw, targets, t, objective, stats, want_grad)
+    factor = torch.empty_like(targets.logit) if in_place else None
+    for start, end in blocks:
         block = raw[start:end]
         z = block.to(torch.float32, copy=not want_grad)
         scale = _loss_rows(z, targets.part(start, end), t, objective, stats.part(start, end), want_grad)
@@ -146,7 +149,8 @@ def _loss_rows(
     slope = z.div(t.softcap).square_().neg_().add_(1.0) if want_grad and t.softcap is not None else None
 
     own = z.gather(1, column).squeeze(1) if targets.own is None else transform(targets.own.clone(), t, with_bias=False)
-    z.scatter_(1, column, -torch.inf)
+    if targets.own is None or t != Transform():
+        z.scatter_(1, column, -torch.inf)
     largest = z.amax(1)
     if stats.is_top1 is not None:
         stats.is_top1.copy_(top1(z, own, largest, targets.column))

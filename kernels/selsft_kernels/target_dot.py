@@ -27,8 +27,7 @@ def target_logits(
     own: the target's rounded logit, bias included, out of the raw logits `raw`, which get -inf in its place (with
         `flip`, for a negative scale, +inf). None without `raw`.
     """
-    inside = (target >= 0) & (target < weight.shape[0])
-    target = target.where(inside, 0)
+    given, target = target, target.clamp(0, weight.shape[0] - 1)
     out = (x.float() * weight[target].float()).sum(-1)
     if lora_hidden is not None and lora_b is not None:
         out.add_((lora_hidden * lora_b[target].float()).sum(-1), alpha=lora_scale)
@@ -38,7 +37,7 @@ def target_logits(
     if raw is not None:
         place = target.unsqueeze(1)
         value = raw.gather(1, place)
-        raw.scatter_(1, place, value.masked_fill(inside.unsqueeze(1), torch.inf if flip else -torch.inf))
+        raw.scatter_(1, place, torch.inf if flip else -torch.inf)
         own = value.squeeze(1).float()
         own = own if bias is None else own + bias[target]
-    return out.where(inside, torch.nan), own
+    return out.masked_fill_(given != target, torch.nan), own

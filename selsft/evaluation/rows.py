@@ -56,7 +56,8 @@ def prepare(model: Model, tokenizer, data: Dataset, args: SelectiveSFTConfig) ->
     rows = data.remove_columns(ANSWERS) if given is not None else data
     if "messages" in rows.column_names:
         rows = rows.map(_last_turn, remove_columns=rows.column_names, desc="Splitting conversations")
-    args.packing, args.reference_model, args.eval_strategy = False, None, "no"
+    args = args.without_selection()
+    args.packing, args.eval_strategy = False, "no"
     # TRL drops rows that truncation leaves without a label, and keeps columns that it does not know
     rows = rows.add_column(ROW, list(range(len(rows))))
     trainer = SelectiveSFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)

@@ -12,6 +12,8 @@ from selsft.records import exclusive
 from tests.cli.test_train import CPU, models, one_line, run, to_flags
 from tests.support import tiny
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["models", "run"]  # fixtures
 SECRET = "hf_marked-secret-0123456789"
 FOLDERS = {"train": "output_dir", "score": "scored_dir", "evaluate": "evaluation_dir"}

@@ -24,6 +24,8 @@ from selsft.demo.world import (
     make_world,
 )
 
+pytestmark = pytest.mark.slow
+
 SMALL = WorldConfig(countries=12)
 
 

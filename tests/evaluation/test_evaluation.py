@@ -20,6 +20,8 @@ from selsft.evaluation.load import load_model
 from selsft.evaluation.rows import prepare
 from tests.support import tiny
 
+pytestmark = pytest.mark.slow
+
 
 def adapter(seed=2, **settings):
     torch.manual_seed(seed)

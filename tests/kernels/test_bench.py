@@ -12,6 +12,8 @@ from selsft.bench.bars import bars, table
 from selsft.bench.measure import _cpu_ms, measure
 from selsft.bench.peers import FORWARD, TRAINING
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -6,6 +6,8 @@ import torch
 from selsft_kernels import linear_logprob, linear_selective_cross_entropy, selective_cross_entropy
 from tests.support.kernel_oracle import problem
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("function", ["linear_loss", "logprob", "logits", "logits_inplace"])

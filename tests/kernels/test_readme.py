@@ -4,7 +4,11 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import selsft_kernels
+
+pytestmark = pytest.mark.slow
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 TEXT = (KERNELS / "README.md").read_text()

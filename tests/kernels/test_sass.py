@@ -30,6 +30,8 @@ from tests.support.kernel_build import (
     row_kernel,
 )
 
+pytestmark = pytest.mark.slow
+
 if not all(shutil.which(tool, path=str(TOOLS)) for tool in ("ptxas", "cuobjdump", "nvdisasm")):
     pytest.skip("this Triton comes without NVIDIA's binary tools", allow_module_level=True)
 

@@ -25,6 +25,8 @@ from selsft.pipeline.recipe import load_recipe
 from selsft.report.run import paired_difference
 from tests.support import tiny
 
+pytestmark = pytest.mark.slow
+
 RECIPE = {
     "model_name_or_path": "model",
     "dataset_name": "rows.jsonl",

@@ -29,6 +29,8 @@ from tests.support import tiny
 from tests.support.browser import CHROMIUM, Tab, chromium
 from tests.support.skill_tables import write_study
 
+pytestmark = pytest.mark.slow
+
 AXE = Path(os.environ.get("SELSFT_AXE", ".browser/node_modules/axe-core/axe.min.js"))
 HOSTILE = [
     "<script>document.title = 'broken'</script><img src=x onerror=\"document.title = 'broken'\">",

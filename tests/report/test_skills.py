@@ -15,6 +15,8 @@ from selsft.skills.table import write_scores
 from tests.support.pages import Page
 from tests.support.skill_tables import CLUSTERS, HOSTILE, columns, table, write_study
 
+pytestmark = pytest.mark.slow
+
 
 def write_report(folder):
     return report.write_report(folder, compute(folder))

@@ -19,6 +19,8 @@ from tests.cli.test_train import CPU, models, to_flags
 from tests.scoring.test_scored_folder import run, shards
 from tests.support import tiny
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["models", "run"]  # fixtures
 
 
@@ -160,7 +162,7 @@ def test_an_interrupted_run_says_how_to_go_on(run, capsys, monkeypatch):
         patch.setattr(selsft.scoring.frozen, "forward_logps", interrupted)
         capsys.readouterr()
         assert run() == 130
-    assert "Finished shards are kept in scored: the same command resumes" in capsys.readouterr().err
+    assert "scored: finished shards are kept in it, the same command resumes from there" in capsys.readouterr().err
     assert len(shards("scored")) == 3
     assert run() == 0 and run(scored_dir="peace") == 0
     assert shards("scored") == shards("peace")

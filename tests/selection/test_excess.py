@@ -13,6 +13,8 @@ from tests.selection.test_schemes import EXCESS, KEYS, PACKING, make, same_runs,
 from tests.support import tiny
 from tests.support.oracle import expected_loss, plain_logps
 
+pytestmark = pytest.mark.slow
+
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
 

@@ -14,7 +14,7 @@ from selsft import PAPER_2508_04329, SelectiveSFTConfig, SelectiveSFTTrainer
 from tests.support import tiny
 from tests.support.oracle import expected_loss, plain_logps
 
-pytestmark = pytest.mark.filterwarnings("ignore:forget_objective='gradient_ascent'")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:forget_objective='gradient_ascent'")]
 EOS = 1
 
 

@@ -12,6 +12,8 @@ from selsft.config import TOKEN_CLEANING_2502_01968
 from tests.support import tiny
 from tests.support.oracle import plain_logps
 
+pytestmark = pytest.mark.slow
+
 EXCESS = {"score": "excess", "selection_scope": "batch"}
 KEYS = ("loss", "grad_norm", "positive_loss", "negative_fraction")
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}

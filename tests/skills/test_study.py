@@ -30,6 +30,8 @@ from selsft.skills.table import ALL_TASKS, read_scores
 from selsft_kernels import FORGET_OBJECTIVES
 from tests.support import skill_world as world
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_bars():

@@ -19,7 +19,7 @@ from tests.support import tiny
 from tests.support.oracle import assert_scored, expected_loss
 
 # Of TRL, about what its own loss does with settings that are refused here
-pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v2.0.0:FutureWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*will be removed in v2.0.0:FutureWarning")]
 BOTH = pytest.mark.parametrize("selective", [False, True], ids=["sft", "selective"])
 
 

@@ -19,6 +19,8 @@ from selsft.training.fingerprint import model_fingerprint
 from tests.support import tiny
 from tests.support.worker import CASES, LOADED, saved_model, train
 
+pytestmark = pytest.mark.slow
+
 SHARDED = [name for name in CASES if name not in ("separate", "one_without_negatives", "packed")]
 FSDP = [
     "--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP",

@@ -8,6 +8,8 @@ from trl import SFTConfig, SFTTrainer
 from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
 from tests.support import tiny
 
+pytestmark = pytest.mark.slow
+
 # Each changes between two runs of the same trainer
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "tokens_per_second")
 

@@ -14,6 +14,8 @@ from selsft.evaluation.intervals import paired
 from selsft.workflow.arms import compare_arms
 from tests.support import tiny
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "dataloader_pin_memory": False, "max_steps": 4,
     "per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_length": 32,
