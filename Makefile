@@ -30,7 +30,7 @@ test-fast: $(STAMP)
 # The core tests with the oldest supported versions; `make test` has the newest tested ones.
 OLDEST := .venv-oldest
 test-compat: $(OLDEST)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/training/test_equals_sft.py tests/training/test_trainer.py \
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n 2 --dist worksteal tests/training/test_equals_sft.py tests/training/test_trainer.py \
 		tests/scoring/test_logprobs.py tests/scoring/test_reference.py tests/data tests/training/test_compatibility.py
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt

@@ -143,7 +143,8 @@ def validate_selection(trainer: SelectiveSFTTrainer, source: str | Model | None,
             "train on text, or without a reference",
         ),
         (
-            parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled or parallelism.tp_enabled),
+            # accelerate has sequence parallelism since 1.12
+            any(getattr(parallelism, f"{kind}_enabled", False) for kind in ("cp", "sp", "tp")),
             "token selection is not available with context, sequence or tensor parallelism (cp_size, sp_size or "
             "tp_size > 1): use data parallelism, FSDP or DeepSpeed",
         ),
