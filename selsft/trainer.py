@@ -48,7 +48,7 @@ from .training.collator import DataCollatorForSelectiveSFT
 from .training.head import STATS, SelectiveCausalLMOutput, SelectiveHead, toy_forward
 from .training.model import Model
 from .training.schedules import forget_weight_at
-from .training.validation import refuse_without_effect, validate_selection
+from .training.validation import validate_effects, validate_selection
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ class SelectiveSFTTrainer(SFTTrainer):
         self._step_counts: torch.Tensor | None = None
         self._outputs: list[SelectiveCausalLMOutput] = []  # of the micro-batches since the last log, detached
         self._totals: torch.Tensor | None = None  # of those before, when many steps go by without a log
-        refuse_without_effect(self, source, given)
+        validate_effects(self, source, given)
         if self._selective:
             self._select_tokens(source, given)
 

@@ -2,7 +2,7 @@
 
 A score is high = useful; `raw_scores` has the formulas (docs/scores.md), and pooling follows (`pooling`). Selection
 needs no model, so changing a threshold, a base weight or a pooling never rescores. For a data set the boundary comes
-from `order_statistic` and the rows pass by in chunks, so 1e8 tokens need no more memory than 1e6. In this order: the
+from `quantile` and the rows pass by in chunks, so 1e8 tokens need no more memory than 1e6. In this order: the
 rule (threshold or share, with the neutral band), what can never be negative (special tokens, the gate on the
 reference's probability), the cap per document, and `forget_weight=0`, which makes negatives neutral.
 `"excess"`, whose scores change with every step, is in `excess.py`.

@@ -30,7 +30,7 @@ _FORGETTING = (
 )  # fmt: skip
 
 
-def refuse_without_effect(trainer: SelectiveSFTTrainer, source: str | Model | None, given: list[str]) -> None:
+def validate_effects(trainer: SelectiveSFTTrainer, source: str | Model | None, given: list[str]) -> None:
     """Raise `ValueError` for the first setting or column of selection that this run would ignore.
 
     Args:

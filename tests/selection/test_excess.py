@@ -8,10 +8,9 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from selsft.config import RHO_1_2404_07965
-from selsft.selection.rules import label_tokens
 from tests.selection.test_schemes import EXCESS, KEYS, PACKING, make, same_runs, steps
 from tests.support import tiny
-from tests.support.oracle import expected_loss, plain_logps
+from tests.support.oracle import expected_loss, label_tokens, plain_logps
 
 pytestmark = pytest.mark.slow
 

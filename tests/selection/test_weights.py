@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 import selsft.data.chunks
 from selsft.data.chunks import ColumnWriter, supervised_mask, token_chunks, with_column
 from selsft.selection.quantile import boundary_of_fraction
-from selsft.selection.rules import label_tokens
 from selsft.selection.weights import add_token_weights, row_weights, select_token_weights
 from selsft.training.schedules import FORGET_SCHEDULES, forget_weight_at
+from tests.support.oracle import label_tokens
 
 SCORES = np.array([-3.0, -1.0, -0.5, 0.0, 2.0])
 

@@ -5,6 +5,9 @@ import math
 import numpy as np
 import torch
 
+from selsft.selection.quantile import kept
+from selsft.selection.rules import check_finite, labels_at
+
 
 def plain_logps(model, ids: list[int]) -> np.ndarray:
     """Log-probability of each token of one unpadded document, from the model's ordinary logits in float64."""
@@ -65,3 +68,42 @@ def expected_loss(model, rows, objective, normalization, forget_weight, beta=1.0
     if normalization == "joint":
         return (positive + forget_weight * negative) / (n_positive + n_negative)
     return positive / n_positive + forget_weight * negative / n_negative
+
+
+def label_tokens(
+    scores: np.ndarray,
+    *,
+    negative_threshold: float | None = None,
+    positive_fraction: float | None = None,
+    neutral_band: float = 0.0,
+    protected: np.ndarray | None = None,
+) -> np.ndarray:
+    """Label the scored tokens of one scope (a whole data set, or one sequence).
+
+    Args:
+        scores: `(n,)` float, nats, high = useful.
+        negative_threshold: a token is negative when its score is below minus this value.
+        positive_fraction: share of the tokens that is positive, best scores first; the rest is negative. Tokens that
+            tie with the last positive one are positive too. Exactly one of the two rules must be given.
+        neutral_band: tokens whose score lies within this distance of the boundary get label 0, in nats.
+        protected: `(n,)` bool, tokens that are never negative (they stay positive).
+
+    Returns:
+        `(n,)` int8 of -1, 0, 1.
+    """
+    if (negative_threshold is None) == (positive_fraction is None):
+        raise ValueError(
+            f"exactly one of negative_threshold ({negative_threshold}) and positive_fraction ({positive_fraction}) "
+            "must be set"
+        )
+    n = scores.size
+    if n == 0:
+        return np.zeros(0, dtype=np.int8)
+    check_finite(scores)
+    if negative_threshold is not None:
+        boundary = -float(negative_threshold)
+    else:
+        assert positive_fraction is not None
+        keep = int(kept(positive_fraction, n))
+        boundary = np.inf if keep == 0 else float(np.partition(scores, n - keep)[n - keep])
+    return labels_at(scores, boundary, neutral_band=neutral_band, protected=protected)
