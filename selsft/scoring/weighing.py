@@ -21,9 +21,8 @@ from ..config import SelectiveSFTConfig
 from ..data.chunks import TOKENS_PER_CHUNK, data_fingerprint, with_column
 from ..data.columns import BASE_LOGPS, PROBE_SCORES, REF_LOGPS, WEIGHTS
 from ..data.tokenizers import special_ids, tokenizer_sha256
-from ..data.words import Words
 from ..selection.excess import weigh_batches
-from ..selection.weights import add_token_weights, row_weights
+from ..selection.weights import add_token_weights, row_weights, vocabulary
 from ..training.collator import DataCollatorForSelectiveSFT
 from ..training.model import Model, frozen
 from .cache import cached_column
@@ -61,9 +60,7 @@ class TokenWeigher:
         online: bool = False,
     ):
         self.model, self.args, self.accelerator, self.collator = model, args, accelerator, collator
-        special = special_ids(tokenizer)
-        self.special_ids = special if args.protect_special_tokens else np.zeros(0, np.int64)
-        self.words = Words(tokenizer) if args.pooling in ("word", "span") else None
+        self.special_ids, self.words = vocabulary(tokenizer, args)
         self._given = given
         ranked = args.positive_fraction is not None and args.score in ("influence", "surprisal", "probe")
         if online and ranked and (args.selection_scope == "global" or collator.padding_free):
@@ -82,7 +79,7 @@ class TokenWeigher:
         if self._probe:
             assert args.probe is not None
             probe = load_probe(args.probe, self.models.policy_sha256, tokenizer_sha256(tokenizer, chat_template))
-            self.models.state_columns = probe.state_columns(special)
+            self.models.state_columns = probe.state_columns(special_ids(tokenizer))
             self._probe_sha256 = probe.sha256
 
     def weigh(self, dataset: Dataset) -> Dataset:
