@@ -33,7 +33,7 @@ HELD, JUDGED, TRAIN = 150, 150, 250
 NPO = {"forget_objective": "npo", "forget_schedule": "constant", "forget_normalization": "joint", "forget_beta": 1.0}
 FORGET, FORGET1 = {**NPO, "forget_weight": 0.25}, {**NPO, "forget_weight": 1.0}
 IGNORE = {"forget_weight": 0.0}
-ARMS = {
+ARMS: dict[str, dict] = {
     "plain": {"columns": {"token_weights": None}},
     "ignore": {**IGNORE, "columns": {"token_weights": "by_probe"}},
     "forget": {**FORGET, "columns": {"token_weights": "by_probe"}},
@@ -93,7 +93,7 @@ def held_out(rows: list[dict], tokenizer, args: SelectiveSFTConfig, neutral: str
             table[name].append(value)
     ids = tokenizer(neutral, add_special_tokens=False)["input_ids"][: 32 * 128]
     for block in range(32):
-        values = (f"neutral-{block}", [], ids[128 * block : 128 * (block + 1)], 1, [])
+        values: tuple = (f"neutral-{block}", [], ids[128 * block : 128 * (block + 1)], 1, [])
         for name, value in zip(table, values, strict=True):
             table[name].append(value)
     return Dataset.from_dict(table)
