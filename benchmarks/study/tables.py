@@ -2,8 +2,8 @@
 
     python benchmarks/study/tables.py benchmarks/results/study/jfleg.csv benchmarks/results/study/wi.csv > results.md
 
-Intervals are over held-out rows and draws at once (`selsft.evaluation.intervals`). The primary comparisons are those of
-docs/study/plan.md, with intervals for all of them together (Bonferroni); the others have plain 95 % intervals.
+Intervals are over held-out rows and draws at once (`selsft.evaluation.intervals`). The primary comparisons are those
+of docs/study/plan.md, with intervals for all of them together (Bonferroni); the others have plain 95 % intervals.
 Rejected: a test per draw, which counts rows only.
 """
 
