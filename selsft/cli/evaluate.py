@@ -78,7 +78,7 @@ def _check(extra: EvaluateArguments) -> None:
 
 
 def _evaluate(arguments: Arguments, has_rows: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    from ..evaluation.evaluate import evaluate_rows, evaluate_text
+    from ..evaluation.evaluate import evaluate_rows
     from ..evaluation.load import load_model
 
     training, extra, name = arguments.training, cast(EvaluateArguments, arguments.extra), arguments.model
@@ -115,7 +115,10 @@ def _evaluate(arguments: Arguments, has_rows: bool) -> tuple[dict[str, Any], dic
     else:
         model = cast(Any, model).to(training.device)
     if texts:
-        metrics |= evaluate_text(model, tokenizer, texts, extra.neutral_block)
+        from ..evaluation.likelihood import text_perplexity
+
+        perplexity = text_perplexity(model, tokenizer, texts, extra.neutral_block)
+        metrics |= {f"text_{name}": value for name, value in perplexity.items()}
     if extra.options_file:
         from ..evaluation.choices import option_accuracy
 

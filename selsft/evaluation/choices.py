@@ -1,4 +1,4 @@
-"""Accuracy on a file of multiple-choice questions: which option the model finds most likely.
+"""Accuracy on a file of multiple-choice questions: whether the model finds the right option most likely.
 
 The questions and the scorer are those of the skill study, so that one file serves both.
 """
@@ -34,21 +34,21 @@ def option_accuracy(
         examples = [example for example in examples if example.split == "test"]
     if not examples:
         raise ValueError(f"options_file={path!r} has no question with split 'test'")
-    found = score_options(model, tokenizer, examples, batch_tokens=batch_tokens)
-    counts = np.diff(found.offsets)
-    option = np.arange(len(found.logprob)) - np.repeat(found.offsets[:-1], counts)
+    scores = score_options(model, tokenizer, examples, batch_tokens=batch_tokens)
+    counts = np.diff(scores.offsets)
+    option = np.arange(len(scores.logprob)) - np.repeat(scores.offsets[:-1], counts)
     table = pa.table(
         {
             "example_id": np.repeat([example.id for example in examples], counts),
             "option": option.astype(np.int32),
-            "logprob": found.logprob,
-            "n_chars": found.n_chars,
-            "is_gold": option == np.repeat(found.gold, counts),
+            "logprob": scores.logprob,
+            "n_chars": scores.n_chars,
+            "is_gold": option == np.repeat(scores.gold, counts),
         }
     )
     metrics = {
         "options": len(examples),
-        "options_acc": found.accuracy(),
-        "options_acc_norm": found.accuracy("chars"),
+        "options_acc": scores.accuracy(),
+        "options_acc_norm": scores.accuracy("chars"),
     }
     return metrics, table

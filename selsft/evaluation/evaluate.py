@@ -6,7 +6,6 @@ with which a difference of two models has no interval.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +20,7 @@ from ..config import SelectiveSFTConfig
 from ..scoring.frozen import use_start
 from ..training.model import Model
 from .generation import exact_match, greedy_answers
-from .likelihood import answer_nll, kl_to_base, text_perplexity
+from .likelihood import answer_nll, kl_to_base
 from .load import load_model
 from .rows import HeldOut, prepare
 
@@ -157,10 +156,3 @@ class _Base:
     def __call__(self, **inputs):
         with use_start(self.model, at_base=True) as base:
             return base(**inputs)
-
-
-def evaluate_text(
-    model: Model, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], block: int
-) -> dict[str, float]:
-    """Perplexity of neutral text, as metrics: what fine-tuning may have damaged besides."""
-    return {f"text_{name}": value for name, value in text_perplexity(model, tokenizer, texts, block).items()}

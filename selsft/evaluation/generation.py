@@ -1,8 +1,8 @@
-"""Greedy answers to held-out prompts: exact match, whether the model stops by itself, and how long it talks.
+"""Greedy answers to held-out prompts: exact match, whether the model stops by itself, and how long its answers are.
 
-Comparing log-likelihoods of options is cheaper, but they can rise while the generated text degrades, and a forgetting
-loss is just the thing to do that. Sampling was rejected: the published evaluation samples at temperature 1 without a
-seed, and its noise is larger than most differences between methods.
+Comparing log-likelihoods of options is cheaper, but they can rise while the generated text degrades, which a
+forgetting loss may well cause. Rejected: sampling; the published evaluation samples at temperature 1 without a seed,
+and its noise is larger than most differences between methods.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def greedy_answers(
 ) -> list[Answer]:
     """The greedy continuation of each prompt of token ids, up to an end token or `max_new_tokens`.
 
-    Batches hold prompts of like length, padded on the left, longest first. The model's own sampling settings are not
-    used; its end tokens are, beside the tokenizer's.
+    Batches hold prompts of similar length, padded on the left, longest first. The model's own sampling settings are
+    not used; its end tokens are, beside the tokenizer's.
     """
     own = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
@@ -49,7 +49,7 @@ def greedy_answers(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=pad
     )
     device = next(model.parameters()).device
-    found: list[Answer | None] = [None] * len(prompts)
+    answers: dict[int, Answer] = {}
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     with frozen(model):
         for indices in progress(BatchBudget(batch_tokens).batches(np.array(lengths)), "Generating answers"):
@@ -66,8 +66,8 @@ def greedy_answers(
                 stop = next((n for n, token in enumerate(tokens) if token in ends), None)
                 kept = tokens[:stop]
                 text = str(tokenizer.decode(kept, skip_special_tokens=True)).strip()
-                found[i] = Answer(text, stop is not None, len(kept))
-    return [answer for answer in found if answer is not None]
+                answers[int(i)] = Answer(text, stop is not None, len(kept))
+    return [answers[i] for i in range(len(prompts))]
 
 
 def exact_match(answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> list[bool]:

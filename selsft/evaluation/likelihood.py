@@ -1,6 +1,6 @@
 """Likelihood of held-out answers, perplexity of neutral text, and how far the next-token distribution has moved.
 
-Three questions that exact match cannot answer: does the model find the right answers more likely (NLL), has it lost
+Three questions that exact match leaves open: does the model find the right answers more likely (NLL), has it lost
 something that nobody asked it to lose (perplexity), and how far is it from where it started (KL to the base).
 Rejected: `Trainer.evaluate`, which keeps one mean per batch; without a value per row there is no interval.
 """
@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate.utils import tqdm
+from accelerate.utils import send_to_device, tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..scoring.batching import BatchBudget
@@ -32,27 +32,25 @@ def answer_nll(held: HeldOut, batch_tokens: int = 8192) -> list[tuple[float, int
     trainer, model = held.trainer, held.trainer.model
     add_selective_head(base_model(model))
     lengths = [len(row) for row in held.prepared["input_ids"]]
-    found: list[tuple[float, int]] = [(0.0, 0)] * len(lengths)
+    likelihoods: list[tuple[float, int]] = [(0.0, 0)] * len(lengths)
     with frozen(model):
         for indices in progress(BatchBudget(batch_tokens).batches(np.array(lengths)), "Held-out likelihood"):
-            inputs = trainer.data_collator([held.prepared[int(i)] for i in indices])
-            inputs = {
-                key: value.to(trainer.accelerator.device) if isinstance(value, torch.Tensor) else value
-                for key, value in inputs.items()
-            }
+            inputs = send_to_device(
+                trainer.data_collator([held.prepared[int(i)] for i in indices]), trainer.accelerator.device
+            )
             with trainer.compute_loss_context_manager():
                 logps = forward_logps(model, inputs)
-            trained = inputs["labels"] != -100
+            supervised = inputs["labels"] != -100
             if logps.size(0) == len(indices):
-                trained[:, 0] = False
-                sums, counts = (logps * trained).double().sum(1).tolist(), trained.sum(1).tolist()
+                supervised[:, 0] = False
+                sums, counts = (logps * supervised).double().sum(1).tolist(), supervised.sum(1).tolist()
             else:  # padding-free: one row that holds all, whose documents' first labels are -100 already
                 size = [lengths[i] for i in indices]
-                sums = [float(part.double().sum()) for part in (logps * trained)[0][: sum(size)].split(size)]
-                counts = [int(part.sum()) for part in trained[0][: sum(size)].split(size)]
+                sums = [float(part.double().sum()) for part in (logps * supervised)[0][: sum(size)].split(size)]
+                counts = [int(part.sum()) for part in supervised[0][: sum(size)].split(size)]
             for index, total, count in zip(indices, sums, counts, strict=True):
-                found[index] = (-total, int(count))
-    return found
+                likelihoods[index] = (-total, int(count))
+    return likelihoods
 
 
 def text_perplexity(
@@ -100,12 +98,13 @@ def kl_to_base(model: Model, base: Model, rows: Sequence[Sequence[int]], batch_t
         model, base: two models with the same vocabulary; `base` may be a context-free view of the same weights.
         rows: token ids of the held-out prompts.
 
-    The direction counts what the base would say and the model no longer does. Zero exactly when nothing has changed.
+    This direction weighs what the base would say and the model no longer does. It is 0 exactly when nothing has
+    changed.
     """
     device = next(model.parameters()).device
     vocabulary = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
     budget = BatchBudget(max(1, min(batch_tokens, _KL_ELEMENTS // (2 * vocabulary))))
-    found = [0.0] * len(rows)
+    divergences = [0.0] * len(rows)
     with frozen(model), frozen(base):
         for indices in progress(budget.batches(np.array([len(row) for row in rows])), "KL to the base"):
             ids, mask = left_aligned([rows[i] for i in indices], device)
@@ -114,8 +113,8 @@ def kl_to_base(model: Model, base: Model, rows: Sequence[Sequence[int]], batch_t
             divergence = (theirs.exp() * (theirs - ours)).sum(-1) * mask
             means = (divergence.double().sum(1) / mask.sum(1)).tolist()
             for index, value in zip(indices, means, strict=True):
-                found[index] = value
-    return found
+                divergences[index] = value
+    return divergences
 
 
 def left_aligned(rows: Sequence[Sequence[int]], device) -> tuple[torch.Tensor, torch.Tensor]:

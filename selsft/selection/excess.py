@@ -10,6 +10,7 @@ far. Rejected: ranking each micro-batch alone, which makes the selection depend 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -74,7 +75,7 @@ def weigh_batches(
             np.isin(ids, special_ids)[mask], None if reference is None else reference[mask],
         )  # fmt: skip
         check_finite(tokens.scores)
-        own = shared_boundary(lambda some=tokens.scores: [some], args) if boundary is None else boundary
+        own = shared_boundary(functools.partial(list, [tokens.scores]), args) if boundary is None else boundary
         weights = np.zeros(ids.shape, np.float32)
         weights[mask] = token_classes(tokens, own, args)
         batch[WEIGHTS] = torch.from_numpy(weights)

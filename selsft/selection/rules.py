@@ -18,9 +18,9 @@ POSITIVE, NEUTRAL, NEGATIVE = np.int8(1), np.int8(0), np.int8(-1)
 
 def classes_at(
     scores: np.ndarray,
-    boundary: float | np.ndarray,
+    boundary: float | np.floating | np.ndarray,
     *,
-    neutral_band: float = 0.0,
+    neutral_band: float | np.floating = 0.0,
     protected: np.ndarray | None = None,
 ) -> np.ndarray:
     """Classes of tokens, given the boundary below which a score is negative.

@@ -123,7 +123,10 @@ def token_classes(tokens: ScoredTokens, boundary: float | None, args: SelectiveS
     Args:
         boundary: what the tokens share (`shared_boundary`), or `None` where each row is ranked on its own.
     """
-    own = boundary if boundary is not None else boundaries_by_group(tokens.scores, tokens.rows, args.positive_fraction)
+    own: float | np.ndarray | None = boundary
+    if own is None:
+        assert args.positive_fraction is not None
+        own = boundaries_by_group(tokens.scores, tokens.rows, args.positive_fraction)
     safe = tokens.protected
     if args.gate_reference_prob is not None:
         assert tokens.ref_logps is not None
