@@ -92,6 +92,12 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def sweep(folder: Path) -> None:
+    """Take away what a killed process has left half-written in a folder that is held by this one."""
+    for leftover in folder.glob(f".*{_PART}"):
+        remove(leftover)
+
+
 @contextlib.contextmanager
 def exclusive(folder: Path, field: str = "output_dir") -> Iterator[None]:
     """Hold `folder`, which is created, against other processes, until this one ends, however it ends.
@@ -114,8 +120,7 @@ def exclusive(folder: Path, field: str = "output_dir") -> Iterator[None]:
     except OSError as error:  # some network file systems cannot lock a folder
         logger.warning(f"{folder} cannot be locked ({error}): do not run two commands in it at once")
     else:
-        for leftover in folder.glob(f".*{_PART}"):
-            remove(leftover)
+        sweep(folder)
     try:
         yield
     finally:

@@ -156,7 +156,8 @@ def name_missing_model(field: str, name: str | None, error: OSError) -> None:
 def _train(trainer: SelectiveSFTTrainer, arguments: Arguments, resume: str | None, settings: str) -> None:
     training, main_process = arguments.training, trainer.accelerator.is_main_process
     output = str(training.output_dir)
-    manifest = {**run_manifest("train", arguments, trainer), "settings_sha256": settings}
+    with input_errors():  # it reads all rows
+        manifest = {**run_manifest("train", arguments, trainer), "settings_sha256": settings}
     if main_process:
         write_manifest(output, manifest)
     start = time.perf_counter()
