@@ -56,12 +56,6 @@ def in_this_process() -> None:
     selsft.pipeline.plan.run_child = lambda argv: commands.main(list(argv[3:]))
 
 
-def fresh(inputs: Path, folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(inputs, folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def clean(inputs, tmp_path_factory) -> Callable[[str], Clean]:
     """What a command makes when nothing fails; once for each."""
@@ -81,7 +75,7 @@ def clean(inputs, tmp_path_factory) -> Callable[[str], Clean]:
 
     def run(name: str) -> Clean:
         if name not in found:
-            folder, argv = fresh(inputs, root / name), commands.COMMANDS[name]
+            folder, argv = commands.copy(inputs, root / name), commands.COMMANDS[name]
             done = commands.run(argv, folder, lambda: count(folder))
             assert done.status == 0, done.text
             found[name] = Clean(inputs, argv, int((root / "count").read_text()), commands.results(folder))
@@ -91,7 +85,7 @@ def clean(inputs, tmp_path_factory) -> Callable[[str], Clean]:
 
 
 def check(clean: Clean, folder: Path, kind: str, at: int) -> None:
-    fresh(clean.inputs, folder)
+    commands.copy(clean.inputs, folder)
 
     def fail() -> None:
         in_this_process()

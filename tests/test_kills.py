@@ -18,7 +18,7 @@ import pytest
 
 import selsft.workflow.child
 from tests.support import commands
-from tests.test_fault_injection import fresh, inputs
+from tests.test_fault_injection import inputs
 
 pytestmark = pytest.mark.slow
 
@@ -83,12 +83,12 @@ def drain(reader: int, seconds: float) -> bool:
 @pytest.mark.parametrize("command", commands.COMMANDS)
 def test_killed_at_random_moments(inputs, tmp_path, command, record_property):
     argv, rng = commands.COMMANDS[command], random.Random(command)
-    whole = fresh(inputs, tmp_path / "whole")
+    whole = commands.copy(inputs, tmp_path / "whole")
     start = time.perf_counter()
     done = commands.run(argv, whole, forked_children)
     seconds = time.perf_counter() - start
     assert done.status == 0, done.text
-    cut, kills, ended = fresh(inputs, tmp_path / "cut"), 0, 0
+    cut, kills, ended = commands.copy(inputs, tmp_path / "cut"), 0, 0
     while kills < KILLS:
         reader, process = commands.start(argv, cut, forked_children)
         number, group = MOMENTS[kills % len(MOMENTS)]
@@ -114,7 +114,7 @@ def test_killed_at_random_moments(inputs, tmp_path, command, record_property):
 
 @pytest.mark.parametrize("command", [name for name in commands.COMMANDS if name not in ("inspect", "bench")])
 def test_two_at_once_in_one_folder(inputs, tmp_path, command):
-    folder = fresh(inputs, tmp_path / "work")
+    folder = commands.copy(inputs, tmp_path / "work")
     argv = commands.COMMANDS[command]
     reader, process = commands.start(argv, folder, forked_children)
     try:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -79,6 +80,13 @@ def workspace(folder: Path) -> None:
     skill_world.write_tasks(folder / "tasks")
     skill_world.model().save_pretrained(folder / "skilled")
     skill_world.tokenizer().save_pretrained(folder / "skilled")
+
+
+def copy(inputs: Path, folder: Path) -> Path:
+    """A fresh working directory."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(inputs, folder)
+    return folder
 
 
 def flags(values: Mapping[str, Any]) -> list[str]:
