@@ -97,11 +97,19 @@ def exclusive(folder: Path, field: str = "output_dir") -> Iterator[None]:
     The lock is on the folder itself and leaves no file in it.
 
     Raises:
-        `InputError` naming `field` when another process holds it.
+        `InputError` naming `field` when another process holds it, and when it cannot be written to.
     """
     created = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise InputError(
+            f"{field}={str(folder)!r} cannot be used ({error.strerror}): choose another folder"
+        ) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        os.close(handle)
+        raise InputError(f"{field}={str(folder)!r} cannot be written to: choose another folder, or change its mode")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
