@@ -90,6 +90,18 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def make_writable(folder: Path, field: str) -> None:
+    """Create a folder. Raises `InputError` naming `field` when that, or writing into it, is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{field}={str(folder)!r} cannot be created ({error.strerror}): choose another folder"
+        ) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{field}={str(folder)!r} cannot be written to: choose another folder, or change its mode")
+
+
 @contextlib.contextmanager
 def exclusive(folder: Path, field: str = "output_dir") -> Iterator[None]:
     """Hold `folder`, which is created, against other processes, until this one ends, however it ends.
@@ -100,16 +112,8 @@ def exclusive(folder: Path, field: str = "output_dir") -> Iterator[None]:
         `InputError` naming `field` when another process holds it, and when it cannot be written to.
     """
     created = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise InputError(
-            f"{field}={str(folder)!r} cannot be used ({error.strerror}): choose another folder"
-        ) from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        os.close(handle)
-        raise InputError(f"{field}={str(folder)!r} cannot be written to: choose another folder, or change its mode")
+    make_writable(folder, field)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -19,6 +19,7 @@ from ..data.loading import data_errors, load_splits
 from ..data.rows import Split
 from ..data.validation import read_model_facts, validate_rows
 from ..errors import InputError, first_line, input_errors
+from ..records import make_writable
 from ..scoring.frozen import BASE
 from ..selection.chosen import use_folder
 from ..trainer import SelectiveSFTTrainer
@@ -91,6 +92,8 @@ def check_model_and_data(arguments: Arguments) -> None:
     if not model.model_name_or_path:
         raise InputError(MODEL_MISSING)
     arguments.source.check()
+    if training.scoring_cache_dir is not None:
+        make_writable(Path(training.scoring_cache_dir), "scoring_cache_dir")
     given = init_kwargs(arguments)
     if not {"gguf_file", "subfolder"} & given.keys():
         check_model("model_name_or_path", model.model_name_or_path, model.model_revision)

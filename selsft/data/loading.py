@@ -10,6 +10,7 @@ import bz2
 import contextlib
 import gzip
 import json
+import logging
 import lzma
 import os
 import traceback
@@ -18,12 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import datasets
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from trl import DatasetMixtureConfig, get_dataset
 
 from ..errors import InputError, input_errors
+from ..records import make_writable
 from .rows import Split, check_rows
 from .scored_folder import is_scored, load_scores
 
@@ -155,6 +158,7 @@ def load_rows(source: DataSource, text_field: str = "text") -> Dataset:
 
 
 def _load(source: DataSource) -> DatasetDict | IterableDatasetDict | dict[str, Dataset]:
+    make_writable(Path(datasets.config.HF_DATASETS_CACHE), "HF_DATASETS_CACHE")
     if source.mixture is not None and source.mixture.datasets:
         return get_dataset(source.mixture)
     source.check()
@@ -183,6 +187,9 @@ def _builder(name: str) -> str | None:
 def data_errors(source: DataSource) -> Iterator[None]:
     """While data is read: what cannot be read becomes an `InputError` that names the line, where lines can be counted.
     Streamed data is read late, so this goes around whatever iterates over it."""
+    readers = logging.getLogger("datasets.packaged_modules")  # print an error before they raise it
+    level = readers.level
+    readers.setLevel(logging.CRITICAL)
     try:
         yield
     except (DatasetsError, ValueError) as error:  # Arrow's errors and those of decoding are of the latter kind
@@ -191,6 +198,8 @@ def data_errors(source: DataSource) -> Iterator[None]:
         name = source.description
         place = _broken_line(Path(name)) if Path(name).is_file() else None
         raise InputError(f"{name!r} cannot be read as data: {place or error.__cause__ or error}") from error
+    finally:
+        readers.setLevel(level)
 
 
 def _from_reader(error: BaseException) -> bool:

@@ -148,10 +148,9 @@ def validate_rows(
 
 def _text(row: Mapping[str, Any], facts: ModelFacts, args: SFTConfig, where: str) -> str:
     """A row as the text that is tokenised; that of a conversation which only a processor can render is empty."""
+    messages = row.get("messages")
     if isinstance(row.get("completion"), list):
         messages = [*row["prompt"], *row["completion"]]
-    else:
-        messages = row.get("messages")
     if not isinstance(messages, list):
         pair = isinstance(row.get("completion"), str)
         text = row["prompt"] + row["completion"] if pair else row[args.dataset_text_field]

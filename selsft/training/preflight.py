@@ -77,9 +77,9 @@ def check_adapter(
                 raise InputError(f"lora_target_modules: {target!r} is not a layer of {name!r}: {remedy}")
 
 
-def check_trackers(report_to: Sequence[str]) -> None:
+def check_trackers(report_to: str | Sequence[str] | None) -> None:
     """Raise `InputError` for a tracker that is not installed, or that transformers does not know."""
-    for name in report_to:
+    for name in [report_to] if isinstance(report_to, str) else report_to or ():
         try:
             for callback in reporting_callbacks([name]):
                 callback()

@@ -5,12 +5,16 @@ the case can only be told from tokens or scores, after the model was loaded.
 """
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
+from selsft import SelectiveSFTConfig
 from selsft.cli import main
+from selsft.data.validation import read_model_facts, validate_rows
 from tests.support import tiny
 
 WORKING = {
@@ -111,6 +115,7 @@ CASES = {
     ),
     "output below /proc, evaluate": Case("evaluate", {"output_dir": "/proc/nope"}, ["output_dir='/proc/nope'"]),
     "output below a file": Case("train", {"output_dir": "data.jsonl/out"}, ["output_dir='data.jsonl/out'"]),
+    "cache of scores": Case("train", {"scoring_cache_dir": "/proc/nope"}, ["scoring_cache_dir='/proc/nope'"]),
     "tracker": Case("train", {"report_to": "mlflow"}, ["report_to='mlflow'", "installed", "--report_to none"]),
     "unknown tracker": Case("train", {"report_to": "nothing"}, ["report_to='nothing'", "wandb"]),
     "no template": rows("chat", "row 0 of the data has messages", "--chat_template_path", model_name_or_path="plain"),
@@ -209,3 +214,50 @@ def test_one_line(name, workplace, tmp_path, monkeypatch, capfd):
     for part in case.says:
         assert part in written[0]
     assert not Path("out").exists() and not Path("scored").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "score", "evaluate"])
+def test_a_cache_of_rows_that_cannot_be_written(command, workplace, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/proc/nope")
+    flags = {"reference_model": "reference", "output_dir": tmp_path / "out"}
+    assert main(command_line(command, flags)) == 2
+    assert "HF_DATASETS_CACHE='/proc/nope' cannot be created" in capfd.readouterr().err
+
+
+def test_a_folder_without_write_permission(workplace, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr("os.access", lambda path, mode: not str(path).endswith("out"))  # tests may run as root
+    assert main(command_line("train", {"output_dir": tmp_path / "out"})) == 2
+    assert "cannot be written to: choose another folder" in capfd.readouterr().err
+
+
+def test_readers_of_files_print_nothing_of_their_own(workplace, tmp_path, monkeypatch):
+    """`datasets` logs an error before it raises it."""
+    monkeypatch.chdir(workplace)
+    said = []
+    handler = logging.Handler()
+    handler.emit = said.append  # type: ignore[method-assign]
+    logging.getLogger("datasets").addHandler(handler)
+    try:
+        assert main(command_line("train", {"dataset_name": "latin.csv", "output_dir": tmp_path / "out"})) == 2
+    finally:
+        logging.getLogger("datasets").removeHandler(handler)
+    assert not said
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "warned"),
+    [("alpha?", "beta", True), ("alpha", "beta", True), ("alpha? ", "beta", False), ("alpha?\n", "beta", False),
+     ("alpha?", " beta", False), ("漢字", "漢字", False), ("f(", "x)", False)],
+)  # fmt: skip
+def test_prompts_that_run_into_their_completions(prompt, completion, warned, workplace, caplog):
+    data = Dataset.from_dict({"prompt": [prompt] * 4, "completion": [completion] * 4})
+    for model, remedy in (("model", "bring messages"), ("plain", "end the prompts with")):
+        caplog.clear()
+        args = SelectiveSFTConfig("unused", use_cpu=True, bf16=False)
+        validate_rows(data, read_model_facts(str(workplace / model)), args)
+        assert len(caplog.records) == warned
+        if warned:
+            assert "row 0 of the data" in caplog.text and remedy in caplog.text
+            assert ("bring messages" in caplog.text) == (model == "model")
