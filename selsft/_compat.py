@@ -24,6 +24,7 @@ What is used, where it is, and which versions have it:
   transformers.trainer_callback, 4.42 to 5.23
 - `get_temporary_cache_files_directory`, a folder that goes with the process: datasets.fingerprint, 1.2 to 5.2
 - `find_adapter_config_file`: transformers.utils.peft_utils, 5.0 to 5.23
+- `get_reporting_integration_callbacks`, the callbacks behind `report_to`: transformers.integrations, 4.36 to 5.23
 - `load_balancing_loss_func`, auxiliary loss of Mixture-of-Experts models: transformers.models.mixtral, 4.36 to 5.23
 """
 
@@ -74,6 +75,7 @@ check_versions()
 
 import trl.trainer.sft_trainer as _sft_trainer  # noqa: E402
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model  # noqa: E402
+from transformers.integrations import get_reporting_integration_callbacks as reporting_callbacks  # noqa: E402
 from transformers.utils.peft_utils import find_adapter_config_file  # noqa: E402
 from trl.models.utils import prepare_deepspeed  # noqa: E402
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling  # noqa: E402
@@ -156,6 +158,7 @@ __all__ = [
     "pad",
     "prepare_deepspeed",
     "prepare_fsdp2",
+    "reporting_callbacks",
     "use_adapter",
     "uses_flash_attention",
 ]

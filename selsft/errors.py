@@ -64,3 +64,8 @@ def _numbers(text: str) -> list[int]:
 def one_line(error: BaseException) -> str:
     """The message on one line."""
     return " ".join(str(error).split())
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, or the name of an error that has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -215,7 +215,7 @@ def row_settings(args: SelectiveSFTConfig, folder: Path) -> SelectiveSFTConfig:
     """Settings of the trainer that prepares the rows: as training sees them, one document each."""
     made = args.without_selection()
     made.output_dir = str(folder)
-    made.eval_strategy, made.push_to_hub = "no", False
+    made.eval_strategy, made.push_to_hub, made.report_to = "no", False, []
     made.max_steps = max(made.max_steps, 1)  # a trainer of streamed rows must know its end
     if made.packing and made.packing_strategy == "bfd" and made.max_length is not None:
         # Truncates and then packs whole documents, which do not see each other: so they are scored unpacked

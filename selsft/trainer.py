@@ -48,7 +48,7 @@ from .training.collator import DataCollatorForSelectiveSFT
 from .training.head import STATS, SelectiveCausalLMOutput, SelectiveHead, toy_forward
 from .training.model import Model
 from .training.schedules import forget_weight_at
-from .training.validation import validate_effects, validate_selection
+from .training.validation import validate_effects, validate_prepared, validate_selection
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +168,7 @@ class SelectiveSFTTrainer(SFTTrainer):
                 compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics,
                 quantization_config, peft_config, formatting_func,
             )  # fmt: skip
+        validate_prepared(self)
         given = token_columns(self.train_dataset, args.score)
         self._selective = source is not None or bool(given) or args.score != "influence"
         scored = source is not None or (

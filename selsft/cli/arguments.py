@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -23,6 +24,7 @@ from ..errors import InputError, input_errors
 from ..recipes import find_recipe
 from ..secrets import to_environment
 
+MODEL_MISSING = "model_name_or_path is missing: give --model_name_or_path NAME or FOLDER"
 COMMON = (
     "config", "model_name_or_path", "dataset_name", "dataset_train_split", "dataset_test_split", "columns",
     "output_dir", "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size",
@@ -162,6 +164,11 @@ class CommandParser(TrlParser):
                 )
             except yaml.YAMLError as error:
                 raise InputError(f"--config is not a YAML file: {error}") from error
+            except ValueError as error:
+                # The libraries' settings look at the machine, which means nothing while there is no model
+                if not isinstance(error, InputError) and not self._names_a_model(argv):
+                    raise InputError(MODEL_MISSING) from error
+                raise
         # A sequence of its own: the same string may be a value of ours elsewhere
         own = _without(argv, in_line)
         script, training, model, mixture = parsed[:4]
@@ -170,6 +177,14 @@ class CommandParser(TrlParser):
         launch = [*in_file, *in_line]
         self._check_unknown(launch)
         return Arguments(script, training, model, mixture, launch, own, parsed[4] if self._extra else None)
+
+    @staticmethod
+    def _names_a_model(argv: list[str]) -> bool:
+        if any(part.split("=")[0] == "--model_name_or_path" for part in argv):
+            return True
+        file = argv[argv.index("--config") + 1] if "--config" in argv else None
+        given = yaml.safe_load(Path(file).read_text(encoding="utf-8")) if file else None
+        return isinstance(given, dict) and "model_name_or_path" in given
 
     def _check_unknown(self, launch: list[str]) -> None:
         """Flags that neither we nor `accelerate launch` know are spelling mistakes."""

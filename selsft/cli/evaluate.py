@@ -21,10 +21,11 @@ from ..errors import InputError, input_errors
 from ..evaluation.kept import FOLDER, Kept
 from ..evaluation.settings import METRICS, ROWS, EvaluateArguments
 from ..records import now, replaced_folder, versions, write_json
+from ..training.preflight import check_model
 from .arguments import Arguments, CommandParser
 from .launch import at_work, launched
 from .manifest import NAME, settings_sha256
-from .train import check_new, init_kwargs, name_missing_model
+from .train import check_new, init_kwargs
 
 DESCRIPTION = (
     "Evaluate a model or adapter on held-out rows: negative log-likelihood, exact match of greedy answers with EOS "
@@ -98,11 +99,8 @@ def _evaluate(arguments: Arguments, has_rows: bool, kept: Kept) -> tuple[dict[st
     tables: dict[str, Any] = {}
     assert name.model_name_or_path is not None
     with input_errors():
-        try:
-            model, tokenizer = load_model(name.model_name_or_path, kwargs, extra.base_model_name_or_path)
-        except OSError as error:
-            name_missing_model("model_name_or_path", name.model_name_or_path, error)
-            raise
+        check_model("model_name_or_path", name.model_name_or_path, name.model_revision)
+        model, tokenizer = load_model(name.model_name_or_path, kwargs, extra.base_model_name_or_path)
         base = None
         if extra.base_model_name_or_path and not hasattr(model, "peft_config"):
             base, _ = load_model(extra.base_model_name_or_path, kwargs)

@@ -21,7 +21,7 @@ from ..scoring.settings import ScoreArguments
 from .arguments import Arguments, CommandParser
 from .launch import at_work, launch_command, needs_launch
 from .manifest import run_manifest, write_manifest
-from .train import build_trainer, check_model_and_data, check_new, name_missing_model
+from .train import build_trainer, check_model_and_data, check_new
 
 DESCRIPTION = (
     "Score every token of a data set, by default its log-probability under --reference_model minus that under the "
@@ -103,13 +103,9 @@ def prepare(arguments: Arguments, folder: Path) -> ScoringRun:
     data = judged_data(training)
     with adapter_on_lm_head():
         rows = dataclasses.replace(arguments, training=row_settings(training, folder))
-        trainer = build_trainer(rows, evaluate=False, strict=True)
+        trainer = build_trainer(rows, evaluate=False, strict=True, scored=True)
     with input_errors():
-        try:
-            return ScoringRun(
-                trainer, training, folder, reference, base_logps=extra.base_logps, ref_logps=extra.ref_logps,
-                shard_tokens=extra.shard_tokens, mixed_batches=extra.mixed_batches, **data,
-            )  # fmt: skip
-        except OSError as error:
-            name_missing_model("reference_model", reference, error)
-            raise
+        return ScoringRun(
+            trainer, training, folder, reference, base_logps=extra.base_logps, ref_logps=extra.ref_logps,
+            shard_tokens=extra.shard_tokens, mixed_batches=extra.mixed_batches, **data,
+        )  # fmt: skip
