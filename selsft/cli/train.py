@@ -15,7 +15,7 @@ from typing import Any
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 from trl import get_peft_config, get_quantization_config
 
-from .._compat import end_training
+from .._compat import end_training, save_whole_model
 from ..data.loading import data_errors, load_splits
 from ..errors import InputError, input_errors
 from ..scoring.frozen import BASE
@@ -145,7 +145,7 @@ def _train(trainer: SelectiveSFTTrainer, arguments: Arguments, resume: str | Non
         write_manifest(output, manifest)
     start = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model(output)
+    save_whole_model(trainer, output)
     if main_process:
         manifest["finished"] = {
             "seconds": round(time.perf_counter() - start, 1),
