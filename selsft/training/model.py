@@ -59,7 +59,7 @@ def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def copied(model: Model) -> Model:
-    """A deep copy. What ZeRO-3 has partitioned is partitioned in the copy too, with one whole weight in memory at once.
+    """A deep copy. What ZeRO-3 has partitioned is partitioned in it too; one whole weight at a time is in memory.
 
     All processes must call this together.
     """
