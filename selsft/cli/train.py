@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from trl import get_peft_config, get_quantization_config
 
-from .._compat import end_training
+from .._compat import end_training, save_whole_model
 from ..data.loading import data_errors, load_splits
 from ..data.rows import Split
 from ..data.validation import read_model_facts, validate_rows
@@ -192,7 +192,7 @@ def _train(trainer: SelectiveSFTTrainer, arguments: Arguments, resume: str | Non
         write_manifest(output, manifest)
     start = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model(output)
+    save_whole_model(trainer, output)
     if main_process:
         manifest["finished"] = {
             "seconds": round(time.perf_counter() - start, 1),

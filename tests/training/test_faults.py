@@ -121,8 +121,7 @@ def test_given_weights_score_nothing(options, monkeypatch):
     """Also on a sharded policy: no copy of it is made when there is nothing to score."""
     run = make(options, tiny.tokenised_data(4, token_weights=alternating))
     run._weigher.models.sharded = True
-    refuse = SimpleNamespace(deepcopy=lambda model: pytest.fail("the policy was copied"))
-    monkeypatch.setattr("selsft.scoring.frozen.copy", refuse)
+    monkeypatch.setattr("selsft.scoring.frozen.copied", lambda model: pytest.fail("the policy was copied"))
     run._weigher.weigh(run.train_dataset)
 
 
