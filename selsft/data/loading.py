@@ -283,7 +283,7 @@ def _check_rows(data: Split, names: list[str], text_field: str, strict: bool) ->
                 wanted = "token ids" if name == "input_ids" else "text or messages"
                 return f"holds {value!r} as {name!r}, which is {type(value).__name__}: it needs {wanted}"
             return None
-        if strict and not value:
+        if not value and (strict or name == "completion"):  # which TRL takes for a text
             return f"is empty: {name!r} has no {'tokens' if name == 'input_ids' else 'messages'}: repair or remove it"
         if name != "input_ids" and not all(isinstance(message, dict) for message in value):
             return (
@@ -307,11 +307,18 @@ def _check_rows(data: Split, names: list[str], text_field: str, strict: bool) ->
             suspect = column.is_null()
             if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
                 wrong_type = not (name == "input_ids" or pa.types.is_struct(column.type.value_type))
-                if strict:
+                if strict or name == "completion":
                     suspect = pc.or_kleene(suspect, pc.equal(pc.list_value_length(column), 0))
             else:
                 text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
                 wrong_type = name == "input_ids" or not text
+            if isinstance(column.type, pa.BaseExtensionType):  # JSON, for values of several types: any may be wrong
+                for row in range(first, first + len(column)):
+                    check(data[row], row)
+                continue
+            ids = column.type.value_type if pa.types.is_list(column.type) else None
+            if name == "input_ids" and ids is not None and not (pa.types.is_integer(ids) or pa.types.is_null(ids)):
+                raise InputError(f"'input_ids' of the data holds {ids} and not whole numbers alone: give token ids")
             found = 0 if wrong_type and len(column) else pc.index(suspect, True).as_py()
             if found >= 0:
                 check(data[first + found], first + found)
