@@ -188,7 +188,7 @@ def data_errors(source: DataSource) -> Iterator[None]:
     Streamed data is read late, so this goes around whatever iterates over it."""
     try:
         yield
-    except (DatasetsError, ValueError) as error:  # Arrow's errors and those of decoding are of the latter kind
+    except (DatasetsError, ValueError, TypeError) as error:  # Arrow's errors and those of decoding are of these kinds
         if not (isinstance(error, DatasetsError | pa.ArrowException | UnicodeDecodeError) or _from_reader(error)):
             raise
         name = source.description
@@ -231,7 +231,7 @@ def _starts_with_null(path: Path) -> bool:
             first = next((text for line in lines if (text := line.removeprefix(b"\xef\xbb\xbf").strip())), b"")
         except (OSError, EOFError):  # a damaged archive, which the reader names
             return False
-    return first.startswith(b"null")
+    return first.lstrip(b"[ \t").startswith(b"null")
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -283,7 +283,7 @@ def _check_rows(data: Split, names: list[str], text_field: str, strict: bool) ->
                 wanted = "token ids" if name == "input_ids" else "text or messages"
                 return f"holds {value!r} as {name!r}, which is {type(value).__name__}: it needs {wanted}"
             return None
-        if not value and (strict or name == "completion"):  # which TRL takes for a text
+        if not value and (strict or name not in ("input_ids", "messages")):  # TRL takes it for a text
             return f"is empty: {name!r} has no {'tokens' if name == 'input_ids' else 'messages'}: repair or remove it"
         if name != "input_ids" and not all(isinstance(message, dict) for message in value):
             return (
@@ -299,6 +299,8 @@ def _check_rows(data: Split, names: list[str], text_field: str, strict: bool) ->
 
     if not isinstance(data, Dataset):
         return data.filter(check, with_indices=True)
+    if "labels" in data.column_names and (gaps := data.with_format("arrow")["labels"][:].null_count):
+        raise InputError(f"{gaps} rows of the data have no 'labels' where others do: bring all rows into one form")
     first = 0
     for chunk in data.select_columns(names).with_format("arrow").iter(batch_size=10_000):
         for name in names:
@@ -307,7 +309,7 @@ def _check_rows(data: Split, names: list[str], text_field: str, strict: bool) ->
             suspect = column.is_null()
             if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
                 wrong_type = not (name == "input_ids" or pa.types.is_struct(column.type.value_type))
-                if strict or name == "completion":
+                if strict or name not in ("input_ids", "messages"):
                     suspect = pc.or_kleene(suspect, pc.equal(pc.list_value_length(column), 0))
             else:
                 text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
