@@ -24,7 +24,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict,
 from datasets.exceptions import DatasetsError
 from trl import DatasetMixtureConfig, get_dataset
 
-from ..errors import InputError, input_errors
+from ..errors import InputError, failed_write, input_errors
 from .scored_folder import is_scored, load_scores
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
@@ -189,6 +189,8 @@ def data_errors(source: DataSource) -> Iterator[None]:
     try:
         yield
     except (DatasetsError, ValueError, TypeError) as error:  # Arrow's errors and those of decoding are of these kinds
+        if failed_write(error):
+            raise
         if not (isinstance(error, DatasetsError | pa.ArrowException | UnicodeDecodeError) or _from_reader(error)):
             raise
         name = source.description
