@@ -1,6 +1,6 @@
 """Bad input, told apart from bugs.
 
-Only what a user can put right becomes an `InputError`; everything else keeps its traceback. Rejected: catching
+Only what a user can fix becomes an `InputError`; everything else keeps its traceback. Rejected: catching
 `ValueError` around a whole command, which would hide a failure in the middle of training behind one line.
 """
 

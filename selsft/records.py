@@ -1,4 +1,4 @@
-"""Records of what was done: files that are whole or not there, locks, hashes, versions.
+"""Records of what was done: files that are complete or absent, locks, hashes, versions.
 
 Every file that selsft writes besides weights goes through here. A file gets its name when it is complete and synced to
 the disk, so what exists is finished, whatever killed the process that wrote it. Rejected: one writer for each command,
@@ -78,14 +78,14 @@ def write_json(path: Path, record: object) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty when the file is missing or holds something else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, FileNotFoundError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def remove(path: Path) -> None:
-    """Take away a file or a folder, if it is there."""
+    """Delete a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -127,7 +127,7 @@ def exclusive(folder: Path, field: str = "output_dir") -> Iterator[None]:
         os.close(handle)
         if created:
             with contextlib.suppress(OSError):
-                folder.rmdir()  # where nothing came of it
+                folder.rmdir()  # if nothing was written
 
 
 @contextlib.contextmanager

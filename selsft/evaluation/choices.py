@@ -1,4 +1,4 @@
-"""Accuracy on a file of multiple-choice questions: which option the model finds most likely.
+"""Accuracy on a file of multiple-choice questions: whether the model finds the right option most likely.
 
 The questions and the scorer are those of the skill study, so that one file serves both.
 """

@@ -1,8 +1,8 @@
-"""Greedy answers to held-out prompts: exact match, whether the model stops by itself, and how long it talks.
+"""Greedy answers to held-out prompts: exact match, whether the model stops by itself, and how long its answers are.
 
-Comparing log-likelihoods of options is cheaper, but they can rise while the generated text degrades, and a forgetting
-loss is just the thing to do that. Sampling was rejected: the published evaluation samples at temperature 1 without a
-seed, and its noise is larger than most differences between methods.
+Comparing log-likelihoods of options is cheaper, but they can rise while the generated text degrades, which a
+forgetting loss may well cause. Rejected: sampling; the published evaluation samples at temperature 1 without a seed,
+and its noise is larger than most differences between methods.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def greedy_answers(
 ) -> list[Answer]:
     """The greedy continuation of each prompt of token ids, up to an end token or `max_new_tokens`.
 
-    Batches hold prompts of like length, padded on the left, longest first. The model's own sampling settings are not
-    used; its end tokens are, beside the tokenizer's.
+    Batches hold prompts of similar length, padded on the left, longest first. The model's own sampling settings are
+    not used; its end tokens are, beside the tokenizer's.
     """
     own = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}

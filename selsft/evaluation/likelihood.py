@@ -1,6 +1,6 @@
 """Likelihood of held-out answers, perplexity of neutral text, and how far the next-token distribution has moved.
 
-Three questions that exact match cannot answer: does the model find the right answers more likely (NLL), has it lost
+Three questions that exact match leaves open: does the model find the right answers more likely (NLL), has it lost
 something that nobody asked it to lose (perplexity), and how far is it from where it started (KL to the base).
 Rejected: `Trainer.evaluate`, which keeps one mean per batch; without a value per row there is no interval.
 """
@@ -13,6 +13,7 @@ from typing import cast
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from transformers import PreTrainedTokenizerBase
 
 from ..scoring.batching import BatchBudget
@@ -34,11 +35,9 @@ def answer_nll(held: HeldOut, batch_tokens: int = 8192, kept: Kept | None = None
     lengths = [len(ids) for ids, _ in rows]
 
     def work(indices) -> list[tuple[float, int]]:
-        inputs = trainer.data_collator([held.prepared[int(i)] for i in indices])
-        inputs = {
-            key: value.to(trainer.accelerator.device) if isinstance(value, torch.Tensor) else value
-            for key, value in inputs.items()
-        }
+        inputs = send_to_device(
+            trainer.data_collator([held.prepared[int(i)] for i in indices]), trainer.accelerator.device
+        )
         with trainer.compute_loss_context_manager():
             logps = forward_logps(model, inputs)
         trained = inputs["labels"] != -100
@@ -114,7 +113,8 @@ def kl_to_base(
         model, base: two models with the same vocabulary; `base` may be a context-free view of the same weights.
         rows: token ids of the held-out prompts.
 
-    The direction counts what the base would say and the model no longer does. Zero exactly when nothing has changed.
+    This direction weighs what the base would say and the model no longer does. It is 0 exactly when nothing has
+    changed.
     """
     device = next(model.parameters()).device
     vocabulary = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
