@@ -160,7 +160,10 @@ def _read_judged(path: Path) -> list[dict[str, Any]]:
             raise InputError(f"judged={str(path)!r}: line {number} is not a JSON object with a key per column")
         text = row.get("completion", row.get("text"))
         if "corrected" in row and "spans" not in row and isinstance(text, str):
-            texts = [row["corrected"]] if isinstance(row["corrected"], str) else row["corrected"]
-            row["spans"] = spans_of_corrections(text, texts)
+            texts = row["corrected"] if isinstance(row["corrected"], list) else [row["corrected"]]
+            try:
+                row["spans"] = spans_of_corrections(text, texts)
+            except InputError as error:
+                raise InputError(f"judged={str(path)!r}: line {number}: {error}") from error
         rows.append(row)
     return rows

@@ -25,7 +25,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict,
 from datasets.exceptions import DatasetsError
 from trl import DatasetMixtureConfig, get_dataset
 
-from ..errors import InputError, input_errors
+from ..errors import InputError, failed_write, input_errors
 from ..records import make_writable
 from .rows import Split, check_rows
 from .scored_folder import is_scored, load_scores
@@ -196,7 +196,9 @@ def data_errors(source: DataSource) -> Iterator[None]:
     readers.setLevel(logging.CRITICAL)
     try:
         yield
-    except (DatasetsError, ValueError) as error:  # Arrow's errors and those of decoding are of the latter kind
+    except (DatasetsError, ValueError, TypeError) as error:  # Arrow's errors and those of decoding are of these kinds
+        if failed_write(error):
+            raise
         if not (isinstance(error, DatasetsError | pa.ArrowException | UnicodeDecodeError) or _from_reader(error)):
             raise
         name = source.description
@@ -241,7 +243,7 @@ def _starts_with_null(path: Path) -> bool:
             first = next((text for line in lines if (text := line.removeprefix(b"\xef\xbb\xbf").strip())), b"")
         except (OSError, EOFError):  # a damaged archive, which the reader names
             return False
-    return first.startswith(b"null")
+    return first.lstrip(b"[ \t").startswith(b"null")
 
 
 def _open(path: Path) -> IO[bytes]:

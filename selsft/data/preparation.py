@@ -194,6 +194,13 @@ def check_lengths(dataset: Dataset | IterableDataset, columns: list[str]) -> Non
         tokens = pc.list_value_length(chunk["input_ids"]).to_numpy()
         for name in columns:
             column = chunk[name].combine_chunks()
+            if not pa.types.is_list(column.type) and not pa.types.is_large_list(column.type):
+                raise ValueError(
+                    f"column {name!r} holds {column[0].as_py()!r} in row {start}, or another value that is no list: "
+                    "it needs one number per token"
+                )
+            if not pa.types.is_primitive(column.type.value_type):
+                raise ValueError(f"column {name!r} holds lists of something else than numbers")
             lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy(zero_copy_only=False)
             if (wrong := np.flatnonzero(lengths != tokens)).size:
                 row = int(wrong[0])

@@ -118,7 +118,7 @@ def _tables(data: Dataset, names: list[str]) -> Iterator[pa.Table]:
 
 
 def _lengths(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    return pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int64)
+    return pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def _wide(kind: pa.DataType) -> pa.DataType:
