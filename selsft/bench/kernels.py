@@ -131,7 +131,7 @@ def one(
     result = measure(IMPLEMENTATIONS[name](case, pass_, trained), case.device, seconds)
     n, h, v = case.size
     return Record(
-        *where,
+        **vars(where),
         implementation=name,
         pass_=pass_,
         head="trained" if trained else "frozen",

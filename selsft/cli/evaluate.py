@@ -1,4 +1,4 @@
-"""`selsft evaluate`: what a trained model says, finds likely, and has lost.
+"""`selsft evaluate`: what a trained model answers, finds likely, and has lost.
 
 Takes the flags of `train`, so that one YAML file prepares the rows in the same way. Rejected: evaluating inside
 training, where every model to compare with would have to be in memory.
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
             "nothing to evaluate on: give --dataset_name, --neutral_text, --options_file or --lm_eval_tasks"
         )
     field = "evaluation_dir" if extra.evaluation_dir else "output_dir"
-    with at_work(folder, field, "nothing is kept of an evaluation that is not finished, run the command again"):
+    with at_work(folder, field, "nothing is kept of an unfinished evaluation, run the command again"):
         start = time.perf_counter()
         metrics, tables = _evaluate(arguments, has_rows)
         metrics["seconds"] = round(time.perf_counter() - start, 1)
@@ -171,7 +171,7 @@ def _texts(extra: EvaluateArguments, tokenizer) -> list[str]:
 
 
 def save(folder: Path, metrics: dict[str, Any], tables: dict[str, Any], arguments: Arguments) -> None:
-    """Write the results to a folder that appears when it is whole."""
+    """Write the results to a folder that appears when it is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replaced_folder(folder) as part:
         for name, table in tables.items():

@@ -21,7 +21,7 @@ from ..records import exclusive
 
 
 def launched() -> bool:
-    """Whether a launcher (accelerate, torchrun, MPI) has started this process."""
+    """Whether a launcher (accelerate, torchrun, MPI) started this process."""
     return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
@@ -97,8 +97,8 @@ def _processes(launch: list[str]) -> int:
 
 @contextlib.contextmanager
 def at_work(folder: Path, field: str, resume: str) -> Iterator[None]:
-    """Hold a folder while a command works in it, and say after Ctrl-C what is kept. Of several processes the launching
-    one alone does so."""
+    """Lock a folder while a command works in it, and say after Ctrl-C what is kept. Of several processes only the
+    launching one does so."""
     if launched():
         yield
         return

@@ -1,7 +1,7 @@
 """The report of a study: one self-contained HTML page, and its tables as CSV.
 
 The tables are computed by the caller (`skills.results`); here each column gets a heading, an explanation and a
-text per cell. The page needs no script. Rejected: a notebook or a dashboard (a server, or scripts from elsewhere, to
+text per cell. The page needs no script. Rejected: a notebook or a dashboard (a server, or third-party scripts, to
 look at one study).
 """
 
@@ -97,7 +97,7 @@ def _model(manifest: dict[str, Any]) -> str:
 
 
 def warnings(found: Any) -> list[str]:
-    """What a reader must know before the figures, the gravest first."""
+    """What a reader must know before the figures, the most serious first."""
     lines = []
     bad = found.summary[found.summary["collapsed"]]
     for row in bad.to_dict("records"):
