@@ -21,17 +21,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import InputError
+from .errors import InputError, failed_write
 from .secrets import redact
 
 PACKAGES = ("selsft", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "triton")
+MAKE_ROOM = "Make room on the disk, or let files be written there"
+_PART = ".part"
 logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[IO[bytes]]:
     """A file to write, which gets its name only when it is complete and on the disk; until then nothing has it."""
-    handle = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False)
+    handle = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=_PART, delete=False)
     try:
         with handle:
             yield handle
@@ -90,11 +92,17 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def sweep(folder: Path) -> None:
+    """Take away what a killed process has left half-written in a folder that is held by this one."""
+    for leftover in folder.glob(f".*{_PART}"):
+        remove(leftover)
+
+
 @contextlib.contextmanager
 def exclusive(folder: Path, field: str = "output_dir") -> Iterator[None]:
     """Hold `folder`, which is created, against other processes, until this one ends, however it ends.
 
-    The lock is on the folder itself and leaves no file in it.
+    The lock is on the folder itself and leaves no file in it. What a killed process has left half-written there goes.
 
     Raises:
         `InputError` naming `field` when another process holds it.
@@ -111,6 +119,8 @@ def exclusive(folder: Path, field: str = "output_dir") -> Iterator[None]:
         ) from None
     except OSError as error:  # some network file systems cannot lock a folder
         logger.warning(f"{folder} cannot be locked ({error}): do not run two commands in it at once")
+    else:
+        sweep(folder)
     try:
         yield
     finally:
@@ -118,6 +128,28 @@ def exclusive(folder: Path, field: str = "output_dir") -> Iterator[None]:
         if created:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # if nothing was written
+
+
+@contextlib.contextmanager
+def resumable(folder: Path, field: str, kept: str) -> Iterator[None]:
+    """While a command works in `folder`: whatever cuts it off ends in one line that says what is kept.
+
+    Args:
+        kept: what is kept and how to resume, as the end of that line.
+
+    Raises:
+        `InputError` naming `field` and the folder when a file cannot be written, `KeyboardInterrupt` with the line.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(str(error) or f"{folder}: {kept}") from None
+    except Exception as error:
+        if (what := failed_write(error)) is None:
+            raise
+        raise InputError(f"{field}={str(folder)!r}: {what}. {MAKE_ROOM}: {kept}") from error
 
 
 def json_sha256(content: object) -> str:

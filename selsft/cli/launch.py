@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 
 from ..errors import InputError
-from ..records import exclusive
+from ..records import exclusive, resumable
 
 
 def launched() -> bool:
@@ -97,14 +97,7 @@ def _processes(launch: list[str]) -> int:
 
 @contextlib.contextmanager
 def at_work(folder: Path, field: str, resume: str) -> Iterator[None]:
-    """Lock a folder while a command works in it, and say after Ctrl-C what is kept. Of several processes only the
-    launching one does so."""
-    if launched():
+    """Lock a folder while a command works in it, and say what is kept when it is interrupted. Of several processes only
+    the launching one locks it."""
+    with resumable(folder, field, resume), contextlib.nullcontext() if launched() else exclusive(folder, field):
         yield
-        return
-    with exclusive(folder, field):
-        try:
-            yield
-        except KeyboardInterrupt:
-            print(f"{folder}: {resume}", file=sys.stderr)
-            raise

@@ -167,6 +167,10 @@ def _load(source: DataSource) -> DatasetDict | IterableDatasetDict | dict[str, D
         saved = load_scores(name) if scored else load_from_disk(name)
         return saved if isinstance(saved, DatasetDict) else {source.split: saved}
     if builder := _builder(name):
+        if builder == "json" and _starts_with_null(path):
+            raise InputError(
+                f"{name!r} cannot be read as data: its first row is null, not an object with a key per column"
+            )
         return load_dataset(builder, data_files={source.split: name}, streaming=source.streaming)
     return load_dataset(name, name=source.config, streaming=source.streaming)
 
@@ -218,6 +222,16 @@ def _broken_line(path: Path) -> str | None:
             if not isinstance(row, dict):
                 return f"line {number} is not a JSON object with a key per column"
     return None
+
+
+def _starts_with_null(path: Path) -> bool:
+    """Whether the first row is `null`, on which the reader of Arrow crashes."""
+    with _open(path) as lines:
+        try:
+            first = next((text for line in lines if (text := line.removeprefix(b"\xef\xbb\xbf").strip())), b"")
+        except (OSError, EOFError):  # a damaged archive, which the reader names
+            return False
+    return first.startswith(b"null")
 
 
 def _open(path: Path) -> IO[bytes]:

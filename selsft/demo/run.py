@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import os
 import platform
 import time
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ..records import versions, write_json
+from ..records import replaced, resumable, versions, write_json
 
 THREADS = 2
 
@@ -69,8 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = DemoConfig()
     if args.forget_weight is not None:
         config = replace(config, forget_weight=args.forget_weight)
-    output.mkdir(parents=True, exist_ok=True)
-    run(config, range(args.seed, args.seed + args.seeds), output, Console())
+    kept = f"finished models are kept in it, `selsft demo --output {output}` with the same flags resumes from there"
+    with resumable(output, "--output", kept):
+        output.mkdir(parents=True, exist_ok=True)
+        run(config, range(args.seed, args.seed + args.seeds), output, Console())
     return 0
 
 
@@ -92,13 +95,16 @@ def run(config, seeds: Sequence[int], output: Path, console) -> list:
     for seed in seeds:
         echo(f"Seed {seed}")
         results.append(run_seed(seed, config, output / f"seed-{seed}", echo))
-    write_json(output / "results.json", {**about, "results": [asdict(result) for result in results]})
     rows = as_rows(results)
-    with (output / "results.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    with replaced(output / "results.csv") as file:
+        file.write(text.getvalue().encode())
     render(console, results)
     write_report(output / "report.html", results)
+    # The last file: with it, the demo is finished
+    write_json(output / "results.json", {**about, "results": [asdict(result) for result in results]})
     echo(f"Written to {output}: config.json, results.json, results.csv, report.html")
     return results
