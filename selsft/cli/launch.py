@@ -97,7 +97,7 @@ def _processes(launch: list[str]) -> int:
 
 @contextlib.contextmanager
 def at_work(folder: Path, field: str, resume: str) -> Iterator[None]:
-    """Lock a folder while a command works in it, and say what is kept when it is interrupted. Of several processes only
-    the launching one locks it."""
+    """Lock a folder while a command works in it, and say what is kept when it is interrupted. Of several processes
+    only the launching one locks it."""
     with resumable(folder, field, resume), contextlib.nullcontext() if launched() else exclusive(folder, field):
         yield
