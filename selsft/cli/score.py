@@ -27,7 +27,7 @@ DESCRIPTION = (
     "Score every token of a data set, by default its log-probability under --reference_model minus that under the "
     "model. With --judged, rows whose wrong characters somebody has marked, it says how well the score tells wrong "
     "tokens from right ones, fits a probe (--score probe) and chooses a threshold (--target_precision). Saves the "
-    "rows with their scores as Parquet shards, which `selsft train --dataset_name FOLDER` takes in the place of the "
+    "rows with their scores as Parquet shards, which `selsft train --dataset_name FOLDER` takes instead of the "
     "data and the reference, and prints a summary with the most negative tokens. An interrupted run resumes when "
     "the same command is given again."
 )

@@ -30,9 +30,9 @@ def weighted_data(rows=24):
     return tiny.tokenised_data(rows, token_weights=signed)
 
 
-def make(options, data=None, peft_config=None, **changes):
+def make(options, data=None, peft_config=None, reference=None, **changes):
     data = data if data is not None else weighted_data()
-    return trainers.make(options, data, peft_config=peft_config, **changes)
+    return trainers.make(options, data, peft_config=peft_config, reference=reference, **changes)
 
 
 def steps(trainer):
