@@ -240,7 +240,7 @@ def main(argv: list[str]) -> int:
         return 2
     device = torch.device("cpu" if options.cpu else "cuda")
     has_liger = not options.cpu and importlib.util.find_spec("liger_kernel") is not None
-    made = records.environment(device)._asdict() | _versions()
+    made = vars(records.environment(device)) | _versions()
     found = []
     for shape, tuning, layout in itertools.product(options.shape, options.tuning, options.layout):
         for repeat, arm in itertools.product(range(options.repeats), options.arm):

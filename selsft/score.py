@@ -82,7 +82,7 @@ def score_dataset(
         shard_tokens: tokens of a shard: what is in memory at once, and what an interrupt can cost.
         mixed_batches: score policy and reference in one forward pass where both are LoRA adapters of one model.
         rescore: remove the scores in the folder, whatever made them.
-        judged, judged_test, probe_clean: rows (docs/spans.md) in the place of the files that `args` names.
+        judged, judged_test, probe_clean: rows (docs/spans.md) instead of the files that `args` names.
 
     Returns:
         one row per document: `input_ids` and `labels` (int32), and the columns of the score (float32, 0 where nothing

@@ -27,12 +27,12 @@ class Bar(NamedTuple):
         return "pass" if (self.figure <= self.limit if self.at_most else self.figure >= self.limit) else "MISS"
 
 
-def bars(found: list[Record], accuracy: dict[str, float]) -> list[Bar]:
+def bars(measured: list[Record], accuracy: dict[str, float]) -> list[Bar]:
     """The bars for these records; `accuracy` is what `accuracy.measure_errors` returns, or empty."""
 
     def get(name: str, where: tuple[str, str], n: int = MAIN_ROWS, ignored: int = 0) -> Record | None:
         key = (name, *where, n, *MAIN_SHAPE, ignored)
-        hits = [r for r in found if (r.implementation, *r.case) == key]
+        hits = [r for r in measured if (r.implementation, *r.case) == key]
         return hits[0] if hits else None
 
     def value(

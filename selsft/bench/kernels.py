@@ -40,18 +40,18 @@ def _measure(
     ignored: tuple[int, ...],
     device: torch.device,
 ) -> int:
-    found, notes = run(rows, shapes, ignored, arguments.implementations, device, arguments.seconds)
-    if not found:
+    measured, notes = run(rows, shapes, ignored, arguments.implementations, device, arguments.seconds)
+    if not measured:
         print("selsft bench: error: none of the implementations could run", file=sys.stderr)
         return 1
     stem = arguments.output_dir / records.file_stem(device)
-    records.write(found, stem.with_suffix(".csv"))
-    text = report.markdown(found, notes)
+    records.write(measured, stem.with_suffix(".csv"))
+    text = report.markdown(measured, notes)
     with replaced(stem.with_suffix(".md")) as file:
         file.write(text.encode())
     print("\n" + text)
     bandwidth = copy_bandwidth(device, mib=1024 if device.type == "cuda" else 64)
-    plotted = save_plot(found, bandwidth, stem.with_suffix(".png"))
+    plotted = save_plot(measured, bandwidth, stem.with_suffix(".png"))
     print(f"Wrote {stem.with_suffix('.csv')}, {stem.with_suffix('.md')}{plotted}")
     return 0
 
@@ -106,7 +106,7 @@ def run(
     """`(records, notes)`, a note for every implementation that did not run. The bare products always run, first."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     where = records.environment(device)
-    found: list[Record] = []
+    measured: list[Record] = []
     notes: dict[str, None] = {}
     todo = [(n, h, v, i) for h, v in shapes for n in rows for i in ignored]
     names = ["gemm", *(name for name in implementations if name != "gemm")]
@@ -130,13 +130,13 @@ def run(
                     notes[f"{name}: out of memory at N={n} H={h} V={v}, {pass_}"] = None
                 else:
                     floor = record.ms_median if name == "gemm" else floor
-                    found.append(record)
+                    measured.append(record)
                 gc.collect()
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
     if sys.stdout.isatty():
         print("\r\033[K", end="")
-    return found, list(notes)
+    return measured, list(notes)
 
 
 def one(
@@ -146,7 +146,7 @@ def one(
     result = measure(IMPLEMENTATIONS[name](case, pass_, trained), case.device, seconds)
     n, h, v = case.size
     return Record(
-        *where,
+        **vars(where),
         implementation=name,
         pass_=pass_,
         head="trained" if trained else "frozen",
@@ -160,13 +160,13 @@ def one(
     )
 
 
-def save_plot(found: list[Record], bandwidth: float, path: Path) -> str:
+def save_plot(measured: list[Record], bandwidth: float, path: Path) -> str:
     """Draws the plot; returns what to add to the list of files."""
     try:
         from . import plot
     except ImportError:
         return "; no plot, since matplotlib is not installed (pip install 'selsft[bench]')"
-    plot.save(found, bandwidth, path)
+    plot.save(measured, bandwidth, path)
     return f", {path}"
 
 

@@ -1,9 +1,8 @@
 """Time and memory of one step, on a GPU or a CPU.
 
 On a GPU, CUDA events around each step and the allocator's peak. On a CPU, the processor time of one thread, which
-other programs on the machine hardly change (with several threads, the time by the clock), and the allocations that the
-profiler sees. `torch.utils.benchmark` was
-the alternative; it gives no memory and no quantiles of single steps.
+other programs on the machine hardly change (with several threads, wall-clock time), and the allocations that the
+profiler sees. Rejected: `torch.utils.benchmark`, which gives neither memory nor quantiles of single steps.
 """
 
 import gc

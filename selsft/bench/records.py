@@ -11,14 +11,14 @@ import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from ..records import replaced
 
 
-class Environment(NamedTuple):
+@dataclass(frozen=True)
+class Environment:
     """The columns that are the same in a whole run, the first ones of a `Record`."""
 
     gpu: str
@@ -30,7 +30,7 @@ class Environment(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(Environment):
     """What was measured, where and with what.
 
     `pass_` is the column `pass`. `tflops` counts the least arithmetic of the pass on the used rows, so that it
@@ -38,12 +38,6 @@ class Record:
     products.
     """
 
-    gpu: str
-    driver: str
-    torch: str
-    triton: str
-    sha: str
-    date: str
     implementation: str
     pass_: str
     head: str
@@ -109,8 +103,8 @@ def file_stem(device: torch.device) -> str:
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
-    found = re.search(r"model name\s*:\s*(.+)", text)
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+    match = re.search(r"model name\s*:\s*(.+)", text)
+    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def _sha() -> str:

@@ -10,9 +10,9 @@ HEADER = (
 )
 
 
-def markdown(found: list[Record], notes: list[str]) -> str:
+def markdown(measured: list[Record], notes: list[str]) -> str:
     """One table per case, fastest first."""
-    first = found[0]
+    first = measured[0]
     parts = [
         f"# Kernel benchmark, {first.gpu}",
         f"torch {first.torch}, triton {first.triton or 'none'}, driver {first.driver or 'none'}, "
@@ -26,7 +26,7 @@ def markdown(found: list[Record], notes: list[str]) -> str:
             "**Measured on a CPU, in fp32: processor time with one thread, time by the clock with more. These figures "
             "say nothing about a GPU.**"
         )
-    for case, group in groupby(sorted(found, key=lambda r: r.case), key=lambda r: r.case):
+    for case, group in groupby(sorted(measured, key=lambda r: r.case), key=lambda r: r.case):
         pass_, head, n, h, v, ignored = case
         title = "scoring" if pass_ == "forward" else f"{pass_}, {head} head"
         parts.append(f"## N={n}, H={h}, V={v}, {ignored} % ignored: {title}")

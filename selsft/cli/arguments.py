@@ -1,8 +1,8 @@
-"""The flags of `train` and `score`: TRL's dataclasses, `SelectiveSFTConfig` in the place of `SFTConfig`, and YAML.
+"""The flags of `train` and `score`: TRL's dataclasses, with `SelectiveSFTConfig` for `SFTConfig`, and YAML.
 
 `trl.TrlParser` does the work. Added here: errors of one line instead of the usage of 250 flags, no abbreviated flags
-(a misspelt one would set another), a help text that starts with what matters, and recipes that ship with the package.
-Rejected: flags of our own for a better fit, since a command line of `trl sft` must work unchanged.
+(a misspelt one would set another), a help text with the important flags first, and recipes that ship with the package.
+Rejected: new names for TRL's flags, since a command line of `trl sft` must work unchanged.
 """
 
 from __future__ import annotations
@@ -82,19 +82,14 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return f"{action.option_strings[0]} {choices}"
 
 
-class CommandParser(TrlParser):
-    """`TrlParser` for one command.
+class SectionParser(TrlParser):
+    """`TrlParser` with errors of one line and a help text in sections.
 
     Args:
         command: name after `selsft`.
-        extra: dataclass of flags that only this command has.
     """
 
-    def __init__(self, command: str, description: str, examples: str, extra: type | None = None):
-        self._extra = extra
-        types: list[Any] = [DataArguments, SelectiveSFTConfig, ModelConfig, DatasetMixtureConfig]
-        if extra:
-            types.append(extra)
+    def __init__(self, types: list[Any], command: str, description: str, examples: str):
         super().__init__(
             types,
             prog=f"selsft {command}",
@@ -108,6 +103,29 @@ class CommandParser(TrlParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(message.removeprefix("argument "))
 
+    def _format(self, sections: dict[str, list[argparse.Action]]) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        for title, actions in sections.items():
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        return formatter.format_help()
+
+
+class CommandParser(SectionParser):
+    """The parser of one command that trains or scores.
+
+    Args:
+        extra: dataclass of flags that only this command has.
+    """
+
+    def __init__(self, command: str, description: str, examples: str, extra: type | None = None):
+        self._extra = extra
+        types: list[Any] = [DataArguments, SelectiveSFTConfig, ModelConfig, DatasetMixtureConfig]
+        super().__init__([*types, extra] if extra else types, command, description, examples)
+
     def format_help(self) -> str:
         """Own flags, then the common ones; `--help_all` lists the rest."""
         shown = {name: actions for name, actions in self._sections().items() if actions}
@@ -120,16 +138,6 @@ class CommandParser(TrlParser):
 
     def format_help_all(self) -> str:
         return self._format({"all flags": self._actions})
-
-    def _format(self, sections: dict[str, list[argparse.Action]]) -> str:
-        formatter = self._get_formatter()
-        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
-        formatter.add_text(self.description)
-        for title, actions in sections.items():
-            formatter.start_section(title)
-            formatter.add_arguments(actions)
-            formatter.end_section()
-        return formatter.format_help()
 
     def _sections(self) -> dict[str, list[argparse.Action]]:
         by_name = {action.dest: action for action in reversed(self._actions)}

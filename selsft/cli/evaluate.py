@@ -1,4 +1,4 @@
-"""`selsft evaluate`: what a trained model says, finds likely, and has lost.
+"""`selsft evaluate`: what a trained model answers, finds likely, and has lost.
 
 Takes the flags of `train`, so that one YAML file prepares the rows in the same way. Rejected: evaluating inside
 training, where every model to compare with would have to be in memory.
@@ -181,7 +181,7 @@ def _texts(extra: EvaluateArguments, tokenizer) -> list[str]:
 
 
 def save(folder: Path, metrics: dict[str, Any], tables: dict[str, Any], arguments: Arguments) -> None:
-    """Write the results to a folder that appears when it is whole."""
+    """Write the results to a folder that appears when it is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replaced_folder(folder) as part:
         for name, table in tables.items():

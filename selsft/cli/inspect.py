@@ -1,6 +1,6 @@
-"""`selsft inspect`: look at the tokens of a data set, at what a threshold would make of them, and mark what is wrong.
+"""`selsft inspect`: look at the tokens of a data set and at their classes under a threshold, and mark what is wrong.
 
-Reads what `selsft score` writes, and any rows that are tokenised, whoever made them. Rejected: `CommandParser`, whose
+Reads what `selsft score` writes, and any tokenised rows. Rejected: `CommandParser`, whose
 flags load models and train them.
 """
 

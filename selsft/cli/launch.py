@@ -27,7 +27,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def launched() -> bool:
-    """Whether a launcher (accelerate, torchrun, MPI) has started this process."""
+    """Whether a launcher (accelerate, torchrun, MPI) started this process."""
     return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
@@ -112,7 +112,7 @@ def _processes(launch: list[str]) -> int:
 
 @contextlib.contextmanager
 def at_work(folder: Path, field: str, resume: str) -> Iterator[None]:
-    """Hold a folder while a command works in it, and say what is kept when it is cut off. Of several processes the
-    launching one alone holds it."""
+    """Lock a folder while a command works in it, and say what is kept when it is interrupted. Of several processes
+    only the launching one locks it."""
     with resumable(folder, field, resume), contextlib.nullcontext() if launched() else exclusive(folder, field):
         yield

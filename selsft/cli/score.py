@@ -1,4 +1,4 @@
-"""`selsft score`: the scores of a data set, in a folder for `selsft train`, and a look at the most negative tokens.
+"""`selsft score`: writes the scores of a data set to a folder for `selsft train`, and prints a summary.
 
 Takes the flags of `train`, so that one YAML file serves both; the work is done by `selsft.score`.
 """
@@ -27,8 +27,8 @@ DESCRIPTION = (
     "Score every token of a data set, by default its log-probability under --reference_model minus that under the "
     "model. With --judged, rows whose wrong characters somebody has marked, it says how well the score tells wrong "
     "tokens from right ones, fits a probe (--score probe) and chooses a threshold (--target_precision). Saves the "
-    "rows with their scores as Parquet shards, which `selsft train --dataset_name FOLDER` takes in the place of the "
-    "data and the reference, and prints a summary with the most negative tokens. A run that was cut off resumes when "
+    "rows with their scores as Parquet shards, which `selsft train --dataset_name FOLDER` takes instead of the "
+    "data and the reference, and prints a summary with the most negative tokens. An interrupted run resumes when "
     "the same command is given again."
 )
 EXAMPLES = """examples:

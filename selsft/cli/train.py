@@ -1,7 +1,7 @@
 """`selsft train`: what `trl sft` does, with `SelectiveSFTTrainer`.
 
 Follows `trl/scripts/sft.py` step by step, so that a command line or YAML file of `trl sft` trains the same model here.
-Beyond it: local files and scored folders as data, a record of the run, and no writing into a folder that holds
+In addition: local files and scored folders as data, a record of the run, and no writing into a folder that holds
 something. Rejected: importing TRL's script and swapping the trainer class in it, which a renamed variable would break.
 """
 

@@ -43,7 +43,7 @@ class DataSource:
         config: configuration of a data set on the Hub.
         split: the split that is trained on. A single file is one split, whatever its name.
         streaming: whether rows are read while they are used.
-        mixture: TRL's mixture of data sets, in the place of `name`.
+        mixture: TRL's mixture of data sets, instead of `name`.
         columns: new name -> name in the data, for data whose columns are called otherwise (`parse_columns`).
     """
 

@@ -1,6 +1,6 @@
 """Geometry of the charts: plain numbers and texts that a template draws as SVG.
 
-Rejected: matplotlib (a dependency of its size for two charts, and its SVG can neither follow the reader's colours nor
+Rejected: matplotlib (a large dependency for two charts, and its SVG can neither follow the reader's colours nor
 carry a text per cell).
 """
 

@@ -1,7 +1,7 @@
 """The report of a study: one self-contained HTML page, and its tables as CSV.
 
 The tables are computed by the caller (`skills.results`); here each column gets a heading, an explanation and a
-text per cell. The page needs no script. Rejected: a notebook or a dashboard (a server, or scripts from elsewhere, to
+text per cell. The page needs no script. Rejected: a notebook or a dashboard (a server, or third-party scripts, to
 look at one study).
 """
 
@@ -39,35 +39,35 @@ class Table:
 Column = tuple[str, str, str | Callable[[dict[str, Any]], str]]
 
 
-def write_report(folder: Path, found: Any) -> Path:
+def write_report(folder: Path, results: Any) -> Path:
     """Write `report.html` and `tables/*.csv` into a study's folder.
 
     Args:
-        found: its tables, a `skills.results.Results`.
+        results: its tables, a `skills.results.Results`.
 
     Returns:
         The path of the page.
     """
-    views, frames = tables(found)
+    views, frames = tables(results)
     (folder / "tables").mkdir(exist_ok=True)
     for name, frame in frames.items():
         with replaced(folder / "tables" / f"{name}.csv") as file:
             file.write(frame.to_csv(index=False, lineterminator="\n").encode())
     content = {
-        "model": _model(found.manifest),
-        "tasks": sorted(set(found.own["eval_task"])),
-        "reference": found.reference,
-        "warnings": warnings(found),
+        "model": _model(results.manifest),
+        "tasks": sorted(set(results.own["eval_task"])),
+        "reference": results.reference,
+        "warnings": warnings(results),
         "tables": views,
         "dots": [
-            _dots(found.own, "Forget ratio", "ratio", "ratio_reason", [-0.5, 0.0, 0.5, 1.0, 1.5, 2.0]),
-            _dots(found.own, "Forget gap", "gap", "outcome_reason", [-0.5, -0.25, 0.0, 0.25, 0.5]),
+            _dots(results.own, "Forget ratio", "ratio", "ratio_reason", [-0.5, 0.0, 0.5, 1.0, 1.5, 2.0]),
+            _dots(results.own, "Forget gap", "gap", "outcome_reason", [-0.5, -0.25, 0.0, 0.25, 0.5]),
         ]
-        if len(found.own)
+        if len(results.own)
         else [],
-        "maps": [(key, _map(key, matrix)) for key, matrix in found.matrices.items()],
-        "examples": _examples(found),
-        "manifest": json.dumps(found.manifest, indent=2, ensure_ascii=False, sort_keys=True),
+        "maps": [(key, _map(key, matrix)) for key, matrix in results.matrices.items()],
+        "examples": _examples(results),
+        "manifest": json.dumps(results.manifest, indent=2, ensure_ascii=False, sort_keys=True),
     }
     return write_page(folder / "report.html", "skills.html", content)
 
@@ -77,8 +77,8 @@ def _dots(own: pd.DataFrame, title: str, name: str, reason: str, ticks: list[flo
     rows = own.to_dict("records")
     labels = [f"{r['label_task']} ({r['variant']}, {r['method']})" if several else r["label_task"] for r in rows]
     columns = (name, f"{name}_low", f"{name}_high", reason)
-    found = [charts.Estimate(label, *(r[c] for c in columns)) for label, r in zip(labels, rows, strict=True)]
-    return charts.dot_plot(title, found, ticks)
+    estimates = [charts.Estimate(label, *(r[c] for c in columns)) for label, r in zip(labels, rows, strict=True)]
+    return charts.dot_plot(title, estimates, ticks)
 
 
 def _map(key: tuple[str, str, str, str], matrix: Any) -> charts.HeatMap:
@@ -96,10 +96,10 @@ def _model(manifest: dict[str, Any]) -> str:
     return "a model without a name"
 
 
-def warnings(found: Any) -> list[str]:
-    """What a reader must know before the figures, the gravest first."""
+def warnings(results: Any) -> list[str]:
+    """What a reader must know before the figures, the most serious first."""
     lines = []
-    bad = found.summary[found.summary["collapsed"]]
+    bad = results.summary[results.summary["collapsed"]]
     for row in bad.to_dict("records"):
         stage = "base" if row["stage"] == "base" else f"{row['stage']} {row['method']} ({row['label_task']})".strip()
         lines.append(
@@ -107,49 +107,49 @@ def warnings(found: Any) -> list[str]:
             f"option ({row['top_label']}). Its accuracy of {row['accuracy']:.2f} is about that answer, not about the "
             f"skill: AUC within options, between questions, is {row['auc_within']:.2f} (0.5: it tells nothing)."
         )
-    for row in found.own.to_dict("records"):
+    for row in results.own.to_dict("records"):
         who = f"{row['label_task']} ({row['variant']}, {row['method']})"
         if pd.isna(row["ratio"]):
             lines.append(f"No forget ratio for {who}: {row['ratio_reason']}.")
         elif pd.isna(row["outcome"]):
             lines.append(f"No outcome for {who}: {row['outcome_reason']}.")
-    small = found.own[(found.own["n_examples"] > 0) & (found.own["n_examples"] < FEW_EXAMPLES)]
+    small = results.own[(results.own["n_examples"] > 0) & (results.own["n_examples"] < FEW_EXAMPLES)]
     for task, n in sorted(dict(zip(small["eval_task"], small["n_examples"], strict=True)).items()):
         lines.append(f"Few examples: {task} has {n} test questions; its intervals are wide.")
-    seeds = int(found.own["n_seeds"].max()) if len(found.own) else 0
+    seeds = int(results.own["n_seeds"].max()) if len(results.own) else 0
     if seeds == 1:
         lines.append("One seed: the intervals are about questions only; another seed may give other figures.")
     elif seeds and seeds < FEW_SEEDS:
         lines.append(f"{seeds} seeds: the intervals allow for how little that says about seeds, and are wide for it.")
-    tasks = int(found.task_correlations["n"].max()) if len(found.task_correlations) else 0
+    tasks = int(results.task_correlations["n"].max()) if len(results.task_correlations) else 0
     if tasks < FEW_TASKS:
         lines.append(
             f"Predictors: {tasks} tasks with a value; a rank correlation over fewer than {FEW_TASKS} says little."
         )
-    return lines + found.notes
+    return lines + results.notes
 
 
-def tables(found: Any) -> tuple[dict[str, Table], dict[str, pd.DataFrame]]:
+def tables(results: Any) -> tuple[dict[str, Table], dict[str, pd.DataFrame]]:
     """The tables of the page, and the frames of the CSV files under the same names (and some that are not shown)."""
     own = [*_WHO, *_SIZES, *_STAGES, *_LEFT]
-    if (found.own["method"] == "flip").any():
+    if (results.own["method"] == "flip").any():
         own.append(("flipped ratio", "drop over that to 1 − fine-tuned", "flipped_ratio"))
     plan: dict[str, tuple[pd.DataFrame, list[Column]]] = {
-        "own": (found.own, [*own, _COLLAPSED]),
-        "own-train": (found.own_train, own),
-        "own-per-character": (found.own_per_character, own),
-        "collapse": (found.summary, [*_MODEL, *_COLLAPSE]),
-        "agreement": (found.agreement, [*_MODEL, *_AGREEMENT]),
-        "transitions": (found.transitions, [*_WHO, *_TRANSITIONS]),
-        "task-predictors": (found.task_predictors, [*_SETTING, _TASK, *_PREDICTORS]),
-        "task-correlations": (found.task_correlations, [*_SETTING, _PREDICTOR, _WITH, *_CORRELATION]),
-        "example-correlations": (found.example_correlations, [*_SETTING, _TASK, _PREDICTOR, *_CORRELATION]),
-        "probes": (found.probes, [*_WHO, _LAYER, *_SIZES, *_STAGES, *_PROBES]),
+        "own": (results.own, [*own, _COLLAPSED]),
+        "own-train": (results.own_train, own),
+        "own-per-character": (results.own_per_character, own),
+        "collapse": (results.summary, [*_MODEL, *_COLLAPSE]),
+        "agreement": (results.agreement, [*_MODEL, *_AGREEMENT]),
+        "transitions": (results.transitions, [*_WHO, *_TRANSITIONS]),
+        "task-predictors": (results.task_predictors, [*_SETTING, _TASK, *_PREDICTORS]),
+        "task-correlations": (results.task_correlations, [*_SETTING, _PREDICTOR, _WITH, *_CORRELATION]),
+        "example-correlations": (results.example_correlations, [*_SETTING, _TASK, _PREDICTOR, *_CORRELATION]),
+        "probes": (results.probes, [*_WHO, _LAYER, *_SIZES, *_STAGES, *_PROBES]),
         "learning-order": (
-            found.learning_order,
+            results.learning_order,
             [*_MODEL, ("split", "", "split"), ("examples", "", "n_examples"), *_CORRELATION],
         ),
-        "examples": (found.shown, [*_SETTING, _TASK, *_EXAMPLES]),
+        "examples": (results.shown, [*_SETTING, _TASK, *_EXAMPLES]),
     }
     views = {
         name: Table(
@@ -160,7 +160,7 @@ def tables(found: Any) -> tuple[dict[str, Table], dict[str, pd.DataFrame]]:
         for name, (frame, columns) in plan.items()
     }
     frames = {name: frame for name, (frame, _) in plan.items()}
-    return views, {**frames, "comparisons": found.comparisons, "matrices": _long(found)}
+    return views, {**frames, "comparisons": results.comparisons, "matrices": _long(results)}
 
 
 def _cell(row: dict[str, Any], what: str | Callable[[dict[str, Any]], str]) -> str:
@@ -285,14 +285,14 @@ _PREDICTORS: list[Column] = [
 ]
 
 
-def _long(found: Any) -> pd.DataFrame:
+def _long(results: Any) -> pd.DataFrame:
     """The matrices, one row per cell, in the order of the page."""
     rows = [
         dict(zip(("variant", "method", "reference", "value"), key, strict=True))
         | {"label_task": row, "eval_task": column, "number": matrix.values.at[row, column]}
         | {"low": matrix.low.at[row, column], "high": matrix.high.at[row, column]}
         | {"reason": matrix.reasons.at[row, column]}
-        for key, matrix in found.matrices.items()
+        for key, matrix in results.matrices.items()
         for row in matrix.values.index
         for column in matrix.values.columns
     ]
@@ -300,16 +300,16 @@ def _long(found: Any) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
-def _examples(found: Any) -> list[dict[str, Any]]:
+def _examples(results: Any) -> list[dict[str, Any]]:
     """The shown examples with their texts, by task; texts are None where they must not be shown or are not there."""
     texts = {}
-    if found.examples is not None:
-        test = found.examples[found.examples["split"] == "test"]
+    if results.examples is not None:
+        test = results.examples[results.examples["split"] == "test"]
         texts = {(row.eval_task, row.example_id): row for row in test.itertuples()}
     groups: dict[tuple, dict[str, Any]] = {}
-    for row in found.shown.to_dict("records"):
+    for row in results.shown.to_dict("records"):
         key = (row["variant"], row["method"], row["task"])
-        hidden = row["task"] in found.sensitive
+        hidden = row["task"] in results.sensitive
         group = groups.setdefault(key, {"key": key, "hidden": hidden, "forgotten": [], "resisted": []})
         text = None if hidden else texts.get((row["task"], row["example_id"]))
         options = [] if text is None else [(_short(o), i == text.gold) for i, o in enumerate(text.options)]

@@ -147,7 +147,7 @@ class FrozenModels:
     # ------------------------------------------------------------ loading
 
     def _check(self, source: str | Model, online: bool) -> None:
-        """Everything that a reference is refused for before it is loaded, whichever command asks."""
+        """Raise for a reference that cannot be used, before it is loaded, whichever command asks."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         plain = not isinstance(self.policy, PeftModel)
         adapter = isinstance(source, str) and source != BASE and find_adapter_config_file(source) is not None
@@ -209,7 +209,7 @@ class FrozenModels:
             self._start = self._prepare(copied(self.policy))
 
     def release(self) -> None:
-        """Take the reference out of memory and leave the policy as it was."""
+        """Free the reference's memory and restore the policy."""
         if self.adapter is not None and not self.injected:
             with same_trainable(self.policy):
                 cast(PeftModel, self.policy).delete_adapter(self.adapter)
@@ -239,7 +239,7 @@ class FrozenModels:
         return self.policy_sha256 if column == BASE_LOGPS else self.reference_sha256
 
     def precision(self, column: str) -> dict[str, str]:
-        """What of the numbers of a column is decided by dtypes: that of the weights, and that of the forward pass."""
+        """The dtypes that decide the numbers of a column: that of the weights, and that of the forward pass."""
         model = self.own if column == REF_LOGPS and self.own is not None else self.policy
         return {
             "dtype": str(base_model(model).dtype).removeprefix("torch."),
@@ -257,7 +257,7 @@ class FrozenModels:
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        """Inside, `score` can be called. A policy that training will shard is stood in for by a sharded copy, and an
+        """Inside, `score` can be called. A policy that training will shard is replaced by a sharded copy, and an
         adapter of the reference is put into a plain policy, for this long."""
         model = self.policy
         with contextlib.ExitStack() as stack:

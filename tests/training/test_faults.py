@@ -15,22 +15,13 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from selsft import DataCollatorForSelectiveSFT, SelectiveSFTConfig, SelectiveSFTTrainer
+from selsft import DataCollatorForSelectiveSFT
 from selsft._compat import SUPPORTED, check_versions
 from selsft.data.preparation import truncate_and_pack
 from tests.support import tiny
+from tests.support.trainers import make
 
 pytestmark = pytest.mark.slow
-
-
-def make(options, data, model=None, reference=None, **changes):
-    return SelectiveSFTTrainer(
-        model or tiny.llama(),
-        SelectiveSFTConfig(**{**options, **changes}),
-        train_dataset=data,
-        processing_class=tiny.tokenizer(),
-        reference_model=reference,
-    )
 
 
 def losses(run):
