@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from gpu_check import UNAVAILABLE
 
 from selsft.bench import accuracy, cases, kernels, lines, peers, records
