@@ -143,9 +143,9 @@ def warnings(found: Any) -> list[str]:
     bad = found.summary[found.summary["collapsed"].astype(bool)]
     if len(bad):
         lines.append(
-            f"{COLLAPSED} Collapse: {_count(len(bad), 'evaluation')} of {_listed(bad['eval_task'])} gave nearly always "
-            "the same answer. Such an accuracy is about that answer, not about the skill: see the collapse check, "
-            "whose AUC within options tells whether the knowledge is still there (0.5: it is not)."
+            f"{COLLAPSED} Collapse: {_count(len(bad), 'evaluation')} of {_listed(bad['eval_task'])} gave nearly "
+            "always the same answer. Such an accuracy is about that answer, not about the skill: see the collapse "
+            "check, whose AUC within options tells whether the knowledge is still there (0.5: it is not)."
         )
     for column, what in (("ratio", "forget ratio"), ("outcome", "outcome")):
         null = found.own[found.own[column].isna() & (found.own["ratio"].notna() | (column == "ratio"))]
