@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-fast test-compat lint gpu-check gpu-wheels clean
+.PHONY: demo test test-fast test-compat lint docs gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/selsft demo
@@ -43,14 +43,15 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# On a machine with a GPU, from the source tree as it is; FLAGS as in benchmarks/gpu_check.py. Where there is no package
-# index, `make gpu-wheels` elsewhere first.
-GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
-gpu-check:
-	$(GPU_PYTHON) benchmarks/gpu_check.py $(FLAGS)
+# The site in build/site; a warning is an error. Reading it needs no network either.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-gpu-wheels:
-	$(GPU_PYTHON) benchmarks/wheels.py $(FLAGS)
+# On a machine with a GPU: correctness first, then the benchmarks, then the bars of docs/kernel-log.md.
+gpu-check: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/python benchmarks/gpu_check.py
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -44,6 +44,7 @@ from .data.preparation import add_marked_weights, brings_weights, truncate_and_p
 from .data.spans import check_marks, has_marks, join_parts, refuse_late_marks
 from .scoring.weighing import TokenWeigher
 from .selection.excess import ExcessSelector
+from .training import card
 from .training.collator import DataCollatorForSelectiveSFT
 from .training.head import STATS, SelectiveCausalLMOutput, SelectiveHead, toy_forward
 from .training.model import Model
@@ -181,7 +182,11 @@ class SelectiveSFTTrainer(SFTTrainer):
         self._outputs: list[SelectiveCausalLMOutput] = []  # of the micro-batches since the last log, detached
         self._totals: torch.Tensor | None = None  # of those before, when many steps go by without a log
         validate_effects(self, source, given)
+        self._described: dict[str, str] = {}  # the selection, for the model card
         if self._selective:
+            name = source if isinstance(source, str) else source and get_config_model_id(source.config)
+            known = card.public_name(name) or ("that of the scored rows" if REF_LOGPS in given else "")
+            self._described = card.describe(args, known, WEIGHTS if WEIGHTS in given else "")
             self._select_tokens(source, given)
 
     def _select_tokens(self, source: str | Model | None, given: list[str]) -> None:
@@ -356,6 +361,19 @@ class SelectiveSFTTrainer(SFTTrainer):
                 metrics["selected_fraction"].append(positives / max(float(candidates), 1))
                 self._candidates = 0
         super().log(logs, start_time)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        """TRL's card with the selection, the data and the results; a run that selects nothing credits no paper."""
+        if not self._selective:
+            self._name, self._paper = SFTTrainer._name, {}
+        super().create_model_card(model_name, dataset_name, tags)
+        if self.is_world_process_zero():
+            path = Path(str(self.args.output_dir), "README.md")
+            rows = f"{len(self.train_dataset):,}" if isinstance(self.train_dataset, Dataset) else "streamed"
+            data = " of ".join(filter(None, (f"{rows} rows", card.public_name(dataset_name))))
+            lines = {"Data": data, **self._described, **card.results(self.state.log_history)}
+            base = card.public_name(get_config_model_id(self.model.config)) or "a model without a name"
+            card.complete(path, base, model_name or path.parent.name, lines)
 
     def _take_stats(self) -> torch.Tensor:
         """The sums since the last log, `(6,)`. Names the rows whose loss was not finite: here, and not in every step,

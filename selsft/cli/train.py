@@ -200,6 +200,7 @@ def _train(trainer: SelectiveSFTTrainer, arguments: Arguments, resume: str | Non
             "metrics": result.metrics,
         }
         write_manifest(output, manifest)
+    trainer.create_model_card(model_name=Path(output).name, dataset_name=arguments.script.dataset_name)
     trainer.accelerator.print(f"Model saved to {output}.")
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=arguments.script.dataset_name)
