@@ -27,12 +27,13 @@ from .rows import HeldOut
 _KL_ELEMENTS = 2**26
 
 
-def answer_nll(held: HeldOut, batch_tokens: int = 8192) -> list[tuple[float, int]]:
-    """Negative log-likelihood of the labels of each row: `(sum in nats, number of tokens)`."""
+def answer_logps(held: HeldOut, batch_tokens: int = 8192) -> list[np.ndarray]:
+    """Log-probability of every token of each row, `(row length,)` float64 in nats; NaN where nothing is predicted or
+    the token has no label."""
     trainer, model = held.trainer, held.trainer.model
     add_selective_head(base_model(model))
     lengths = [len(row) for row in held.prepared["input_ids"]]
-    found: list[tuple[float, int]] = [(0.0, 0)] * len(lengths)
+    found: list[np.ndarray] = [np.zeros(0)] * len(lengths)
     with frozen(model):
         for indices in progress(BatchBudget(batch_tokens).batches(np.array(lengths)), "Held-out likelihood"):
             inputs = trainer.data_collator([held.prepared[int(i)] for i in indices])
@@ -42,17 +43,19 @@ def answer_nll(held: HeldOut, batch_tokens: int = 8192) -> list[tuple[float, int
             }
             with trainer.compute_loss_context_manager():
                 logps = forward_logps(model, inputs)
-            trained = inputs["labels"] != -100
-            if logps.size(0) == len(indices):
-                trained[:, 0] = False
-                sums, counts = (logps * trained).double().sum(1).tolist(), trained.sum(1).tolist()
-            else:  # padding-free: one row that holds all, whose documents' first labels are -100 already
-                size = [lengths[i] for i in indices]
-                sums = [float(part.double().sum()) for part in (logps * trained)[0][: sum(size)].split(size)]
-                counts = [int(part.sum()) for part in trained[0][: sum(size)].split(size)]
-            for index, total, count in zip(indices, sums, counts, strict=True):
-                found[index] = (-total, int(count))
+            values = logps.double().masked_fill(inputs["labels"] == -100, torch.nan).cpu().numpy()
+            # Padding-free: one row that holds all, whose documents' first labels are -100 already
+            size = [lengths[i] for i in indices]
+            rows = values if len(values) == len(indices) else np.split(values[0][: sum(size)], np.cumsum(size)[:-1])
+            for index, row in zip(indices, rows, strict=True):
+                found[index] = row[: lengths[index]].copy()
+                found[index][0] = np.nan
     return found
+
+
+def answer_nll(held: HeldOut, batch_tokens: int = 8192) -> list[tuple[float, int]]:
+    """Negative log-likelihood of the labels of each row: `(sum in nats, number of tokens)`."""
+    return [(-float(np.nansum(row)), int((~np.isnan(row)).sum())) for row in answer_logps(held, batch_tokens)]
 
 
 def text_perplexity(

@@ -47,12 +47,23 @@ class ScoreHistogram:
 
     def add(self, scores: np.ndarray) -> None:
         """Count `(n,)` float32 scores, all finite."""
-        bits = np.ascontiguousarray(scores, np.float32).view(np.uint32)
-        # Order-preserving: negative numbers turned around, positive ones above them
-        keys = np.where(bits >> 31, ~bits, bits | 0x80000000) >> 12
-        self.counts += np.bincount(keys, minlength=len(self.counts))
+        self.counts += np.bincount(self._keys(scores), minlength=len(self.counts))
         self.lowest, self.highest = scores.min(initial=self.lowest), scores.max(initial=self.highest)
         self.total, self.sum = self.total + len(scores), self.sum + float(scores.sum(dtype=np.float64))
+
+    def below(self, score: float) -> float:
+        """Share of the scores below `score`, to the bin; exact beyond both ends."""
+        if not self.total or score <= self.lowest:
+            return 0.0
+        if score > self.highest:
+            return 1.0
+        return float(self.counts[: self._keys(np.array([score], np.float32))[0]].sum() / self.total)
+
+    @staticmethod
+    def _keys(scores: np.ndarray) -> np.ndarray:
+        """Order-preserving: negative numbers turned around, positive ones above them."""
+        bits = np.ascontiguousarray(scores, np.float32).view(np.uint32)
+        return np.where(bits >> 31, ~bits, bits | 0x80000000) >> 12
 
     def quantile(self, q: float) -> float:
         """The score at rank `q * (total - 1)`, rounded down, to 1/4096 of its size; exact at 0 and 1."""
