@@ -19,12 +19,14 @@ import yaml
 from trl import DatasetMixtureConfig
 
 from ..data.loading import DataSource, load_rows, parse_columns
+from ..data.scored_folder import read_manifest
 from ..errors import InputError, input_errors
+from ..records import read_json, write_json
 from ..report.run import write_report
 from ..selection.select import SELECTED, select
 from ..training.checkpoints import last_checkpoint
 from ..workflow.child import run_child
-from ..workflow.run import execute
+from ..workflow.run import RUN, execute
 from ..workflow.stage import Stage, data_source, model_source
 from .arms import IGNORE, ORACLE, PLAIN, RANDOM, Arm, method_of, same_training, write_random
 from .check import check
@@ -112,8 +114,8 @@ class Plan:
         if self.score in SCORED:
             self._scored = self._score("score", self.parts, "train", self.reference, self._reference_inputs)
             self.selected = self._select("select", self._scored, {})
-            inputs = {"selected": self.selected, "scored": self._scored, "check": self.checked, "split": self.parts}
-            self._add("triage", {}, inputs, self._triage)
+            inputs: dict[str, Stage | str] = {"selected": self.selected, "scored": self._scored}
+            self._add("triage", {}, {**inputs, "check": self.checked, "split": self.parts}, self._triage)
         elif settings.only_score:
             raise InputError(
                 f"only_score=true with score={self.score!r}, which is not computed beforehand: leave it out"
@@ -221,7 +223,8 @@ class Plan:
 
         try:
             execute(self.stages, self.root, about, from_stage=from_stage, report=report, echo=echo, after=after)
-        except Stopped:
+        except Stopped as stopped:
+            write_json(self.root / RUN, {**read_json(self.root / RUN), "stopped": str(stopped)})
             echo(f"Report: {report(self.root)}")
             raise
 
@@ -302,11 +305,11 @@ class Plan:
             inputs["data"] = yaml.safe_dump(recipe.get("datasets"))
         else:
             inputs["data"] = data_source(sources["data"])
-        given = {"reference": settings.reference_dataset, "eval": settings.eval_dataset}
+        named: dict[str, str | None] = {"reference": settings.reference_dataset, "eval": settings.eval_dataset}
         if settings.reference_size or settings.reference_dataset:
-            given["replay"] = settings.replay_dataset
-        given |= {"judged": recipe.get("judged"), "judged-test": recipe.get("judged_test")}
-        given = {name: path for name, path in given.items() if path}
+            named["replay"] = settings.replay_dataset
+        named |= {"judged": recipe.get("judged"), "judged-test": recipe.get("judged_test")}
+        given = {name: path for name, path in named.items() if path}
         if world is None:
             inputs |= {name: data_source(str(path)) for name, path in given.items()}
         train_split = recipe.get("dataset_train_split", "train")
@@ -453,6 +456,13 @@ class Plan:
         settings = {**flags, "base_logps": "npo" in npo}  # which compares with the start
 
         def work(folder: Path) -> str:
+            chosen = read_manifest(scored.folder / "scored").get("selection") or {}
+            rule = flags.get("negative_threshold") is not None or flags.get("positive_fraction") is not None
+            if not rule and chosen.get("target_precision") is not None and chosen["negative_threshold"] is None:
+                raise Stopped(
+                    f"{chosen['threshold']} (score={chosen['score']}). Judge more rows, try another --score or "
+                    "--score_pooling, lower --target_precision, or set --negative_threshold yourself"
+                )
             with input_errors():
                 found = select(
                     scored.folder / "scored", self.model, flags, folder, "npo" in npo,

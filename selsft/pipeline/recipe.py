@@ -153,7 +153,9 @@ class Recipe:
     @property
     def split(self) -> SplitSettings:
         settings = dict(self.stages.get("split", {}))
-        if self.get("reference_model", stage="score") or self.score not in REFERENCED:
+        if self.score not in REFERENCED and settings.get("parts", 1) == 1:
+            settings |= {"reference_size": 0, "reference_dataset": None}
+        elif self.get("reference_model", stage="score"):
             settings.setdefault("reference_size", 0)
         return SplitSettings(**settings)
 

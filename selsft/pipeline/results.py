@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from ..evaluation.settings import METRICS, ROWS
 from ..records import read_json
+from ..secrets import redact
 from ..selection.select import COUNTS, SELECTED
 from ..workflow.arms import ArmComparison
 from .arms import PLAIN
@@ -26,8 +27,8 @@ from .verdict import verdict
 MEASURES: dict[str, tuple[str, bool | None, int, str, str | None]] = {
     "exact_match": ("exact match of greedy answers", True, 3, "exact_match", None),
     "preference": ("prefers the right text of a minimal pair", True, 3, "preference", None),
-    "margin": ("right over wrong text of a pair, nats", True, 2, "margin", None),
-    "gap": ("right over wrong tokens, nats a token", True, 3, "gap", None),
+    "margin": ("log-probability of the right over the wrong text of a pair, nats", True, 2, "margin", None),
+    "gap": ("log-probability of right over wrong tokens, nats a token", True, 3, "gap", None),
     "nll": ("negative log-likelihood of held-out answers, nats a token", False, 3, "nll", "tokens"),
     "nll_right": ("the same, of tokens judged right", False, 3, "nll_right", "right_tokens"),
     "nll_wrong": ("the same, of tokens judged wrong", True, 3, "nll_wrong", "wrong_tokens"),
@@ -56,14 +57,14 @@ def results(root: Path) -> dict[str, Any]:
     run = read_json(root / "run.json")
     folders = {name: root / stage["folder"] for name, stage in run["stages"].items()}
     evaluated = {name: folder / "evaluation" for name, folder in folders.items() if name.startswith("evaluate-")}
-    models = {name: [f"evaluate-{name}"] for name in ("base", "reference") if f"evaluate-{name}" in evaluated}
-    models |= {
+    names = {name: [f"evaluate-{name}"] for name in ("base", "reference") if f"evaluate-{name}" in evaluated}
+    names |= {
         name: [f"evaluate-{stage.removeprefix('train-')}" for stage in arm["train"]]
         for name, arm in run["arms"].items()
     }
-    models = {
+    models: dict[str, list[Path]] = {
         name: [evaluated[stage] for stage in stages]
-        for name, stages in models.items()
+        for name, stages in names.items()
         if stages and all((evaluated.get(stage, root / "none") / METRICS).is_file() for stage in stages)
     }
     baseline = next((name for name, arm in run["arms"].items() if arm["kind"] == PLAIN and name in models), "base")
@@ -101,6 +102,7 @@ def results(root: Path) -> dict[str, Any]:
     if "select" in folders and (folders["select"] / SELECTED).is_file() and "triage" in folders:
         model = run["flags"].get("model_name_or_path") or str(folders["world"] / "base")
         found["rows"] = coloured_rows(folders["select"] / SELECTED, folders["triage"] / "rows.parquet", model)
+    found = redact(found)
     found["verdict"] = verdict(found, run, finished=bool(run.get("finished")) or bool(models))
     found["warnings"] = _warnings(found, run)
     return found
@@ -145,7 +147,8 @@ def _measures(models: dict[str, list[Path]], baseline: str) -> tuple[list[dict[s
     """Every measure of every model with paired differences to the baseline, and the measures without resolution."""
     rows = {name: [_table(path) for path in paths] for name, paths in models.items()}
     metrics = {name: [read_json(path / METRICS) for path in paths] for name, paths in models.items()}
-    found, left_out = [], []
+    found: list[dict[str, Any]] = []
+    left_out: list[dict[str, str]] = []
     for name, (label, better, digits, column, size) in MEASURES.items():
         if name == "kl_to_base" and "base" in rows:  # whose distance to itself is 0
             kept = {model: tables for model, tables in rows.items() if all(column in table for table in tables)}
@@ -156,15 +159,10 @@ def _measures(models: dict[str, list[Path]], baseline: str) -> tuple[list[dict[s
         compared = _compare(kept, baseline, name, column, size)
         if compared is None:
             continue
-        every = np.concatenate([compared.values[model][name].ravel() for model in kept])
-        every = every[~np.isnan(every)]
-        if every.size and np.ptp(every) == 0:
-            hint = f": {_HINTS[name]}" if name in _HINTS else ""
-            left_out.append(
-                {"name": name, "label": label, "reason": f"is {every[0]:g} for every row of every model{hint}"}
-            )
-            continue
         count = int((~np.isnan(compared.values[baseline][name]).any(axis=0)).sum())
+        if reason := _without_resolution(name, compared, count):
+            left_out.append({"name": name, "label": label, "reason": reason})
+            continue
         found.append(
             {
                 "name": name, "label": label, "better": better, "digits": digits, "rows": count,
@@ -187,7 +185,9 @@ def _measures(models: dict[str, list[Path]], baseline: str) -> tuple[list[dict[s
             {"name": "chrf", "label": MEASURES["chrf"][0], "reason": "needs sacrebleu: pip install selsft[metrics]"}
         )
     for name, (label, more, digits) in TOTALS.items():
-        values = {model: [each.get(name) for each in tables] for model, tables in metrics.items()}
+        values: dict[str, list[Any]] = {
+            model: [each.get(name) for each in tables] for model, tables in metrics.items()
+        }
         if baseline not in values or any(value is None for each in values.values() for value in each):
             continue
         means = {model: float(np.mean(each)) for model, each in values.items()}
@@ -204,6 +204,19 @@ def _measures(models: dict[str, list[Path]], baseline: str) -> tuple[list[dict[s
             }
         )  # fmt: skip
     return found, left_out
+
+
+def _without_resolution(name: str, compared: ArmComparison, rows: int) -> str | None:
+    """Why a measure tells no model from another, or no arm from the baseline; `None` when it does."""
+    hint = f": {_HINTS[name]}" if name in _HINTS else ""
+    values = {model: np.nan_to_num(each[name]) for model, each in compared.values.items()}
+    every = np.concatenate([each[name][~np.isnan(each[name])] for each in compared.values.values()])
+    if every.size and np.ptp(every) == 0:
+        return f"is {every[0]:g} for every row of every model{hint}"
+    arms = [each for model, each in values.items() if model not in ("base", "reference", compared.baseline)]
+    if arms and all((each == values[compared.baseline]).all() for each in arms):
+        return f"is the same for every arm in each of {rows} rows, {every.mean():.3g} on average{hint}"
+    return None
 
 
 def _table(folder: Path) -> dict[str, list]:

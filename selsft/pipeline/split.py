@@ -127,6 +127,7 @@ def split(data: Dataset, settings: SplitSettings, given: dict[str, Dataset], fol
             f"split leaves no row to train on: {len(data)} rows in {counts['groups']} groups, of which evaluation "
             f"takes {len(cuts['eval'])}, the reference {len(cuts['reference'])} and the judged sample "
             f"{len(data) - len(order)}. Lower split.eval_size, split.reference_size or split.judged_fraction"
+            + ("; rows with one prompt stay together: name a split.group_column" if counts["groups"] < 10 else "")
         )
     parts = {name: data.select(np.sort(rows)) for name, rows in cuts.items() if len(rows)}
     parts |= {name: _same_columns(rows, data, name) for name, rows in given.items() if name != "replay"}

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-# In this order: what rows with accepted answers, minimal pairs, marks, and any rows at all allow
-HEADLINES = ("exact_match", "preference", "gap", "nll")
+# In this order: what rows with accepted answers, minimal pairs (as a share, or by how much where no share moves),
+# marks, and any rows at all allow
+HEADLINES = ("exact_match", "preference", "margin", "gap", "nll")
 BETTER, WORSE, NONE, NOTHING, STOPPED, SCORED, UNKNOWN = (
     "better", "worse", "no difference", "nothing selected", "stopped", "scored", "not evaluated",
 )  # fmt: skip
@@ -45,8 +46,7 @@ def verdict(found: dict[str, Any], run: dict[str, Any], finished: bool) -> dict[
         )
         return {"kind": NOTHING, "sentence": f"Nothing was selected. {after}", "costs": [], "controls": []}
     if not finished:
-        reason = "the score is refuted by judged rows" if outlook and outlook["refusal"] else (
-            f"{share:.0%} of the tokens would be negative" if share is not None else "it was cut off")  # fmt: skip
+        reason = run.get("stopped") or "it was cut off"
         return {"kind": STOPPED, "sentence": f"Stopped before training: {reason}.", "costs": [], "controls": []}
     measure = _headline(found, run)
     if measure is None or arm not in measure["differences"]:
@@ -61,6 +61,11 @@ def verdict(found: dict[str, Any], run: dict[str, Any], finished: bool) -> dict[
     numbers = (
         f"{measure['label']} {measure['values'][arm]:.{digits}f} against {measure['values'][baseline]:.{digits}f}, "
         f"{_signed(effect, digits)}, on {measure['rows']} held-out rows"
+        + (
+            f" (base {measure['values']['base']:.{digits}f})"
+            if baseline != "base" and "base" in measure["values"]
+            else ""
+        )
     )
     seeds = "one seed" if measure["seeds"] == 1 else f"{measure['seeds']} seeds"
     head = {

@@ -53,10 +53,9 @@ def _arms(measure: dict[str, Any], baseline: str) -> Any:
     reach = max(max(abs(each.low), abs(each.high)) for each in estimates) or 1.0
     step = 10 ** math.floor(math.log10(reach))
     end = math.ceil(reach / step) * step
-    better = {True: ", right is better", False: ", left is better", None: ""}[measure["better"]]
-    return dot_plot(
-        f"{measure['label']}: difference to {baseline}{better}", estimates, [-end, -end / 2, 0.0, end / 2, end]
-    )
+    better = {True: " (right is better)", False: " (left is better)", None: ""}[measure["better"]]
+    title = f"{measure['name'].replace('_', ' ')} minus {baseline}{better}"
+    return dot_plot(title, estimates, [-end, -end / 2, 0.0, end / 2, end])
 
 
 def _curves(name: str, title: str, arms: list[dict[str, Any]]) -> Any:

@@ -62,6 +62,7 @@ def test_no_command_writes_a_secret(run, models, monkeypatch, tmp_path):
     settings = {
         **CPU, "max_steps": 2,
         "model_name_or_path": str(models / "model"), "dataset_name": "rows.jsonl", "hub_token": SECRET,
+        "go_on": True,
         "stages": {"split": {"reference_size": 12, "eval_size": 8}, "score": {"reference_model_init_kwargs": nested},
                    "evaluate": {"max_new_tokens": 2}},
     }  # fmt: skip

@@ -108,7 +108,7 @@ def test_an_arm_is_traced_to_its_folders(tmp_path):
         ({"shifts": SHIFTS | {"forget": 0.0}}, "no difference", "No difference was found between forget and plain"),
         ({"negative": 0.0}, "nothing selected", "Nothing was selected. So forget is plain fine-tuning"),
         ({"negative": 0.0, "finished": False}, "nothing selected", "Nothing was selected. Nothing was trained."),
-        ({"negative": 0.7, "finished": False}, "stopped", "70% of the tokens would be negative"),
+        ({"negative": 0.7, "finished": False, "stopped": "70% are"}, "stopped", "Stopped before training: 70% are."),
         ({"only_score": True, "finished": False}, "scored", "Scored only, nothing was trained"),
         ({"wrong": True}, "no difference", "right over wrong tokens"),
         ({"headline": "chrf"}, "no difference", "chrF of greedy answers"),
