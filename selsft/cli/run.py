@@ -52,6 +52,8 @@ def main(argv: list[str]) -> int:
     dry, rest = "--dry_run" in rest, [part for part in rest if part != "--dry_run"]
     from_stage, rest = _take("--from", rest)
     output, rest = _take("--output_dir", rest)
+    if dry:
+        print("Reading the recipe ...", flush=True)
     from rich.console import Console
 
     from ..pipeline.plan import Plan, Stopped
@@ -67,6 +69,7 @@ def main(argv: list[str]) -> int:
         check_flags(plan)
     if dry:
         preview(plan.stages, f"{recipe.name} in {root}", from_stage, Console())
+        _print_costs(plan, from_stage)
         return 0
     status = 0
     try:
@@ -76,6 +79,37 @@ def main(argv: list[str]) -> int:
         status = 3
     print_report(read_json(root / "report.json"))
     return status
+
+
+def _print_costs(plan: Plan, from_stage: str | None) -> None:
+    """What the stages that would run would cost."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..pipeline.budget import costs, count_tokens, measure
+
+    waiting = [stage for stage in plan.stages if from_stage or stage.state() != "finished"]
+    if "world" in plan.recipe.stages or plan.recipe.get("datasets") or not waiting:
+        return  # whose model or rows are not there yet; or nothing to do
+    tokens = count_tokens(plan)
+    rows = ", ".join(f"{name} {count:,} rows, {size:,} tokens" for name, (count, size) in tokens.items() if count)
+    print(f"About {rows}. Measuring a second of scoring, training and decoding ...", flush=True)
+    count, size = tokens.get("train", (0, 0))
+    speed = measure(plan, size // max(count, 1))
+    table = Table(
+        title=f"Estimated from {speed.scoring:,.0f} tokens a second of scoring, {speed.training:,.0f} of training and "
+        f"{speed.decoding:,.0f} of decoding, measured here"
+    )
+    for name in ("stage", "tokens", "minutes"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    found = costs(plan, tokens, speed)
+    for stage in waiting:
+        if cost := found.get(stage.name):
+            table.add_row(stage.name, f"{cost.tokens:,}", f"{cost.seconds / 60:.1f}")
+    total = sum(found[stage.name].seconds for stage in waiting if stage.name in found)
+    table.add_section()
+    table.add_row("all", "", f"{total / 60:.1f}")
+    Console().print(table)
 
 
 def check_flags(plan: Plan) -> None:

@@ -363,7 +363,9 @@ def test_dry_run_says_what_would_be_done(folder, capsys):
     plan().execute([])
     capsys.readouterr()
     assert cli("recipe.yaml", "--output_dir", "run", "--dry_run", "--negative_threshold", "2.0") == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "skip" in line or " run" in line]
+    printed = capsys.readouterr().out
+    assert "train 28 rows, 417 tokens" in printed and "measured here" in printed  # as the stage `check` counted
+    lines = [line for line in printed.splitlines() if "skip" in line or " run" in line]
     told = {line.split("│")[1].strip(): line.split("│")[4].strip() for line in lines if "│" in line}
     assert told["score"] == "skip" and told["select"] == told["train-forget-seed42"] == "run"
     assert cli("recipe.yaml", "--output_dir", "run", "--dry_run", "--from", "score") == 0
