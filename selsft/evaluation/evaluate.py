@@ -23,6 +23,7 @@ from ..data.spans import CORRECTED, has_marks, without_marks
 from ..scoring.frozen import use_start
 from ..training.model import Model
 from .generation import exact_match, greedy_answers
+from .kept import Kept
 from .likelihood import answer_logps, kl_to_base, text_perplexity
 from .load import load_model
 from .overlap import chrf, word_f1
@@ -92,6 +93,7 @@ def evaluate_rows(
     base: Model | None = None,
     max_new_tokens: int = 128,
     batch_tokens: int = 8192,
+    kept: Kept | None = None,
 ) -> Evaluation:
     """NLL of the answers, by marks too; preference on minimal pairs; exact match, word F1 and chrF of greedy answers
     with the rate and length of ended ones; and the KL divergence to the base on the prompts.
@@ -99,6 +101,7 @@ def evaluate_rows(
     Args:
         base: model to compare with; by default the base below an adapter, and none for a full model.
         max_new_tokens: 0 leaves out generation.
+        kept: what an evaluation that was cut off has finished.
 
     Returns:
         `nll` is nats per token over all labels, `nll_row` the mean over rows of their own means. Where rows mark what
@@ -114,7 +117,7 @@ def evaluate_rows(
         plain = plain.add_column(CORRECTED, data[CORRECTED])
     held = prepare(model, tokenizer, plain, args)
     model = held.trainer.model
-    logps = answer_logps(held, batch_tokens)
+    logps = answer_logps(held, batch_tokens, kept)
     sums, counts = (
         np.array(each) for each in zip(*((-np.nansum(row), (~np.isnan(row)).sum()) for row in logps), strict=True)
     )
@@ -133,7 +136,7 @@ def evaluate_rows(
         for kind in ("right", "wrong"):
             if total := found[f"{kind}_tokens"].sum():
                 metrics[f"nll_{kind}"] = float(found[f"nll_{kind}"].sum() / total)
-    margins = pair_margins(model, tokenizer, plain, args, batch_tokens)
+    margins = pair_margins(model, tokenizer, plain, args, batch_tokens, kept)
     if margins is not None:
         margins = margins[held.indices]
         columns |= {"margin": margins, "preference": np.where(np.isnan(margins), np.nan, (np.sign(margins) + 1) / 2)}
@@ -141,7 +144,7 @@ def evaluate_rows(
         metrics["pairs"] = int((~np.isnan(margins)).sum())
     if held.has_prompts and max_new_tokens:
         answers = greedy_answers(
-            model, tokenizer, held.prompts, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens
+            model, tokenizer, held.prompts, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens, kept=kept
         )
         exact, f1 = exact_match(answers, held.references), word_f1(answers, held.references)
         character = chrf(answers, held.references)
@@ -163,7 +166,7 @@ def evaluate_rows(
             "eos_rate": float(np.mean(columns["ended"])),
             "answer_tokens": float(np.mean(columns["answer_tokens"])),
         }
-    divergence = _divergence(held, model, base, batch_tokens)
+    divergence = _divergence(held, model, base, batch_tokens, kept)
     if divergence is not None:
         columns["kl_to_base"] = divergence
         metrics["kl_to_base"] = float(np.mean(divergence))
@@ -191,13 +194,15 @@ def _by_marks(
     return found
 
 
-def _divergence(held: HeldOut, model: Model, base: Model | None, batch_tokens: int) -> list[float] | None:
+def _divergence(
+    held: HeldOut, model: Model, base: Model | None, batch_tokens: int, kept: Kept | None
+) -> list[float] | None:
     if not all(held.prompts):
         return None
     if base is not None:
-        return kl_to_base(model, base, held.prompts, batch_tokens)
+        return kl_to_base(model, base, held.prompts, batch_tokens, kept)
     if isinstance(model, PeftModel):
-        return kl_to_base(model, _Base(model), held.prompts, batch_tokens)  # type: ignore[arg-type]
+        return kl_to_base(model, _Base(model), held.prompts, batch_tokens, kept)  # type: ignore[arg-type]
     return None
 
 
@@ -213,7 +218,9 @@ class _Base:
 
 
 def evaluate_text(
-    model: Model, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], block: int
+    model: Model, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], block: int, kept: Kept | None = None
 ) -> dict[str, float]:
     """Perplexity of neutral text, as metrics: what fine-tuning may have damaged besides."""
-    return {f"text_{name}": value for name, value in text_perplexity(model, tokenizer, texts, block).items()}
+    return {
+        f"text_{name}": value for name, value in text_perplexity(model, tokenizer, texts, block, kept=kept).items()
+    }

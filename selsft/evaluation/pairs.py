@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import SelectiveSFTConfig
 from ..data.spans import CORRECTED
 from ..training.model import Model
+from .kept import Kept
 from .likelihood import answer_nll
 from .rows import prepare
 
@@ -60,7 +61,12 @@ def _first(value: Any, text: Any) -> Any:
 
 
 def pair_margins(
-    model: Model, tokenizer: PreTrainedTokenizerBase, data: Dataset, args: SelectiveSFTConfig, batch_tokens: int = 8192
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Dataset,
+    args: SelectiveSFTConfig,
+    batch_tokens: int = 8192,
+    kept: Kept | None = None,
 ) -> np.ndarray | None:
     """log p(right) - log p(wrong) of each row, `(rows,)` float64 in nats; NaN where a row holds no pair. `None` where
     none does."""
@@ -71,6 +77,6 @@ def pair_margins(
     sums = np.full((2, len(data)), np.nan)
     for side, rows in enumerate(both):
         held = prepare(model, tokenizer, rows, args)
-        for index, (total, count) in zip(held.indices, answer_nll(held, batch_tokens), strict=True):
+        for index, (total, count) in zip(held.indices, answer_nll(held, batch_tokens, kept), strict=True):
             sums[side, numbers[index]] = -total if count else np.nan
     return sums[0] - sums[1]

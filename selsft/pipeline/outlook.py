@@ -16,13 +16,11 @@ from transformers import AutoTokenizer
 from ..data.chunks import supervised_mask, token_chunks
 from ..data.columns import BASE_LOGPS, REF_LOGPS, TOKEN_COLUMNS
 from ..data.scored_folder import load_scores, read_manifest
-from ..data.tokenizers import special_ids
-from ..data.words import Words
 from ..evaluation.judging import JUDGED
 from ..records import read_json, write_json
 from ..report.terminal import ScoreHistogram
 from ..selection.select import COUNTS, selection_args
-from ..selection.weights import pooled_scores, raw_scores
+from ..selection.weights import pooled_scores, raw_scores, vocabulary
 
 OUTLOOK = "outlook.json"
 TOO_MUCH = 0.5  # share of negative tokens above which hardly anybody means it
@@ -104,8 +102,7 @@ def outlook(selected: Path, scored: Path, model: str, options: dict[str, Any]) -
     """
     args = selection_args(scored, options)
     tokenizer, rows = AutoTokenizer.from_pretrained(model), load_scores(scored)
-    special = special_ids(tokenizer) if args.protect_special_tokens else np.zeros(0, np.int64)
-    words = Words(tokenizer) if args.pooling in ("word", "span") else None
+    special, words = vocabulary(tokenizer, args)
     histogram, total = ScoreHistogram(), 0
     sums = np.zeros(3)  # number, sum and sum of squares of log p_ref - log p_policy
     there = [name for name in TOKEN_COLUMNS if name in rows.column_names]

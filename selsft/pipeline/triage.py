@@ -17,12 +17,11 @@ from datasets import Dataset
 from ..data.chunks import supervised_mask, token_chunks
 from ..data.columns import TOKEN_COLUMNS, WEIGHTS
 from ..data.scored_folder import load_scores
-from ..data.words import Words
 from ..errors import InputError
 from ..evaluation.judged import WORST_OF_ROW
 from ..records import replaced
 from ..selection.select import SELECTED, selection_args
-from ..selection.weights import pooled_scores, raw_scores
+from ..selection.weights import pooled_scores, raw_scores, vocabulary
 from .check import KEPT
 from .split import LINE, PART, ROWS
 
@@ -43,7 +42,7 @@ def write_triage(
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     args = selection_args(scored / "scored", options)
-    words = Words(tokenizer) if args.pooling in ("word", "span") else None
+    _, words = vocabulary(tokenizer, args)
     rows = Dataset.from_parquet(str(selected / SELECTED))
     scores = load_scores(scored / "scored")
     there = [name for name in TOKEN_COLUMNS if name in scores.column_names]
