@@ -17,7 +17,7 @@ from ..records import read_json
 from ..secrets import redact
 from ..selection.select import COUNTS, SELECTED
 from ..workflow.arms import ArmComparison
-from .arms import PLAIN
+from .arms import ORACLE, PLAIN
 from .check import CHECK
 from .outlook import OUTLOOK, Outlook
 from .samples import changed_answers, coloured_rows
@@ -71,7 +71,7 @@ def results(root: Path) -> dict[str, Any]:
     measures, left_out = _measures(models, baseline)
     selections = {name: folder / COUNTS for name, folder in folders.items() if name.startswith("select")}
     counts = {name: read_json(path) for name, path in selections.items() if path.is_file()}
-    arms = [_arm(name, arm, root, run) for name, arm in run["arms"].items()]
+    arms = [_arm(name, arm, root, run, counts) for name, arm in run["arms"].items()]
     check = read_json(folders["check"] / CHECK) if "check" in folders else {}
     outlook = None
     if "select" in folders and (folders["select"] / OUTLOOK).is_file():
@@ -108,12 +108,18 @@ def results(root: Path) -> dict[str, Any]:
     return found
 
 
-def _arm(name: str, arm: dict[str, Any], root: Path, run: dict[str, Any]) -> dict[str, Any]:
+def _arm(
+    name: str, arm: dict[str, Any], root: Path, run: dict[str, Any], counts: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
     """Where an arm's numbers come from, how many tokens it forgot, and how its training went."""
     trained = [root / run["stages"][stage]["folder"] for stage in arm["train"] if stage in run["stages"]]
     records = [read_json(folder / "model" / "selsft_run.json") for folder in trained]
     curves = [_curve(record) for record in records]
     shares = [step["negative_fraction"] for curve in curves for step in curve if "negative_fraction" in step]
+    share = float(np.mean(shares)) if shares else None
+    chosen = counts.get(f"select-{name}", counts.get("select"))
+    if chosen is not None and arm["kind"] not in (PLAIN, ORACLE):
+        share = chosen["negative"] / max(chosen["trained"], 1)
     return {
         "name": name,
         "kind": arm["kind"],
@@ -126,7 +132,7 @@ def _arm(name: str, arm: dict[str, Any], root: Path, run: dict[str, Any]) -> dic
         ],
         "seconds": [record.get("finished", {}).get("seconds") for record in records if record],
         "steps": next((record["finished"].get("steps") for record in records if record.get("finished")), None),
-        "negative": float(np.mean(shares)) if shares else None,
+        "negative": None if arm["kind"] == PLAIN else share,
         "curve": curves[0] if curves else [],
         "device": next((record.get("device") for record in records if record), None),
     }

@@ -28,10 +28,8 @@ def verdict(found: dict[str, Any], run: dict[str, Any], finished: bool) -> dict[
     """
     arm, baseline = found["method"], found["baseline"]
     outlook = found["outlook"]
-    share = None if outlook is None else outlook["negative"]
     own = next((each for each in found["arms"] if each["name"] == arm), None)
-    if (own is not None and own["changes"] and own["negative"] is not None) or share is None:
-        share = None if own is None else own["negative"]
+    share = None if own is None else own["negative"]
     if run.get("only_score"):
         judged = outlook["lines"][1 if outlook["moved"] else 0] if outlook else "nothing was scored"
         return {

@@ -166,20 +166,21 @@ def dot_plot(title: str, estimates: Iterable[Estimate], ticks: list[float]) -> D
 
 @dataclass(frozen=True)
 class LineChart:
-    """Lines over steps: `curves` are (name, SVG `points`, y of the end), `ticks` (y, text), `ends` the first and the
-    last step."""
+    """Lines over steps: `curves` are (name, SVG `points`, y of the end, number among all that were given), `ticks`
+    (y, text), `ends` the first and the last step."""
 
     title: str
     width: float
     height: float
     left: float
-    curves: list[tuple[str, str, float]]
+    curves: list[tuple[str, str, float, int]]
     ticks: list[tuple[float, str]]
     ends: tuple[str, str]
 
 
 def lines(title: str, curves: dict[str, list[tuple[float, float]]]) -> LineChart:
-    """Lines of (step, value) points, all over one pair of axes; points that are not finite are left out."""
+    """Lines of (step, value) points, all over one pair of axes; points that are not finite are left out, and so are
+    lines without a point."""
     curves = {name: [p for p in points if np.isfinite(p[1])] for name, points in curves.items()}
     every = [point for points in curves.values() for point in points]
     first, last = min(x for x, _ in every), max(x for x, _ in every)
@@ -193,18 +194,18 @@ def lines(title: str, curves: dict[str, list[tuple[float, float]]]) -> LineChart
         return round(left + width * across, 1), round(top + height * (high - y) / (high - low), 1)
 
     drawn = []
-    for name, points in curves.items():
+    for number, (name, points) in enumerate(curves.items()):
         if points:
             places = [place(*point) for point in points]
-            drawn.append((name, " ".join(f"{x},{y}" for x, y in places), places[-1][1]))
+            drawn.append((name, " ".join(f"{x},{y}" for x, y in places), places[-1][1], number))
     # Names at the ends of their lines, apart from each other
     drawn.sort(key=lambda curve: curve[2])
     labels: list[float] = []
-    for _, _, y in drawn:
+    for _, _, y, _ in drawn:
         labels.append(max(y, labels[-1] + 14) if labels else y)
-    named = [(name, points, round(y, 1)) for (name, points, _), y in zip(drawn, labels, strict=True)]
+    named = [(name, points, round(y, 1), n) for (name, points, _, n), y in zip(drawn, labels, strict=True)]
     ticks = [(place(first, value)[1], f"{value:.3g}") for value in np.linspace(low, high, 3)]
-    right = 12 + LETTER * max((len(name) for name, _, _ in named), default=0)
+    right = 12 + LETTER * max((len(name) for name, *_ in named), default=0)
     tall = max([top + height + 24, *(y + 10 for y in labels)])
     return LineChart(title, round(left + width + right), round(tall), left, named, ticks, (f"{first:g}", f"{last:g}"))
 

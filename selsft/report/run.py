@@ -59,12 +59,10 @@ def _arms(measure: dict[str, Any], baseline: str) -> Any:
 
 
 def _curves(name: str, title: str, arms: list[dict[str, Any]]) -> Any:
-    drawn = {
-        arm["name"]: points
-        for arm in arms
-        if len(points := [(step["step"], step[name]) for step in arm["curve"] if name in step]) > 1
-    }
-    return lines(title, drawn) if drawn else None
+    drawn = {arm["name"]: [(step["step"], step[name]) for step in arm["curve"] if name in step] for arm in arms}
+    if max(map(len, drawn.values()), default=0) < 2:
+        return None
+    return lines(title, drawn)
 
 
 def _histogram(outlook: dict[str, Any] | None) -> Any:
