@@ -33,7 +33,7 @@ from .arms import IGNORE, ORACLE, PLAIN, RANDOM, Arm, method_of, same_training, 
 from .check import check
 from .outlook import Outlook, outlook, reasons_to_stop
 from .recipe import FORGET, OWN, POOLING, REFERENCED, SCORED, SELECTION, SILENT, Recipe
-from .results import results
+from .results import MEASURES, results
 from .split import split
 from .triage import write_triage
 
@@ -75,6 +75,8 @@ class Plan:
         self.model: str = recipe.get("model_name_or_path", "")
         self.score = recipe.score
         self.trained: dict[str, list[Stage]] = {}  # arm -> its trainings, a stage for each seed
+        if (wanted := recipe.run.headline) is not None and wanted not in MEASURES:
+            raise InputError(f"headline={wanted!r} is none of the measures: {', '.join(MEASURES)}")
         self._build()
 
     def _build(self) -> None:

@@ -1,6 +1,7 @@
 """Arms on the same rows and steps, judged rows of their own, stops before training, and the table of scored rows."""
 
 import csv
+import itertools
 import json
 from pathlib import Path
 
@@ -96,6 +97,21 @@ def test_arms_are_trained_alike_and_differ_in_weights_alone(folder):
     assert {arm["steps"] for arm in report["arms"]} == {3}
     # The held-out rows have marks, so the verdict is about what they mark
     assert report["verdict"]["measure"] == "gap" and len(report["verdict"]["controls"]) == 2
+
+
+def test_rows_that_mark_themselves_need_no_scores(folder):
+    write_rows(marked_rows())
+    commands = Commands()
+    found = plan("--score", "oracle", "--negative_threshold", "null", "--logging_steps", "1", run=commands)
+    assert not {"reference", "score", "select"} & set(folders(found))
+    found.execute([])
+    assert set(commands.names) == {"train", "evaluate"}
+    models = [weights_of(folders(found)[f"train-{arm}-seed42"]) for arm in ("plain", "ignore", "forget")]
+    assert all(any(not torch.equal(a[name], b[name]) for name in a) for a, b in itertools.combinations(models, 2))
+    report = json.loads(Path("run/report.json").read_text())
+    shares = {arm["name"]: arm["negative"] for arm in report["arms"]}
+    assert shares["plain"] is None and shares["forget"] > 0 == shares["ignore"]
+    assert report["verdict"]["kind"] in ("better", "worse", "no difference")
 
 
 def test_an_arm_with_another_threshold_has_its_own_selection_and_the_others_share_one(folder):

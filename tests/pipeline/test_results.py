@@ -130,6 +130,7 @@ def test_nothing_selected_is_never_green(tmp_path, capsys):
     found = results(run_folder(tmp_path, negative=0.0))
     assert next(each for each in found["measures"] if each["name"] == "nll")["differences"]["forget"]["high"] < 0
     assert found["verdict"]["kind"] == "nothing selected"
+    assert 'class="good"' not in write_report(tmp_path, found).read_text()
     print_report(found)
     assert "Verdict: Nothing was selected" in capsys.readouterr().out
 

@@ -340,6 +340,7 @@ def cli(*argv):
         (["recipe.yaml", "--better.forget_weight", "1"], "'better' is neither a stage"),
         (["recipe.yaml", "--forget.max_steps", "1"], "would change rows, order or steps"),
         (["recipe.yaml", "--forget.forget_wait", "1"], "is no flag of `selsft train`: did you mean forget_weight?"),
+        (["recipe.yaml", "--headline", "bleu"], "headline='bleu' is none of the measures: exact_match, preference"),
         (["recipe.yaml", "--seeds", "0"], "seeds=0 must be a number of trainings"),
         (["recipe.yaml", "--eval_size", "3"], "eval_size belongs under `stages: split:`"),
         (["recipe.yaml", "--output_dir", "model"], "exists, is not empty and holds no run.json"),
@@ -373,14 +374,18 @@ def test_dry_run_says_what_would_be_done(folder, capsys):
     assert len(lines) == 11
 
 
-@pytest.mark.parametrize("name", ["domain-lora", "forgetting-2508.04329", "rho-1", "token-cleaning", "self-evolving"])
+@pytest.mark.parametrize(
+    "name",
+    ["domain-lora", "judged-lora", "spans", "forgetting-2508.04329", "rho-1", "token-cleaning", "self-evolving"],
+)
 def test_shipped_recipes_parse_and_plan(folder, name):
     flags = ["--model_name_or_path", "model", "--dataset_name", "rows.jsonl", "--use_cpu", "true", "--bf16", "false"]
     found = plan(*flags, source=name)
     check_flags(found)
     stages = [stage.name for stage in found.stages]
     assert stages[0] == "split" and stages[-1].startswith("evaluate-")
-    assert ("score" in stages) == (name not in ("rho-1", "self-evolving"))
+    assert ("score" in stages) == (name not in ("rho-1", "self-evolving", "spans"))
+    assert ("reference" in stages) == (name not in ("judged-lora", "spans", "self-evolving"))
 
 
 def test_report_escapes_the_text_of_the_data(folder):
