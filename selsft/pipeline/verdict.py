@@ -56,23 +56,21 @@ def verdict(found: dict[str, Any], run: dict[str, Any], finished: bool) -> dict[
     effect = measure["differences"][arm]
     kind = _kind(effect, measure["better"])
     digits = measure["digits"]
-    numbers = (
-        f"{measure['label']} {measure['values'][arm]:.{digits}f} against {measure['values'][baseline]:.{digits}f}, "
-        f"{_signed(effect, digits)}, on {measure['rows']} held-out rows"
-        + (
-            f" (base {measure['values']['base']:.{digits}f})"
-            if baseline != "base" and "base" in measure["values"]
-            else ""
-        )
+    base = measure["values"].get("base")
+    values = f"{measure['values'][arm]:.{digits}f} against {measure['values'][baseline]:.{digits}f}" + (
+        "" if base is None or baseline == "base" else f", base {base:.{digits}f}"
     )
-    seeds = "one seed" if measure["seeds"] == 1 else f"{measure['seeds']} seeds"
     head = {
         BETTER: f"{arm} is better than {baseline}",
         WORSE: f"{arm} is worse than {baseline}",
         NONE: f"No difference was found between {arm} and {baseline}",
     }[kind]
+    seeds = "one seed" if measure["seeds"] == 1 else f"{measure['seeds']} seeds"
+    sentence = (
+        f"{head} in {measure['label']}: {_signed(effect, digits)} ({values}), on {measure['rows']} held-out rows with "
+        f"{seeds}."
+    )
     costs, controls = _costs(found, arm, measure["name"]), _controls(found, measure, arm)
-    sentence = f"{head}: {numbers}, {seeds}."
     if costs:
         sentence += f" Elsewhere: {'; '.join(each['text'] for each in costs)}."
     if controls:

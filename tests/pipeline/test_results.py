@@ -103,15 +103,15 @@ def test_an_arm_is_traced_to_its_folders(tmp_path):
 @pytest.mark.parametrize(
     ("options", "kind", "words"),
     [
-        ({}, "better", "forget is better than plain: negative log-likelihood"),
+        ({}, "better", "forget is better than plain in negative log-likelihood"),
         ({"shifts": SHIFTS | {"forget": 0.2}}, "worse", "forget is worse than plain"),
         ({"shifts": SHIFTS | {"forget": 0.0}}, "no difference", "No difference was found between forget and plain"),
         ({"negative": 0.0}, "nothing selected", "Nothing was selected. So forget is plain fine-tuning"),
         ({"negative": 0.0, "finished": False}, "nothing selected", "Nothing was selected. Nothing was trained."),
         ({"negative": 0.7, "finished": False, "stopped": "70% are"}, "stopped", "Stopped before training: 70% are."),
         ({"only_score": True, "finished": False}, "scored", "Scored only, nothing was trained"),
-        ({"wrong": True}, "no difference", "right over wrong tokens"),
-        ({"headline": "chrf"}, "no difference", "chrF of greedy answers"),
+        ({"wrong": True}, "no difference", "of right over wrong tokens"),
+        ({"headline": "chrf"}, "no difference", "overlap of characters (chrF)"),
     ],
 )  # fmt: skip
 def test_verdicts(tmp_path, options, kind, words):
