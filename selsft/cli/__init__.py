@@ -21,7 +21,7 @@ COMMANDS = {
     "score": "score the tokens of a data set with a reference, save them for `train`, and print a summary",
     "inspect": "look at the tokens of a data set: choose a threshold, mark what is wrong",
     "evaluate": "NLL, exact match, EOS rate, KL to the base and more of a trained model on held-out rows",
-    "run": "a recipe from raw data to a report: split, reference, score, select, train, evaluate",
+    "run": "a recipe from raw data to a verdict: split, score, select, train every arm, evaluate",
     "skills": "train a model on random labels of multiple-choice tasks and measure how far it forgets",
     "demo": "the whole method on a toy model, offline, in a few minutes on a CPU",
     "bench": "measure the loss against other implementations on this machine",

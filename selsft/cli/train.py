@@ -196,8 +196,10 @@ def _train(trainer: SelectiveSFTTrainer, arguments: Arguments, resume: str | Non
     if main_process:
         manifest["finished"] = {
             "seconds": round(time.perf_counter() - start, 1),
-            "steps": trainer.state.global_step,
+            # Resuming from the last step of all takes another one, with a learning rate of 0
+            "steps": min(trainer.state.global_step, trainer.state.max_steps),
             "metrics": result.metrics,
+            "log": trainer.state.log_history,
         }
         write_manifest(output, manifest)
     trainer.create_model_card(model_name=Path(output).name, dataset_name=arguments.script.dataset_name)

@@ -50,6 +50,14 @@ class ScoreHistogram:
         self.lowest, self.highest = scores.min(initial=self.lowest), scores.max(initial=self.highest)
         self.total, self.sum = self.total + len(scores), self.sum + float(scores.sum(dtype=np.float64))
 
+    def below(self, score: float) -> float:
+        """Share of the scores below `score`, to the bin; exact beyond both ends."""
+        if not self.total or score <= self.lowest:
+            return 0.0
+        if score > self.highest:
+            return 1.0
+        return float(self.counts[: ordered_bits(np.array([score], np.float32))[0] >> 12].sum() / self.total)
+
     def quantile(self, q: float) -> float:
         """The score at rank `q * (total - 1)`, rounded down, to 1/4096 of its size; exact at 0 and 1."""
         rank = int(q * (self.total - 1))

@@ -34,6 +34,7 @@ def execute(
     from_stage: str | None = None,
     report: Callable[[Path], Path] | None = None,
     echo: Callable[[str], None] = print,
+    after: Callable[[Stage], None] | None = None,
 ) -> None:
     """Run all unfinished stages, and write the report.
 
@@ -44,6 +45,7 @@ def execute(
         from_stage: this stage and all after it run again; their old folders are renamed, not removed.
         report: writes the report from the run's folder and returns its path.
         echo: shows a line.
+        after: looks at every stage that is finished or skipped; what it raises ends the run.
 
     Raises:
         `InputError` when the folder holds something else or another process runs in it, or when a stage fails.
@@ -77,6 +79,9 @@ def execute(
                     ) from error
                 states[stage.name] = "finished"
             stage.link()
+            if after is not None:
+                write_json(root / manifest, _record(stages, states, about))
+                after(stage)
         write_json(root / manifest, {**_record(stages, states, about), "finished": now()})
         if report is not None:
             echo(f"Report: {report(root)}")
