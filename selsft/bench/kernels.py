@@ -152,7 +152,7 @@ def one(
     result = measure(IMPLEMENTATIONS[name](case, pass_, trained), case.device, seconds)
     n, h, v = case.size
     return Record(
-        **vars(where),
+        *where,
         implementation=name,
         data=case.data,
         pass_=pass_,
@@ -167,13 +167,13 @@ def one(
     )
 
 
-def save_plot(measured: list[Record], bandwidth: float, path: Path) -> str:
+def save_plot(found: list[Record], bandwidth: float, path: Path) -> str:
     """Draws the plot; returns what to add to the list of files."""
     try:
         from . import plot
     except ImportError:
         return "; no plot, since matplotlib is not installed (pip install 'selsft[bench]')"
-    plot.save(measured, bandwidth, path)
+    plot.save(found, bandwidth, path)
     return f", {path}"
 
 

@@ -1,14 +1,13 @@
 """The implementations that are measured against each other, each as a maker of one step.
 
-Peers are imported on demand; one that is not installed, or not made for the device, raises `Unavailable`. Every step
-does what its library would do in training: rows are skipped where the library skips them. Where a library cannot
-express the forgetting loss on its fast path, it runs plain mean NLL on the used rows instead, which is the easier
-task, and is marked (`NLL_ONLY`).
+Peers are imported when they are asked for; one that is not installed, or not made for the device, says so. Every step
+does what its library would do in training: rows are left out where the library leaves them out. Where a library cannot
+express the forgetting loss without giving up its fast path, it runs plain mean NLL on the used rows instead, which is
+the easier task, and is marked (`NLL_ONLY`).
 """
 
 import importlib
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -66,14 +65,27 @@ def per_token(case: Case, pass_: str, trained: bool, logprob_of: Callable[[Tenso
     return differentiated(case, trained, loss)
 
 
-def selsft(case: Case, pass_: str, trained: bool, outputs: tuple[str, ...] | None = None) -> Step:
-    """With `outputs`, also entropy and arg-max of every row, which the trainer logs."""
-    asked: dict[str, Any] = {"active_rows": case.rows} | ({} if outputs is None else {"outputs": outputs})
+def selsft(case: Case, pass_: str, trained: bool) -> Step:
     if pass_ == FORWARD:
-        return scored(case, lambda x, w: linear_logprob(x, w, case.target, **asked))
+        return scored(case, lambda x, w: linear_logprob(x, w, case.target, active_rows=case.rows))
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        out = linear_selective_cross_entropy(hidden, weight, case.target, case.token_weight, **asked)
+        out = linear_selective_cross_entropy(hidden, weight, case.target, case.token_weight, active_rows=case.rows)
+        return out.loss / case.rows.numel()
+
+    return differentiated(case, trained, loss)
+
+
+def selsft_statistics(case: Case, pass_: str, trained: bool) -> Step:
+    """With entropy and arg-max of every row, which the trainer logs."""
+    outputs = ("logprob", "entropy", "is_top1")
+    if pass_ == FORWARD:
+        return scored(case, lambda x, w: linear_logprob(x, w, case.target, active_rows=case.rows, outputs=outputs))
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        out = linear_selective_cross_entropy(
+            hidden, weight, case.target, case.token_weight, active_rows=case.rows, outputs=outputs
+        )
         return out.loss / case.rows.numel()
 
     return differentiated(case, trained, loss)
@@ -137,8 +149,7 @@ def trl(case: Case, pass_: str, trained: bool) -> Step:
     return per_token(case, pass_, trained, logprob)
 
 
-def liger(case: Case, pass_: str, trained: bool, **options: Any) -> Step:
-    """`chunk_mem_const` is the budget for transient logits, 1 by default."""
+def _liger(case: Case, pass_: str, trained: bool, **options: Any) -> Step:
     if case.device.type not in ("cuda", "xpu"):
         raise Unavailable("Liger's kernels need a GPU")
     module = _import("liger_kernel.ops.fused_linear_cross_entropy", "liger-kernel")
@@ -152,7 +163,16 @@ def liger(case: Case, pass_: str, trained: bool, **options: Any) -> Step:
     return scored(case, loss) if pass_ == FORWARD else differentiated(case, trained, loss)
 
 
-def cce(case: Case, pass_: str, trained: bool, impl: str = "cce") -> Step:
+def liger(case: Case, pass_: str, trained: bool) -> Step:
+    return _liger(case, pass_, trained)
+
+
+def liger_large_chunk(case: Case, pass_: str, trained: bool) -> Step:
+    """With the budget for transient logits 16 times its default."""
+    return _liger(case, pass_, trained, chunk_mem_const=16)
+
+
+def _cce(case: Case, pass_: str, trained: bool, impl: str) -> Step:
     if case.device.type != "cuda":
         raise Unavailable("cut-cross-entropy's kernels need a CUDA device")
     function = _import("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy
@@ -162,6 +182,14 @@ def cce(case: Case, pass_: str, trained: bool, impl: str = "cce") -> Step:
         trained,
         lambda x, w: -function(x, w, case.target, ignore_index=-100, reduction="none", impl=impl),
     )
+
+
+def cce(case: Case, pass_: str, trained: bool) -> Step:
+    return _cce(case, pass_, trained, "cce")
+
+
+def cce_exact(case: Case, pass_: str, trained: bool) -> Step:
+    return _cce(case, pass_, trained, "cce_exact")
 
 
 def _import(module: str, package: str) -> Any:
@@ -174,13 +202,13 @@ def _import(module: str, package: str) -> Any:
 IMPLEMENTATIONS: dict[str, Callable[[Case, str, bool], Step]] = {
     "gemm": gemm,
     "selsft": selsft,
-    "selsft-statistics": partial(selsft, outputs=("logprob", "entropy", "is_top1")),
+    "selsft-statistics": selsft_statistics,
     "naive": naive,
     "compiled": compiled,
     "torch": torch_linear,
     "trl": trl,
     "liger": liger,
-    "liger-large-chunk": partial(liger, chunk_mem_const=16),
+    "liger-large-chunk": liger_large_chunk,
     "cce": cce,
-    "cce-exact": partial(cce, impl="cce_exact"),
+    "cce-exact": cce_exact,
 }

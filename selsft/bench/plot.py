@@ -15,13 +15,13 @@ matplotlib.use("Agg")
 OURS, GEMM, OTHERS = "#c2410c", "#9ca3af", "#475569"
 
 
-def save(measured: list[Record], bandwidth: float, path: Path) -> None:
+def save(found: list[Record], bandwidth: float, path: Path) -> None:
     figure = Figure(figsize=(15, 4.8), layout="constrained")
     time, memory, roof = figure.subplots(1, 3)
     found = [r for r in found if r.gpu == found[0].gpu and r.data == SYNTHETIC]
     n, h, v, ignored = main_case(found)
     for head, hatch in (("frozen", ""), ("trained", "///")):
-        chosen = [r for r in measured if r.pass_ == TRAINING and r.head == head]
+        chosen = [r for r in found if r.pass_ == TRAINING and r.head == head]
         chosen = [r for r in chosen if (r.n, r.h, r.v, r.ignored) == (n, h, v, ignored)]
         _bars(time, chosen, [r.ms_median for r in chosen], head, hatch)
         _bars(memory, chosen, [r.peak_mib for r in chosen], head, hatch)
@@ -29,15 +29,15 @@ def save(measured: list[Record], bandwidth: float, path: Path) -> None:
         axes.set_title(title)
         axes.set_xlim(left=0)
         axes.spines[["top", "right"]].set_visible(False)
-    roofline(roof, measured, bandwidth)
-    first = measured[0]
+    roofline(roof, found, bandwidth)
+    first = found[0]
     figure.suptitle(f"{first.gpu}, torch {first.torch}: N={n}, H={h}, V={v}, {ignored} % of the rows ignored")
     figure.savefig(path, dpi=150)
 
 
-def main_case(measured: list[Record]) -> tuple[int, int, int, int]:
+def main_case(found: list[Record]) -> tuple[int, int, int, int]:
     """The case of the bars if it was measured, else the first one."""
-    cases = [(r.n, r.h, r.v, r.ignored) for r in measured]
+    cases = [(r.n, r.h, r.v, r.ignored) for r in found]
     main = (MAIN_ROWS, *MAIN_SHAPE, 0)
     return main if main in cases else cases[0]
 
@@ -51,19 +51,19 @@ def _bars(axes: Axes, chosen: list[Record], values: list[float], head: str, hatc
     axes.tick_params(axis="y", labelsize=8)
 
 
-def roofline(axes: Axes, measured: list[Record], bandwidth: float) -> None:
+def roofline(axes: Axes, found: list[Record], bandwidth: float) -> None:
     """Achieved TFLOP/s over the arithmetic per byte of the least traffic that the task itself needs.
 
     Roofs of this run: the copy bandwidth, and the fastest bare product.
     """
-    peak = max(r.tflops for r in measured if r.implementation == "gemm")
-    itemsize = 4 if measured[0].gpu.startswith("CPU") else 2
-    reach = [intensity(r, itemsize) for r in measured]
+    peak = max(r.tflops for r in found if r.implementation == "gemm")
+    itemsize = 4 if found[0].gpu.startswith("CPU") else 2
+    reach = [intensity(r, itemsize) for r in found]
     knee = peak * 1e12 / bandwidth
     left, right = min(*reach, knee) / 2, max(*reach, knee) * 2
     axes.plot([left, knee, right], [left * bandwidth / 1e12, peak, peak], color="black", linewidth=1)
-    for name in dict.fromkeys(r.implementation for r in measured):
-        points = [(x, r.tflops) for x, r in zip(reach, measured, strict=True) if r.implementation == name]
+    for name in dict.fromkeys(r.implementation for r in found):
+        points = [(x, r.tflops) for x, r in zip(reach, found, strict=True) if r.implementation == name]
         x, y = zip(*points, strict=True)
         ours = name == "selsft"
         axes.scatter(x, y, label=name, s=28 if ours else 10, zorder=3 if ours else 2, color=OURS if ours else None)

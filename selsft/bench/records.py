@@ -4,7 +4,6 @@ import dataclasses
 import datetime
 import importlib
 import importlib.util
-import io
 import platform
 import re
 import subprocess
@@ -14,11 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..records import replaced
 
-
-@dataclass(frozen=True)
-class Environment:
+class Environment(NamedTuple):
     """The columns that are the same in a whole run, the first ones of a `Record`."""
 
     gpu: str
@@ -38,6 +34,12 @@ class Record:
     the time over that of the bare products, measured in the same process.
     """
 
+    gpu: str
+    driver: str
+    torch: str
+    triton: str
+    sha: str
+    date: str
     implementation: str
     data: str
     pass_: str
@@ -98,8 +100,8 @@ def file_stem(device: torch.device) -> str:
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
-    match = re.search(r"model name\s*:\s*(.+)", text)
-    return match[1].strip() if match else platform.processor() or platform.machine()
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
 def _sha() -> str:

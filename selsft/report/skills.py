@@ -1,7 +1,7 @@
 """The report of a study: one self-contained HTML page, and its tables as CSV.
 
 The tables are computed by the caller (`skills.results`); here each column gets a heading, an explanation and a
-text per cell. The page needs no script. Rejected: a notebook or a dashboard (a server, or third-party scripts, to
+text per cell. The page needs no script. Rejected: a notebook or a dashboard (a server, or scripts from elsewhere, to
 look at one study).
 """
 
@@ -43,11 +43,11 @@ class Table:
 Column = tuple[str, str, str | Callable[[dict[str, Any]], str]]
 
 
-def write_report(folder: Path, results: Any) -> Path:
+def write_report(folder: Path, found: Any) -> Path:
     """Write `report.html` and `tables/*.csv` into a study's folder.
 
     Args:
-        results: its tables, a `skills.results.Results`.
+        found: its tables, a `skills.results.Results`.
 
     Returns:
         The path of the page.
@@ -74,7 +74,7 @@ def write_report(folder: Path, results: Any) -> Path:
             _dots(frames["own"], "Forget ratio", "ratio", [-0.5, 0.0, 0.5, 1.0, 1.5, 2.0], links, marks),
             _dots(frames["own"], "Forget gap", "gap", [-0.5, -0.25, 0.0, 0.25, 0.5], links, marks),
         ]
-        if len(results.own)
+        if len(found.own)
         else [],
         "maps": [(key, _map(key, matrix)) for key, matrix in found.matrices.items()],
         "examples": examples,
@@ -164,7 +164,7 @@ def warnings(found: Any) -> list[str]:
         lines.append("One seed: the intervals are about questions only; another seed may give other figures.")
     elif seeds and seeds < FEW_SEEDS:
         lines.append(f"{seeds} seeds: the intervals allow for how little that says about seeds, and are wide for it.")
-    tasks = int(results.task_correlations["n"].max()) if len(results.task_correlations) else 0
+    tasks = int(found.task_correlations["n"].max()) if len(found.task_correlations) else 0
     if tasks < FEW_TASKS:
         lines.append(
             f"Predictors: {tasks} tasks with a value; a rank correlation over fewer than {FEW_TASKS} says little."
@@ -219,10 +219,10 @@ def tables(found: Any, areas: dict[str, str]) -> tuple[dict[str, Table], dict[st
         "example-correlations": (found.example_correlations, [*_SETTING, _TASK, _PREDICTOR, *_CORRELATION]),
         "probes": (found.probes, [*_WHO, _LAYER, *_SIZES, *_STAGES, *_PROBES]),
         "learning-order": (
-            results.learning_order,
+            found.learning_order,
             [*_MODEL, ("split", "", "split"), ("examples", "", "n_examples"), *_CORRELATION],
         ),
-        "examples": (results.shown, [*_SETTING, _TASK, *_EXAMPLES]),
+        "examples": (found.shown, [*_SETTING, _TASK, *_EXAMPLES]),
     }
     views = {
         name: Table(
@@ -233,7 +233,7 @@ def tables(found: Any, areas: dict[str, str]) -> tuple[dict[str, Table], dict[st
         for name, (frame, columns) in plan.items()
     }
     frames = {name: frame for name, (frame, _) in plan.items()}
-    return views, {**frames, "comparisons": results.comparisons, "matrices": _long(results)}
+    return views, {**frames, "comparisons": found.comparisons, "matrices": _long(found)}
 
 
 def _cell(row: dict[str, Any], what: str | Callable[[dict[str, Any]], str]) -> str:
@@ -358,14 +358,14 @@ _PREDICTORS: list[Column] = [
 ]
 
 
-def _long(results: Any) -> pd.DataFrame:
+def _long(found: Any) -> pd.DataFrame:
     """The matrices, one row per cell, in the order of the page."""
     rows = [
         dict(zip(("variant", "method", "reference", "value"), key, strict=True))
         | {"label_task": row, "eval_task": column, "number": matrix.values.at[row, column]}
         | {"low": matrix.low.at[row, column], "high": matrix.high.at[row, column]}
         | {"reason": matrix.reasons.at[row, column]}
-        for key, matrix in results.matrices.items()
+        for key, matrix in found.matrices.items()
         for row in matrix.values.index
         for column in matrix.values.columns
     ]
@@ -377,13 +377,13 @@ def _examples(found: Any, areas: dict[str, str]) -> dict[str, list[dict[str, Any
     """{task: its shown examples with their texts, by setting}, in the order of areas; texts are None where they must
     not be shown or are not there."""
     texts = {}
-    if results.examples is not None:
-        test = results.examples[results.examples["split"] == "test"]
+    if found.examples is not None:
+        test = found.examples[found.examples["split"] == "test"]
         texts = {(row.eval_task, row.example_id): row for row in test.itertuples()}
     groups: dict[tuple, dict[str, Any]] = {}
-    for row in results.shown.to_dict("records"):
+    for row in found.shown.to_dict("records"):
         key = (row["variant"], row["method"], row["task"])
-        hidden = row["task"] in results.sensitive
+        hidden = row["task"] in found.sensitive
         group = groups.setdefault(key, {"key": key, "hidden": hidden, "forgotten": [], "resisted": []})
         text = None if hidden else texts.get((row["task"], row["example_id"]))
         options = [] if text is None else [(_short(o), i == text.gold) for i, o in enumerate(text.options)]
