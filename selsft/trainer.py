@@ -45,7 +45,14 @@ from .data.spans import check_marks, has_marks, join_parts, refuse_late_marks
 from .scoring.weighing import TokenWeigher
 from .selection.excess import ExcessSelector
 from .training.collator import DataCollatorForSelectiveSFT
-from .training.head import STATS, SelectiveCausalLMOutput, SelectiveHead, toy_forward
+from .training.head import (
+    STATS,
+    UNLIKELY,
+    SelectiveCausalLMOutput,
+    SelectiveHead,
+    spares_the_unlikely,
+    toy_forward,
+)
 from .training.model import Model
 from .training.schedules import forget_weight_at
 from .training.validation import validate_effects, validate_selection
@@ -179,6 +186,7 @@ class SelectiveSFTTrainer(SFTTrainer):
         self._step_counts: torch.Tensor | None = None
         self._outputs: list[SelectiveCausalLMOutput] = []  # of the micro-batches since the last log, detached
         self._totals: torch.Tensor | None = None  # of those before, when many steps go by without a log
+        self._looked_for_inertia = False
         validate_effects(self, source, given)
         if self._selective:
             self._select_tokens(source, given)
@@ -348,6 +356,8 @@ class SelectiveSFTTrainer(SFTTrainer):
             if negatives := total["negatives"]:
                 metrics["forget_loss"].append(total["forget_loss"] / negatives)
                 metrics["negative_prob"].append(total["negative_prob"] / negatives)
+                metrics["negative_below_1e-2"].append(total["negatives_unlikely"] / negatives)
+                self._warn_if_inert(total["negatives_unlikely"] / negatives)
                 metrics["negative_below_1e-6"].append(total["negatives_forgotten"] / negatives)
             metrics["negative_fraction"].append(negatives / max(positives + negatives, 1))
             if self._excess is not None:
@@ -356,8 +366,26 @@ class SelectiveSFTTrainer(SFTTrainer):
                 self._candidates = 0
         super().log(logs, start_time)
 
+    def _warn_if_inert(self, unlikely: float) -> None:
+        """Say once, at the first log after the warm-up, that the objective has hardly a gradient on these negatives.
+        Later they may be unlikely because they are forgotten.
+
+        Args:
+            unlikely: share of the negatives whose probability is below `UNLIKELY`.
+        """
+        args, state = self.args, self.state
+        if self._looked_for_inertia or state.global_step < args.get_warmup_steps(state.max_steps):
+            return
+        self._looked_for_inertia = True
+        if unlikely > 0.9 and args.forget_weight > 0 and spares_the_unlikely(args.forget_objective, args.forget_beta):
+            logger.warning(
+                f"{unlikely:.0%} of the negative tokens have p < {UNLIKELY}, where forget_objective="
+                f"{args.forget_objective!r} has next to no gradient: they are ignored rather than forgotten. "
+                "forget_objective='npo' forgets them, too"
+            )
+
     def _take_stats(self) -> torch.Tensor:
-        """The sums since the last log, `(6,)`. Names the rows whose loss was not finite: here, and not in every step,
+        """The sums since the last log, `(7,)`. Names the rows whose loss was not finite: here, and not in every step,
         since looking waits for the device."""
         stats = torch.stack([cast(torch.Tensor, output.stats) for output in self._outputs]).sum(0)
         stats = stats if self._totals is None else self._totals + stats

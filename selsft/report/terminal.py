@@ -74,7 +74,7 @@ def summarize(scored: Dataset, tokenizer: PreTrainedTokenizerBase, args: Selecti
     """
     special = special_ids(tokenizer) if args.protect_special_tokens else np.zeros(0, np.int64)
     there = [name for name in TOKEN_COLUMNS if name in scored.column_names]
-    words = Words(tokenizer) if args.pooling in ("word", "span") else None
+    words = Words(tokenizer) if args.pools_words else None
     weighted = add_token_weights(scored, args, special, padding_free=False, words=words)
     histogram, tokens, signs = ScoreHistogram(), 0, np.zeros(3, np.int64)
     worst = WorstTokens(tokenizer, special, show, CONTEXT)

@@ -20,6 +20,7 @@ from ..data.tokenizers import special_ids
 from ..data.words import Words
 from ..errors import input_errors
 from ..records import write_json
+from .chosen import warn_unverified
 from .weights import add_token_weights, pooled_scores, raw_scores
 from .worst import WorstTokens
 
@@ -46,7 +47,7 @@ def select_tokens(
     """
     args = args if args is not None else SelectiveSFTConfig("unused", use_cpu=True, bf16=False)
     special = special_ids(tokenizer) if args.protect_special_tokens else np.zeros(0, np.int64)
-    words = Words(tokenizer) if args.pooling in ("word", "span") else None
+    words = Words(tokenizer) if args.pools_words else None
     return add_token_weights(scored, args, special, padding_free=False, words=words)
 
 
@@ -67,11 +68,12 @@ def select(
     with input_errors():
         args = SelectiveSFTConfig(output_dir=str(folder), use_cpu=True, bf16=False, **options)
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        warn_unverified(args)
         weighted = select_tokens(scored, tokenizer, args)
     counts = {"tokens": 0, "trained": 0, "positive": 0, "neutral": 0, "negative": 0}
     special = special_ids(tokenizer) if args.protect_special_tokens else np.zeros(0, np.int64)
     worst = WorstTokens(tokenizer, special, WORST, CONTEXT)
-    words = Words(tokenizer) if args.pooling in ("word", "span") else None
+    words = Words(tokenizer) if args.pools_words else None
     there = [name for name in TOKEN_COLUMNS if name in weighted.column_names]
     for chunk in token_chunks(weighted, ["input_ids", "labels", *there]):
         mask, weights = supervised_mask(chunk, padding_free=False), chunk.columns[WEIGHTS]

@@ -84,7 +84,7 @@ def pooled_scores(
     if not pools(args):
         return scores
     numbers = None
-    if args.pooling in ("word", "span"):
+    if args.pools_words:
         if words is None:
             raise ValueError(f"score_pooling={args.pooling!r} needs the tokenizer's words")
         numbers = words.number(input_ids, lengths)
@@ -114,7 +114,8 @@ def labels_of(tokens: ScoredTokens, boundary: float | None, args: SelectiveSFTCo
     Args:
         boundary: what the tokens share (`shared_boundary`), or `None` where each row is ranked on its own.
     """
-    own = group_boundaries(tokens.scores, tokens.rows, args.positive_fraction or 0.0) if boundary is None else boundary
+    share = args.effective_fraction or 0.0
+    own = group_boundaries(tokens.scores, tokens.rows, share) if boundary is None else boundary
     safe = tokens.protected
     if args.gate_reference_prob is not None:
         assert tokens.ref_logps is not None
@@ -135,10 +136,10 @@ def shared_boundary(chunks: Chunks, args: SelectiveSFTConfig, reduce: Reduce | N
         return 0.0  # scores of -1 and 1
     if args.effective_threshold is not None:
         return -args.effective_threshold
-    assert args.positive_fraction is not None
+    assert args.effective_fraction is not None
     if args.selection_scope == "sequence":
         return None
-    return boundary_of_fraction(chunks, args.positive_fraction, reduce)
+    return boundary_of_fraction(chunks, args.effective_fraction, reduce)
 
 
 def select_token_weights(
@@ -197,7 +198,7 @@ def add_token_weights(
             `seq_lengths`.
         special_ids: `(k,)` int64, ids of tokens that are never negative.
         padding_free: whether the documents of a packed row are kept apart.
-        words: of the tokenizer, for `score_pooling` by word or span.
+        words: of the tokenizer, for `score_pooling` by words.
 
     Returns:
         the data set with int8 lists of -1, 0, 1, in a memory-mapped temporary file; 0 for tokens that are not trained
@@ -218,16 +219,18 @@ def add_token_weights(
     read += [REF_LOGPS] if args.gate_reference_prob is not None else []
     boundary = shared_boundary(lambda: (scores for _, _, scores in scored()), args)
     writer = ColumnWriter(WEIGHTS, "int8")
-    lowest, highest = np.inf, -np.inf
+    moved = 0.0  # the largest difference between reference and model
     for chunk, mask, scores in scored("input_ids"):
         weights = np.zeros(mask.size, np.int8)
         weights[mask] = labels_of(_tokens(chunk, mask, scores, special_ids), boundary, args)
         writer.write(weights, chunk.lengths)
-        lowest, highest = scores.min(initial=lowest), scores.max(initial=highest)
-    if args.score == "influence" and 0 <= highest - lowest < 1e-6:
+        if args.score == "influence":
+            differences = np.abs(chunk.columns[REF_LOGPS][mask] - chunk.columns[BASE_LOGPS][mask])
+            moved = float(differences.max(initial=moved))
+    if args.score == "influence" and moved < 1e-6:
         logger.warning(
-            "all tokens have the same score: the reference says what the model says, so nothing can be selected. "
-            "Is the reference another checkpoint than the model?"
+            "the reference says what the model says of every token, so the scores compare nothing. Is the reference "
+            "another checkpoint than the model?"
         )
     return with_column(dataset, WEIGHTS, writer.dataset())
 

@@ -92,7 +92,11 @@ def train(
     elif reference is not None:
         reference = saved_model(folder, 1) if loaded else tiny.llama(seed=1)
     accumulation = settings.pop("gradient_accumulation_steps", 1)
-    rule = {} if weights or "positive_fraction" in settings else {"negative_threshold": 0.1}
+    rule = (
+        {}
+        if weights or "positive_fraction" in settings
+        else {"negative_threshold": 0.1, "score_base_weight": 1.0, "score_pooling": "token"}
+    )
     args = SelectiveSFTConfig(
         str(folder / f"{case}-out"), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
         save_strategy="no", logging_steps=1, max_steps=3, learning_rate=0.2, optim="sgd", disable_tqdm=True,
