@@ -17,7 +17,7 @@ What is used, where it is, and which versions have it:
 - `fsdp2_prepare_model`, the same under FSDP2: accelerate.utils.fsdp_utils, 1.6 to 1.14
 - `SFTTrainer._prepare_dataset`, `._set_signature_columns_if_needed`, `._metrics`, `._is_vision_dataset`,
   `._tokenizer`, `.padding_free`, `.chat_template`: 1.15 to 1.16
-- `BaseTunerLayer` as a global of trl.trainer.sft_trainer, for the refusal of adapters on `lm_head`: 1.15 to 1.16
+- `BaseTunerLayer` as a global of trl.trainer.sft_trainer, for its check against adapters on `lm_head`: 1.15 to 1.16
 - `Trainer.get_batch_samples`, `.model_accepts_loss_kwargs`: transformers 5.17 to 5.23
 - `config._attn_implementation`, whether rows can be concatenated at no cost: transformers 4.36 to 5.23
 - `ExportableState` and `TrainerState.stateful_callbacks`, by which a callback's state survives a resume:

@@ -1,4 +1,4 @@
-"""Records of what was done: files that are whole or not there, locks, hashes, versions.
+"""Records of what was done: files that are complete or absent, locks, hashes, versions.
 
 Every file that selsft writes besides weights goes through here. A file gets its name when it is complete and synced to
 the disk, so what exists is finished, whatever killed the process that wrote it. Rejected: one writer for each command,
@@ -21,17 +21,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import InputError
+from .errors import InputError, failed_write
 from .secrets import redact
 
 PACKAGES = ("selsft", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "triton")
+MAKE_ROOM = "Make room on the disk, or let files be written there"
+_PART = ".part"
 logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[IO[bytes]]:
     """A file to write, which gets its name only when it is complete and on the disk; until then nothing has it."""
-    handle = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False)
+    handle = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=_PART, delete=False)
     try:
         with handle:
             yield handle
@@ -76,25 +78,31 @@ def write_json(path: Path, record: object) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty when the file is missing or holds something else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, FileNotFoundError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def remove(path: Path) -> None:
-    """Take away a file or a folder, if it is there."""
+    """Delete a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
+def sweep(folder: Path) -> None:
+    """Take away what a killed process has left half-written in a folder that is held by this one."""
+    for leftover in folder.glob(f".*{_PART}"):
+        remove(leftover)
+
+
 @contextlib.contextmanager
 def exclusive(folder: Path, field: str = "output_dir") -> Iterator[None]:
     """Hold `folder`, which is created, against other processes, until this one ends, however it ends.
 
-    The lock is on the folder itself and leaves no file in it.
+    The lock is on the folder itself and leaves no file in it. What a killed process has left half-written there goes.
 
     Raises:
         `InputError` naming `field` when another process holds it.
@@ -111,13 +119,37 @@ def exclusive(folder: Path, field: str = "output_dir") -> Iterator[None]:
         ) from None
     except OSError as error:  # some network file systems cannot lock a folder
         logger.warning(f"{folder} cannot be locked ({error}): do not run two commands in it at once")
+    else:
+        sweep(folder)
     try:
         yield
     finally:
         os.close(handle)
         if created:
             with contextlib.suppress(OSError):
-                folder.rmdir()  # where nothing came of it
+                folder.rmdir()  # if nothing was written
+
+
+@contextlib.contextmanager
+def resumable(folder: Path, field: str, kept: str) -> Iterator[None]:
+    """While a command works in `folder`: whatever cuts it off ends in one line that says what is kept.
+
+    Args:
+        kept: what is kept and how to resume, as the end of that line.
+
+    Raises:
+        `InputError` naming `field` and the folder when a file cannot be written, `KeyboardInterrupt` with the line.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(str(error) or f"{folder}: {kept}") from None
+    except Exception as error:
+        if (what := failed_write(error)) is None:
+            raise
+        raise InputError(f"{field}={str(folder)!r}: {what}. {MAKE_ROOM}: {kept}") from error
 
 
 def json_sha256(content: object) -> str:

@@ -1,9 +1,9 @@
-"""The scores of a data set, in a folder that training reads: `score_dataset`, and what `selsft score` runs.
+"""Scores a data set into a folder that training reads: `score_dataset`, and what `selsft score` runs.
 
-A trainer without a reference prepares the rows, so that tokens and truncation are those of training; then chunks of
+A trainer without a reference prepares the rows, so that tokens and truncation are as in training; then chunks of
 consecutive rows go through policy and reference and to disk one by one (`data.scored_folder`). The token weights are
-not saved, only the log-probabilities they come from: training chooses its own threshold. Judged rows are
-scored first, and what they say of the score is printed and kept before hours go into the data (`evaluation.judging`).
+not saved, only the log-probabilities behind them: training chooses its own threshold. Judged rows are
+scored first, and their verdict on the score is printed and kept before hours go into the data (`evaluation.judging`).
 Rejected: scoring through the trainer, which weighs all rows or none.
 """
 
@@ -63,10 +63,10 @@ def score_dataset(
     judged_test: Dataset | None = None,
     probe_clean: Dataset | None = None,
 ) -> Dataset:
-    """What scores of `dataset` are read from, kept in a folder: log-probabilities of every token under a model and its
-    reference, and what a probe says (`args.score`).
+    """Score every token of `dataset` and keep the scores in a folder: log-probabilities under a model and its
+    reference, and the probe's output (`args.score`).
 
-    What `selsft score` does. A call that was interrupted resumes when it is made again: finished shards are kept. With
+    The Python form of `selsft score`. An interrupted call resumes when it is repeated: finished shards are kept. With
     several processes (`accelerate launch`), all of them call this.
 
     Args:
@@ -151,7 +151,7 @@ def check_score_settings(
     shard_tokens: int,
     given: Collection[str] = (),
 ) -> None:
-    """Raise `InputError` for settings that cannot be scored with, before anything is loaded.
+    """Raise `InputError` for settings that do not allow scoring, before anything is loaded.
 
     Args:
         given: which of `JUDGED_DATA` come as rows, and not as the files that `args` names.
@@ -218,7 +218,7 @@ def row_settings(args: SelectiveSFTConfig, folder: Path) -> SelectiveSFTConfig:
     made.eval_strategy, made.push_to_hub = "no", False
     made.max_steps = max(made.max_steps, 1)  # a trainer of streamed rows must know its end
     if made.packing and made.packing_strategy == "bfd" and made.max_length is not None:
-        # Truncates and then packs whole documents, which see nothing of each other: so they are scored unpacked
+        # Truncates and then packs whole documents, which do not see each other: so they are scored unpacked
         made.packing, made.truncation_mode = False, "keep_start"
     return made
 
@@ -308,7 +308,7 @@ class ScoringRun:
         }
 
     def open(self, facts: dict[str, Any], rescore: bool = False) -> None:
-        """Create the folder, or take up the one that is there. Called in all processes.
+        """Create the folder, or continue the one that is there. Called in all processes.
 
         Raises:
             `ValueError` when the folder was made by something else, naming what differs.
@@ -322,7 +322,7 @@ class ScoringRun:
         """Fit what needs fitting and measure the score on judged rows, if there are any. Called in all processes.
 
         Raises:
-            `InputError` for judged rows that a probe or a threshold cannot be made of.
+            `InputError` for judged rows that do not suffice for a probe or a threshold.
         """
         computing = self.models.sharded or self.trainer.accelerator.is_main_process
         fit = self.judging.fit(self.store.path, computing)
@@ -356,7 +356,7 @@ class ScoringRun:
         return values
 
     def score(self, reading: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext) -> None:
-        """Score the shards that are not there, each process in turn.
+        """Score the missing shards, which processes share out in turn.
 
         Shards are independent, so processes do not talk to each other; with sharded weights all of them score every
         shard together. Memory-mapped rows are checked before the first forward pass, streamed ones as they come.
@@ -385,8 +385,8 @@ class ScoringRun:
         total = None
         if isinstance(dataset, Dataset):
             total = sum(chunk.size for index, chunk, _, done in shards() if not done and index % world == rank)
-        # Sharded weights: all processes must agree which shards are missing, and the first to write would make them
-        # differ
+        # With sharded weights all processes must agree which shards are missing, and the first to write would make
+        # them differ
         accelerator.wait_for_everyone()
         self.count = rows = 0
         quiet = bool(os.environ.get("TQDM_DISABLE"))

@@ -18,11 +18,24 @@ from typing import Any
 from .errors import InputError
 
 HIDDEN = "<hidden>"
-_WORDS = {"token", "secret", "password", "passwd", "passphrase", "credential", "credentials", "api_key", "apikey"}
+_WORDS = {
+    "token",
+    "secret",
+    "password",
+    "passwd",
+    "passphrase",
+    "credential",
+    "credentials",
+    "api_key",
+    "apikey",
+    "authorization",
+}
 _ENDINGS = tuple(f"_{word}" for word in (*_WORDS, "access_key", "secret_key", "private_key", "auth_key"))
 # Fields that end like a secret and are text of a vocabulary
 _PUBLIC = re.compile(r"(eos|bos|pad|unk|sep|cls|mask|image|video|audio|decoder_start|special|per|next)_token")
 _IN_TEXT = re.compile(r"""(["']?)([A-Za-z_]*[A-Za-z])\1(\s*[:=]\s*)(["'])((?:(?!\4).)+)\4""")
+# The password of https://user:password@host
+_IN_URL = re.compile(r"""(?<=://)([^/\s:@'"]*):([^/\s@'"]+)@""")
 _SHORTEST = 8  # characters; hiding each "1" of an environment variable would garble every record
 
 
@@ -38,10 +51,12 @@ def redact(content: Any) -> Any:
     """JSON-like `content` without secrets; everything else unchanged.
 
     Hidden are values of secret keys at any depth, the value after a secret flag in a list of arguments, the same
-    within texts that hold JSON or YAML, and any text that contains a secret found in these ways or in the environment.
+    within texts that hold JSON or YAML, passwords in URLs, and any text that contains a secret found in these ways or
+    in the environment.
     """
     known = {value for name, value in os.environ.items() if is_secret(name) and len(value) >= _SHORTEST}
-    known |= {value for value in _values(content) if len(value) >= _SHORTEST}
+    in_urls = {match[2] for value in os.environ.values() for match in _IN_URL.finditer(value)}
+    known |= {value for value in (*in_urls, *_values(content)) if len(value) >= _SHORTEST}
     return _hide(content, sorted(known, key=len, reverse=True))
 
 
@@ -96,6 +111,8 @@ def _values(content: Any) -> Iterator[str]:
         for match in _IN_TEXT.finditer(content):
             if is_secret(match[2]):
                 yield match[5]
+        for match in _IN_URL.finditer(content):
+            yield match[2]
         name, equals, value = content.partition("=")
         if equals and name.startswith("-") and is_secret(name):
             yield value
@@ -115,6 +132,7 @@ def _hide(content: Any, known: list[str]) -> Any:
     if isinstance(content, str):
         for secret in known:
             content = content.replace(secret, HIDDEN)
+        content = _IN_URL.sub(rf"\1:{HIDDEN}@", content)
         content = _IN_TEXT.sub(lambda m: m[0].replace(m[5], HIDDEN) if is_secret(m[2]) else m[0], content)
         name, equals, _ = content.partition("=")
         if equals and name.startswith("-") and is_secret(name):

@@ -192,8 +192,8 @@ class SelectiveSFTTrainer(SFTTrainer):
             self._select_tokens(source, given)
 
     def _select_tokens(self, source: str | Model | None, given: list[str]) -> None:
-        """All that a selective run needs beyond `SFTTrainer.__init__`; after it, so that the policy is initialised
-        from the same random numbers."""
+        """All that a selective run needs beyond `SFTTrainer.__init__`. Called after it, so that the policy is
+        initialised from the same random numbers."""
         validate_selection(self, source, given)
         if not isinstance(self.data_collator, DataCollatorForSelectiveSFT):
             parent = cast(DataCollatorForLanguageModeling, self.data_collator)
@@ -324,7 +324,7 @@ class SelectiveSFTTrainer(SFTTrainer):
 
     def _prove_weights_count(self) -> None:
         """Send two toy batches, which differ in a weight alone, through `SFTTrainer.compute_loss`: the installed TRL
-        must call the fused head, and return what it says. Nothing of it stays in metrics or counts."""
+        must call the fused head, and return its loss. Metrics and counts are restored."""
         before = copy.deepcopy(self._metrics), self._total_train_tokens, self.aux_loss_enabled
         self.aux_loss_enabled = False  # of experts, which TRL divides by a number that only a step knows
         device = self.accelerator.device

@@ -25,7 +25,9 @@ MAY_IMPORT = {
     "score": {"errors", "records", "config", "_compat", "data", "training", "scoring", "trainer", "evaluation"},
     "report": {"errors", "records", "config", "data", "selection", "evaluation"},
     "workflow": {"errors", "records", "config", "data", "training", "trainer", "evaluation"},
-    "demo": {"errors", "records", "config", "data", "training", "trainer", "scoring", "evaluation", "workflow"},
+    "demo": {
+        *("errors", "records", "config", "data", "training", "trainer", "scoring", "evaluation", "workflow", "report"),
+    },
     "skills": {
         *("errors", "records", "config", "data", "training", "trainer", "scoring", "evaluation", "workflow", "report"),
     },

@@ -4,11 +4,16 @@ import json
 import os
 
 import pytest
+import yaml
 
 from selsft import secrets
 from selsft.errors import InputError
 from selsft.records import write_json
 from selsft.secrets import HIDDEN, is_secret, redact, to_environment
+from tests.support import commands
+from tests.test_fault_injection import in_this_process, inputs
+
+__all__ = ["inputs"]  # a fixture
 
 MARK = "hf_marked-secret-0123456789"
 
@@ -47,6 +52,8 @@ def test_public_names(name):
         {"text": f"token: '{MARK}'", "again": f"https://user:{MARK}@host"},
         {"command": f"selsft train --hub_token {MARK}", "hub_token": MARK},
         [{"nested": [{"password": MARK}, f"said {MARK} aloud"]}],
+        {"source": f"https://user:{MARK}@host/rows.jsonl", "log": f"read {MARK}"},
+        {"headers": {"Authorization": f"Bearer {MARK}"}},
     ],
 )
 def test_records_have_no_secrets(record, tmp_path):
@@ -81,3 +88,46 @@ def test_the_door_moves_tokens_to_the_environment(monkeypatch):
     assert json.loads(flags["reference_model_init_kwargs"]) == {"revision": "x"}
     with pytest.raises(InputError, match=r"hub_token and model_init_kwargs\.token are different tokens"):
         to_environment({"hub_token": MARK, "model_init_kwargs": {"token": MARK + "2"}})
+
+
+NESTED = json.dumps({"token": MARK, "dtype": "float32"})
+GIVEN: dict[str, list[str]] = {
+    "train": ["--hub_token", MARK, "--model_init_kwargs", NESTED, "--reference_model_init_kwargs", NESTED],
+    "train without checkpoints": ["--config", "secret.yaml"],
+    "score": ["--config", "secret.yaml", f"--hub_token={MARK}", "--reference_model_init_kwargs", NESTED],
+    "score with a probe": ["--hub_token", MARK],
+    "evaluate": ["--hub_token", MARK, "--model_init_kwargs", NESTED],
+    "run": ["--hub_token", MARK, "--score.reference_model_init_kwargs", NESTED, "--model_init_kwargs", NESTED],
+    "skills": ["--training_kwargs", json.dumps({"hub_token": MARK, "optim": "adamw_torch"})],
+    "inspect": [],
+    "demo": [],
+    "bench": [],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", commands.COMMANDS)
+def test_no_command_writes_a_secret(inputs, tmp_path, command):
+    """Tokens as flags, in nested keys, in YAML, in URLs and in the environment; every file and all that is said."""
+    folder = tmp_path / "work"
+    commands.copy(inputs, folder)
+    (folder / "secret.yaml").write_text(yaml.safe_dump({"hub_token": MARK, "model_init_kwargs": {"token": MARK}}))
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["stages"]["evaluate"]["hub_token"] = MARK
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    read = {path.relative_to(folder) for path in folder.rglob("*")}
+
+    def environment() -> None:
+        in_this_process()
+        os.environ.update({
+            "WANDB_API_KEY": MARK + "-wandb", "HTTPS_PROXY": f"http://user:{MARK}@localhost:1", "HF_TOKEN": MARK,
+        })  # fmt: skip
+
+    for time in ("once", "and again, finished or not"):
+        done = commands.run([*commands.COMMANDS[command], *GIVEN[command]], folder, environment)
+        assert done.status == 0 or time != "once", done.text
+        assert MARK not in done.text
+    written = [path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder) not in read]
+    assert written
+    for path in written:
+        assert MARK.encode() not in path.read_bytes(), path

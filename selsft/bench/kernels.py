@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ..records import replaced, resumable
 from . import cases, peers, records, report
 from .cases import Case
 from .measure import copy_bandwidth, measure
@@ -28,6 +29,17 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(arguments.threads)
         print("No GPU is used: this runs the CPU path at a small size. Its figures say nothing about a GPU.")
     rows, shapes, ignored = sizes(arguments, device)
+    with resumable(arguments.output_dir, "output_dir", "nothing is kept of what is not finished, start it again"):
+        return _measure(arguments, rows, shapes, ignored, device)
+
+
+def _measure(
+    arguments: argparse.Namespace,
+    rows: tuple[int, ...],
+    shapes: tuple[tuple[int, int], ...],
+    ignored: tuple[int, ...],
+    device: torch.device,
+) -> int:
     found, notes = run(rows, shapes, ignored, arguments.implementations, device, arguments.seconds)
     if not found:
         print("selsft bench: error: none of the implementations could run", file=sys.stderr)
@@ -35,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     stem = arguments.output_dir / records.file_stem(device)
     records.write(found, stem.with_suffix(".csv"))
     text = report.markdown(found, notes)
-    stem.with_suffix(".md").write_text(text)
+    with replaced(stem.with_suffix(".md")) as file:
+        file.write(text.encode())
     print("\n" + text)
     bandwidth = copy_bandwidth(device, mib=1024 if device.type == "cuda" else 64)
     plotted = save_plot(found, bandwidth, stem.with_suffix(".png"))
@@ -102,12 +115,13 @@ def run(
         for pass_, trained in PASSES:
             floor = None
             for name in names:
-                print(
-                    f"\r\033[K[{number}/{len(todo)}] N={n} H={h} V={v} ignored={percent}% {pass_} "
-                    f"{'trained' if trained else 'frozen'} {name}",
-                    end="",
-                    flush=True,
-                )
+                if sys.stdout.isatty():
+                    print(
+                        f"\r\033[K[{number}/{len(todo)}] N={n} H={h} V={v} ignored={percent}% {pass_} "
+                        f"{'trained' if trained else 'frozen'} {name}",
+                        end="",
+                        flush=True,
+                    )
                 try:
                     record = one(case, name, pass_, trained, where, floor, seconds)
                 except Unavailable as error:
@@ -120,7 +134,8 @@ def run(
                 gc.collect()
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
-    print("\r\033[K", end="")
+    if sys.stdout.isatty():
+        print("\r\033[K", end="")
     return found, list(notes)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import importlib
 import importlib.util
+import io
 import platform
 import re
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from ..records import replaced
 
 
 class Environment(NamedTuple):
@@ -65,12 +68,14 @@ COLUMNS = [field.name.rstrip("_") for field in dataclasses.fields(Record)]
 
 def write(records: list[Record], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for record in records:
-            values = dataclasses.astuple(record)
-            writer.writerow([f"{v:.4g}" if isinstance(v, float) else v for v in values])
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for record in records:
+        values = dataclasses.astuple(record)
+        writer.writerow([f"{v:.4g}" if isinstance(v, float) else v for v in values])
+    with replaced(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def read(path: Path) -> list[Record]:

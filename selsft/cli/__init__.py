@@ -12,7 +12,9 @@ import importlib.metadata
 import os
 import sys
 
-from ..errors import InputError, one_line
+from ..errors import InputError, failed_write, one_line
+from ..workflow.child import end_with_parent
+from .launch import launched
 
 COMMANDS = {
     "train": "fine-tune a model: learn the useful tokens, forget the misleading ones (flags of `trl sft` and more)",
@@ -45,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def dispatch(name: str, argv: list[str]) -> int:
     """Run the command `name` and turn its bad input into one line and status 2."""
+    if launched():  # a launcher that is killed must not leave its processes to train on
+        end_with_parent()
     try:
         return importlib.import_module(f"{__name__}.{name}").main(argv) or 0
     except InputError as error:
@@ -52,9 +56,15 @@ def dispatch(name: str, argv: list[str]) -> int:
             raise
         print(f"selsft {name}: error: {one_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"selsft {name}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"selsft {name}: interrupted{f'. {error}' if str(error) else ''}", file=sys.stderr)
         return 130
+    except Exception as error:
+        what = failed_write(error)
+        if what is None or os.environ.get("SELSFT_TRACEBACK"):
+            raise
+        print(f"selsft {name}: error: {what}. Make room on the disk, or let files be written there", file=sys.stderr)
+        return 2
 
 
 def help_text() -> str:

@@ -18,11 +18,12 @@ from rich.table import Table
 
 from ..data.loading import BUILDERS, load_rows
 from ..errors import InputError, input_errors
+from ..evaluation.kept import FOLDER, Kept
 from ..evaluation.settings import METRICS, ROWS, EvaluateArguments
 from ..records import now, replaced_folder, versions, write_json
 from .arguments import Arguments, CommandParser
 from .launch import at_work, launched
-from .manifest import NAME
+from .manifest import NAME, settings_sha256
 from .train import check_new, init_kwargs, name_missing_model
 
 DESCRIPTION = (
@@ -41,6 +42,7 @@ def main(argv: list[str]) -> int:
     if arguments is None:
         return 0
     extra: EvaluateArguments = arguments.extra
+    settings = settings_sha256(arguments)
     folder = Path(str(extra.evaluation_dir or arguments.training.output_dir))
     check_new(folder, "evaluation_dir" if extra.evaluation_dir else "output_dir", "choose another folder")
     if not arguments.model.model_name_or_path:
@@ -56,9 +58,10 @@ def main(argv: list[str]) -> int:
             "nothing to evaluate on: give --dataset_name, --neutral_text, --options_file or --lm_eval_tasks"
         )
     field = "evaluation_dir" if extra.evaluation_dir else "output_dir"
-    with at_work(folder, field, "nothing is kept of an evaluation that is not finished, run the command again"):
+    with at_work(folder, field, "finished batches are kept in it, the same command resumes from there"):
         start = time.perf_counter()
-        metrics, tables = _evaluate(arguments, has_rows)
+        kept = Kept(folder / FOLDER, [_models(arguments), settings])
+        metrics, tables = _evaluate(arguments, has_rows, kept)
         metrics["seconds"] = round(time.perf_counter() - start, 1)
         save(folder, metrics, tables, arguments)
     _print(metrics, str(folder))
@@ -77,7 +80,15 @@ def _check(extra: EvaluateArguments) -> None:
             raise InputError(f"{name}={path!r}: no such file in {os.getcwd()}")
 
 
-def _evaluate(arguments: Arguments, has_rows: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+def _models(arguments: Arguments) -> list[str]:
+    """What the model, and the one to compare with, are known by: their content."""
+    from ..workflow.stage import model_source
+
+    names = (arguments.model.model_name_or_path, arguments.extra.base_model_name_or_path)
+    return [model_source(name, arguments.model.model_revision) for name in names if name]
+
+
+def _evaluate(arguments: Arguments, has_rows: bool, kept: Kept) -> tuple[dict[str, Any], dict[str, Any]]:
     from ..evaluation.evaluate import evaluate_rows, evaluate_text
     from ..evaluation.load import load_model
 
@@ -109,18 +120,19 @@ def _evaluate(arguments: Arguments, has_rows: bool) -> tuple[dict[str, Any], dic
                 base=base,
                 max_new_tokens=extra.max_new_tokens,
                 batch_tokens=extra.eval_batch_tokens,
+                kept=kept,
             )
         metrics |= found.metrics
         tables[ROWS] = found.rows
     else:
         model = cast(Any, model).to(training.device)
     if texts:
-        metrics |= evaluate_text(model, tokenizer, texts, extra.neutral_block)
+        metrics |= evaluate_text(model, tokenizer, texts, extra.neutral_block, kept)
     if extra.options_file:
         from ..evaluation.choices import option_accuracy
 
         with input_errors():
-            accuracy, table = option_accuracy(model, tokenizer, extra.options_file, extra.eval_batch_tokens)
+            accuracy, table = option_accuracy(model, tokenizer, extra.options_file, extra.eval_batch_tokens, kept)
         metrics |= accuracy
         tables["options.parquet"] = table
     if extra.lm_eval_tasks:
@@ -128,7 +140,10 @@ def _evaluate(arguments: Arguments, has_rows: bool) -> tuple[dict[str, Any], dic
 
         names = [task.strip() for task in extra.lm_eval_tasks.split(",") if task.strip()]
         with input_errors():
-            metrics["lm_eval"] = run_harness(model, tokenizer, names, limit=extra.lm_eval_limit)
+            metrics["lm_eval"] = kept.one(
+                "harness", "lm-evaluation-harness", [names, extra.lm_eval_limit],
+                lambda: run_harness(model, tokenizer, names, limit=extra.lm_eval_limit),
+            )  # fmt: skip
     return metrics, tables
 
 

@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 
 from ..errors import InputError
-from ..records import exclusive
+from ..records import exclusive, resumable
 
 
 def launched() -> bool:
@@ -97,14 +97,7 @@ def _processes(launch: list[str]) -> int:
 
 @contextlib.contextmanager
 def at_work(folder: Path, field: str, resume: str) -> Iterator[None]:
-    """Hold a folder while a command works in it, and say after Ctrl-C what is kept. Of several processes the launching
-    one alone does so."""
-    if launched():
+    """Hold a folder while a command works in it, and say what is kept when it is cut off. Of several processes the
+    launching one alone holds it."""
+    with resumable(folder, field, resume), contextlib.nullcontext() if launched() else exclusive(folder, field):
         yield
-        return
-    with exclusive(folder, field):
-        try:
-            yield
-        except KeyboardInterrupt:
-            print(f"{folder}: {resume}", file=sys.stderr)
-            raise

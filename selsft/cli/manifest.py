@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..data.chunks import data_fingerprint, token_chunks
-from ..records import now, versions, write_json
+from ..records import json_sha256, now, read_json, versions, write_json
 from ..trainer import SelectiveSFTTrainer
 from ..training.fingerprint import model_fingerprint
 from .arguments import Arguments
@@ -39,6 +39,19 @@ def run_manifest(command: str, arguments: Arguments, trainer: SelectiveSFTTraine
         "model_config": {key: value for key, value in vars(arguments.model).items() if value is not None},
     }
     return manifest
+
+
+def settings_sha256(arguments: Arguments) -> str:
+    """Hash of all that a command was given, by flags or in a file; taken before anything is added to its settings."""
+    training = {key: value for key, value in arguments.training.to_dict().items() if key != "resume_from_checkpoint"}
+    parts = [arguments.script, arguments.model, arguments.mixture, arguments.extra]
+    return json_sha256([training, *(vars(part) for part in parts if part is not None)])
+
+
+def begun(folder: Path, settings: str) -> bool:
+    """Whether a command with this `settings_sha256` has begun to fill `folder` and has not finished."""
+    found = read_json(folder / NAME)
+    return found.get("settings_sha256") == settings and "finished" not in found
 
 
 def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from ..trainer import SelectiveSFTTrainer
 from ..training.checkpoints import last_checkpoint
 from .arguments import Arguments, CommandParser
 from .launch import at_work, launch_command, launched, needs_launch
-from .manifest import run_manifest, write_manifest
+from .manifest import begun, run_manifest, settings_sha256, write_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -43,34 +43,50 @@ def main(argv: list[str]) -> int:
     arguments = CommandParser("train", DESCRIPTION, EXAMPLES).parse(argv)
     if arguments is None:
         return 0
-    resume = check_paths(arguments)
+    settings = settings_sha256(arguments)
+    resume = check_paths(arguments, settings)
     check_model_and_data(arguments)
     if arguments.source.name:
         use_folder(arguments.training, arguments.source.name)
     output = Path(str(arguments.training.output_dir))
-    with at_work(output, "output_dir", "checkpoints are kept in it: resume with --resume_from_checkpoint true"):
+    with at_work(output, "output_dir", "checkpoints are kept in it, the same command resumes from the last one"):
         if needs_launch(arguments.launch):
-            return launch_command("train", arguments.launch, arguments.own, arguments.training.use_cpu)
+            own = [*arguments.own, *(["--resume_from_checkpoint", resume] if resume else [])]
+            return launch_command("train", arguments.launch, own, arguments.training.use_cpu)
         evaluate = arguments.training.eval_strategy != "no"
         trainer = build_trainer(arguments, evaluate)
-        _train(trainer, arguments, resume)
+        _train(trainer, arguments, resume, settings)
     return 0
 
 
-def check_paths(arguments: Arguments) -> str | None:
-    """Check paths before data and model are loaded; returns the checkpoint to resume from, if any."""
+def check_paths(arguments: Arguments, settings: str) -> str | None:
+    """Check paths before data and model are loaded; returns the checkpoint to resume from, if any.
+
+    A folder that this very command has begun (`settings`, its hash) and not finished is taken up: from its last
+    checkpoint, or from the start where there is none.
+    """
     output = Path(str(arguments.training.output_dir))
     resume = arguments.training.resume_from_checkpoint
     if resume and resume.lower() in ("true", "latest"):
         found = last_checkpoint(output)
         if found is None:
-            raise InputError(f"resume_from_checkpoint={resume}: output_dir={str(output)!r} holds no checkpoint")
+            raise InputError(
+                f"resume_from_checkpoint={resume}: output_dir={str(output)!r} holds no checkpoint: leave the flag out"
+            )
         return found
     if resume and not Path(resume).is_dir():
         raise InputError(f"resume_from_checkpoint={resume!r} is not a folder: give a checkpoint folder, or 'true'")
-    if not resume:
-        check_new(output, "output_dir", "choose another folder, or resume with --resume_from_checkpoint true")
-    return resume
+    if resume or launched():
+        return resume
+    if not begun(output, settings):
+        remedy = "choose another folder, or resume with the same command or --resume_from_checkpoint true"
+        check_new(output, "output_dir", remedy)
+        return None
+    found = last_checkpoint(output)
+    print(
+        f"{output}: {f'resumed from {Path(found).name}' if found else 'begun before the first checkpoint, done anew'}"
+    )
+    return found
 
 
 def check_new(folder: Path, field: str, remedy: str) -> None:
@@ -78,7 +94,7 @@ def check_new(folder: Path, field: str, remedy: str) -> None:
     since the first of the others may have begun to write."""
     if launched():
         return
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    if folder.is_file() or (folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())):
         raise InputError(f"{field}={str(folder)!r} exists and is not empty, nothing was overwritten: {remedy}")
 
 
@@ -137,10 +153,11 @@ def name_missing_model(field: str, name: str | None, error: OSError) -> None:
         ) from error
 
 
-def _train(trainer: SelectiveSFTTrainer, arguments: Arguments, resume: str | None) -> None:
+def _train(trainer: SelectiveSFTTrainer, arguments: Arguments, resume: str | None, settings: str) -> None:
     training, main_process = arguments.training, trainer.accelerator.is_main_process
     output = str(training.output_dir)
-    manifest = run_manifest("train", arguments, trainer)
+    with input_errors():  # it reads all rows
+        manifest = {**run_manifest("train", arguments, trainer), "settings_sha256": settings}
     if main_process:
         write_manifest(output, manifest)
     start = time.perf_counter()

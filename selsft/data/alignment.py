@@ -1,11 +1,10 @@
 """Which tokens spell which characters of a text.
 
 A token covers a character when it spells any part of it: all tokens of an emoji that falls apart into bytes cover the
-emoji. The tokens themselves say it best: the vocabulary gives the bytes of every token, and where these bytes, one
-token after another, are the text, their lengths are exact offsets. That holds for byte-level BPE (Llama 3, Qwen,
-SmolLM) and for SentencePiece vocabularies with byte fallback (Llama 2, Gemma, Mistral), with special tokens and a
-dummy prefix. Where they are not the text (a normaliser changed it, or a token is unknown), the offsets of the fast
-tokenizer take over, repaired where they are known to be wrong.
+emoji. The vocabulary gives the bytes of every token; where these bytes, joined, are the text, their lengths are exact
+offsets. That holds for byte-level BPE (Llama 3, Qwen, SmolLM) and for SentencePiece vocabularies with byte fallback
+(Llama 2, Gemma, Mistral), with special tokens and a dummy prefix. Where they are not the text (a normaliser changed
+it, or a token is unknown), the fast tokenizer's offsets are used, corrected where they are known to be wrong.
 
 Rejected: the tokenizer's offsets throughout. They would tokenise every text a second time, count a dummy prefix as
 part of the first letter, leave combining marks that NFC composed to no token, and lose spaces under `trim_offsets`.
@@ -26,7 +25,7 @@ CharacterRange = tuple[int, int]
 
 
 class Alignment:
-    """Finds the tokens of ranges of characters, for one tokenizer.
+    """Maps ranges of characters to tokens, for one tokenizer.
 
     Args:
         tokenizer: fast or slow; a slow one works as long as the bytes of its tokens are the text.

@@ -1,9 +1,9 @@
 """Token columns of a data set as flat arrays, a chunk of rows at a time, and columns written back the same way.
 
-A data set of 1e8 tokens lies in memory-mapped Arrow files; what works on its tokens sees views of about a million of
-them, so that memory does not grow with the data and no Python loop runs over rows. Rejected: `with_format("numpy")`,
-which makes one array per row, and `Dataset.map`, which hashes the function and its settings for a cache that would
-outlive them.
+A data set of 1e8 tokens is memory-mapped from Arrow files. Code that works on its tokens sees about a million of them
+at a time, so that memory does not grow with the data and no Python loop runs over rows. Rejected:
+`with_format("numpy")`, which makes one array per row, and `Dataset.map`, which hashes the function and its settings
+for a cache that would outlive them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from datasets.table import InMemoryTable
 logger = logging.getLogger(__name__)
 
 TOKENS_PER_CHUNK = 2**20
-_ROWS_PER_READ = 512  # read ahead of the chunk that is at work
+_ROWS_PER_READ = 512  # read ahead of the current chunk
 
 
 @dataclass
@@ -56,7 +56,7 @@ def token_chunks(
     """The rows of `dataset` in order, in chunks of at most `tokens` tokens (or one longer row).
 
     A chunk ends where the next row would not fit, however the rows are stored, so that the same rows always make the
-    same chunks. One chunk at a time is in memory, and the rows that are read ahead.
+    same chunks. Memory holds one chunk and the rows read ahead.
 
     Args:
         dataset: memory-mapped or streamed.
@@ -99,7 +99,7 @@ def _mapped(dataset: Dataset, names: Sequence[str]) -> Iterator[TokenChunk]:
 
 
 def _streamed(dataset: IterableDataset, names: Sequence[str]) -> Iterator[TokenChunk]:
-    first, kind = 0, pa.list_(pa.int64())  # streams are read for token ids, labels and document lengths
+    first, kind = 0, pa.list_(pa.int64())  # of streams only token ids, labels and document lengths are read
     for rows in dataset.iter(batch_size=_ROWS_PER_READ):
         read = [name for name in (*names, "seq_lengths") if name in rows]
         columns = {name: pa.array(rows[name], type=kind) for name in read}
@@ -169,7 +169,7 @@ def _document_lengths(column: pa.Array, lengths: np.ndarray, first: int) -> np.n
 
 
 def supervised_mask(chunk: TokenChunk, padding_free: bool) -> np.ndarray:
-    """Which tokens the collator leaves a label and a past to be predicted from: `(tokens,)` bool.
+    """Which tokens keep their label in the collator and have a past to be predicted from: `(tokens,)` bool.
 
     Args:
         chunk: with the column `labels`.
@@ -204,7 +204,7 @@ class ColumnWriter:
     """Writes one list column to a temporary Arrow file, chunk by chunk; `dataset` maps it into memory.
 
     The file lies in the temporary folder of `datasets`, which is removed when the process ends. When that disk is
-    full, the rows stay in memory instead: a column took hours to compute and costs a few bytes a token.
+    full, the rows stay in memory instead: a column may take hours to compute and costs a few bytes a token.
     """
 
     def __init__(self, name: str, dtype: str):
@@ -217,7 +217,7 @@ class ColumnWriter:
         self._kept: list[pa.RecordBatch] = []
 
     def write(self, flat: np.ndarray, lengths: np.ndarray) -> None:
-        """Append `len(lengths)` rows that share out `flat`."""
+        """Append `len(lengths)` rows, with `flat` divided among them."""
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, type=self._values))
         batch = pa.record_batch([column], schema=self._schema)

@@ -1,6 +1,6 @@
 """The token columns: their names, and how a column lines up with the positions that predict its tokens.
 
-A column has one value per token, and its index t belongs to token t, whatever computes, pads or packs it. Rejected:
+A column has one value per token; index t belongs to token t, whatever computes, pads or packs it. Rejected:
 columns that are shifted already, which every packing and padding rule would have to know about.
 """
 
@@ -40,7 +40,7 @@ def token_columns(dataset: Dataset | IterableDataset, score: str = "influence") 
 def shift(column: torch.Tensor, width: int) -> torch.Tensor:
     """Align a token column with the positions that predict its tokens: the one place where columns are shifted.
 
-    Index t of a column belongs to token t, which position t - 1 predicts, so the first column falls away. Prompt
+    Index t of a column belongs to token t, which position t - 1 predicts, so the first column is dropped. Prompt
     learning (PEFT) puts virtual tokens in front, which have no column: the left is filled with zeros.
 
     Args:

@@ -1,7 +1,7 @@
-"""A text and its corrections -> spans: what the corrections change is wrong.
+"""Spans from a text and its corrections: what the corrections change is wrong.
 
 Words of the text and of a correction are aligned by `difflib` (longest common blocks). A word is a run of letters and
-digits, a single sign of punctuation, or a single CJK character; white space counts nowhere. A word that is replaced or
+digits, a single punctuation mark, or a single CJK character; white space is ignored. A word that is replaced or
 deleted is changed; where a correction inserts words, the next word is in doubt, since nothing that is there is wrong
 (Bryant et al., ERRANT, puts a missing word there too). With n corrections, a word that at least three quarters of them
 change is wrong; any other word that is changed or in doubt is unknown (weight 0); the rest is right. With one

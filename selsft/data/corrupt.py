@@ -1,8 +1,8 @@
-"""Rules that damage clean text: errors of which it is known where they are.
+"""Rules that damage clean text, which gives errors whose places are known.
 
 A probe trained on them needs no human judgement (`scoring/probe.py`). On learner essays it does as well as one trained
 on 60 judged sentences, and leaving out any one kind costs little, so the mix needs no tuning (docs/scores.md).
-Rejected: replacements that the model itself samples, which are too likely to look wrong (AUC .62 against .76).
+Rejected: replacements sampled from the model itself, which are too likely to look wrong (AUC .62 against .76).
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def corrupt_text(
 ) -> tuple[str, Spans]:
     """A damaged text and what is wrong in it: `(start, end, weight)` in its characters, -1 wrong, 0 unknown.
 
-    Where words are missing, nothing that is there is wrong: the next word is unknown.
+    Where a word is missing, no word that is there is wrong: the next one is unknown.
 
     Args:
-        kinds: of `KINDS`; one is drawn for each damage. `swap` exchanges two words, `function` replaces a preposition
+        kinds: of `KINDS`; one is drawn for each edit. `swap` exchanges two words, `function` replaces a preposition
             or determiner, `replace` takes a word of `vocabulary`, `insert` adds a function word.
-        share: of the words that are damaged, at least one.
+        share: of the words to damage; at least one is.
     """
     words = [match.span() for match in _WORD.finditer(text)]
     wanted = max(1, round(share * len(words) + rng.random() - 0.5))

@@ -1,7 +1,7 @@
-"""A judged sample as flat arrays: which tokens somebody has called wrong or right.
+"""A judged sample as flat arrays: which tokens somebody has judged wrong or right.
 
-What probes are fitted on and scores are measured with. Rows come in the forms of docs/spans.md and are prepared by TRL
-as training prepares them, so that token t of the sample is token t of a training row. Rejected: `token_weights` alone,
+Probes are fitted on it and scores are measured with it. Rows come in the forms of docs/spans.md, prepared by TRL
+as for training, so that token t of the sample is token t of a training row. Rejected: `token_weights` alone,
 where a token that nobody looked at cannot be told from a right one.
 """
 
@@ -63,7 +63,7 @@ class JudgedRows:
 
     @cached_property
     def row_wrong(self) -> np.ndarray:
-        """Of each row, `(rows,)` int8: 1 with a wrong token, 0 with right ones only, -1 without any that is judged."""
+        """For each row, `(rows,)` int8: 1 with a wrong token, 0 with right ones only, -1 where none is judged."""
         worst = np.full(self.lengths.size, -1, np.int8)
         np.maximum.at(worst, self.row, self.wrong)
         return worst
@@ -89,7 +89,7 @@ def judged_rows(
         chat_template: what the trainer renders with instead of the tokenizer's own (`SFTTrainer.chat_template`).
 
     Raises:
-        `InputError` for rows that say nothing about their text, for wrong marks (naming the row), and where no token
+        `InputError` for rows that say nothing about their text, for invalid marks (naming the row), and where no token
         is judged.
     """
     check_marks(dataset, args.dataset_text_field)
@@ -145,8 +145,8 @@ def judged_rows(
 def _prepare(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig, chat_template: str | None
 ) -> Dataset:
-    """The rows as `SFTTrainer` tokenises them, neither truncated nor shuffled. Its method needs of the trainer what
-    stands here, and no model."""
+    """The rows as `SFTTrainer` tokenises them, neither truncated nor shuffled. Its method needs no model, and no more
+    of the trainer than is set here."""
     completion_only = args.completion_only_loss
     if completion_only is None:
         completion_only = {"prompt", "completion"} <= set(dataset.column_names)

@@ -54,7 +54,7 @@ class DataSource:
 
     @property
     def description(self) -> str:
-        """What the data is loaded from, in words."""
+        """What the data is loaded from, for messages."""
         if self._parts:
             return ", ".join(f"{part.path} {part.data_files or part.name or ''}".strip() for part in self._parts)
         return self.name or ""
@@ -85,7 +85,7 @@ def load_splits(
 
     Args:
         text_field: column of plain text that can be trained on.
-        strict: refuse rows of the train split that hold nothing, which SFTTrainer drops in silence.
+        strict: raise for empty rows of the train split, which SFTTrainer drops silently.
 
     Raises:
         `InputError` for data that is not there, splits that it does not have, and columns that cannot be trained on.
@@ -167,6 +167,10 @@ def _load(source: DataSource) -> DatasetDict | IterableDatasetDict | dict[str, D
         saved = load_scores(name) if scored else load_from_disk(name)
         return saved if isinstance(saved, DatasetDict) else {source.split: saved}
     if builder := _builder(name):
+        if builder == "json" and _starts_with_null(path):
+            raise InputError(
+                f"{name!r} cannot be read as data: its first row is null, not an object with a key per column"
+            )
         return load_dataset(builder, data_files={source.split: name}, streaming=source.streaming)
     return load_dataset(name, name=source.config, streaming=source.streaming)
 
@@ -199,7 +203,7 @@ def _from_reader(error: BaseException) -> bool:
 
 
 def _broken_line(path: Path) -> str | None:
-    """What is wrong with which line of a text file; `None` when every line by itself can be read."""
+    """The first line of a text file that cannot be read, and why; `None` when every line by itself can be."""
     suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED]
     if not suffixes or suffixes[-1] in (".parquet", ".arrow"):
         return None
@@ -218,6 +222,16 @@ def _broken_line(path: Path) -> str | None:
             if not isinstance(row, dict):
                 return f"line {number} is not a JSON object with a key per column"
     return None
+
+
+def _starts_with_null(path: Path) -> bool:
+    """Whether the first row is `null`, on which the reader of Arrow crashes."""
+    with _open(path) as lines:
+        try:
+            first = next((text for line in lines if (text := line.removeprefix(b"\xef\xbb\xbf").strip())), b"")
+        except (OSError, EOFError):  # a damaged archive, which the reader names
+            return False
+    return first.startswith(b"null")
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -247,7 +261,7 @@ def _check_columns(data: Split, text_field: str) -> list[str]:
     )
 
 
-# Columns of question and answer in widespread formats
+# Question and answer columns of common formats
 _PAIRS = (
     ("question", "answer"), ("instruction", "output"), ("instruction", "response"), ("query", "response"),
     ("input", "output"), ("question", "response"), ("prompt", "response"), ("prompt", "answer"),

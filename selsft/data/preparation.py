@@ -26,7 +26,7 @@ from .spans import TokenMarks, has_marks, mark_tokens, read_marks, weight_of
 
 
 def brings_weights(dataset: Dataset | IterableDataset, score: str = "influence", text_field: str = "text") -> bool:
-    """Whether `dataset` says itself which tokens count how much."""
+    """Whether the rows of `dataset` bring weights, scores or marks of their own."""
     return bool(token_columns(dataset, score)) or has_marks(dataset, text_field)
 
 
@@ -86,7 +86,7 @@ def read_token_marks(
     text_field: str,
     judged: bool = False,
 ) -> TokenMarks:
-    """What row number `row`, tokenised by TRL and still with its text, says about its tokens.
+    """What the marks of row number `row` say about its tokens. TRL has tokenised it and kept its text.
 
     Raises:
         `InputError` naming the row.
@@ -169,7 +169,7 @@ def truncate_and_pack(
 
 
 def _check_context(args: SFTConfig, packing: bool, columns: list[str]) -> None:
-    """A score holds for the tokens before it: dropping some of them would leave it wrong in silence."""
+    """A score depends on the tokens before it: dropping some of them would silently make it wrong."""
     cuts = (
         args.packing_strategy in ("wrapped", "bfd_split")
         if packing
@@ -188,17 +188,17 @@ def _check_lengths(dataset: Dataset | IterableDataset, columns: list[str]) -> No
     """Streamed rows are checked by the collator, as they come."""
     if isinstance(dataset, IterableDataset):
         return
-    start = 0  # of the block of rows; a Python loop over tokens would take minutes on a large data set
-    for block in dataset.select_columns(columns).with_format("arrow").iter(batch_size=10_000):
-        tokens = pc.list_value_length(block["input_ids"]).to_numpy()
+    start = 0  # first row of the chunk; a Python loop over tokens would take minutes on a large data set
+    for chunk in dataset.select_columns(columns).with_format("arrow").iter(batch_size=10_000):
+        tokens = pc.list_value_length(chunk["input_ids"]).to_numpy()
         for name in columns:
-            column = block[name].combine_chunks()
+            column = chunk[name].combine_chunks()
             lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy(zero_copy_only=False)
             if (wrong := np.flatnonzero(lengths != tokens)).size:
                 row = int(wrong[0])
-                found = "nothing" if lengths[row] < 0 else f"{lengths[row]} values"
+                held = "nothing" if lengths[row] < 0 else f"{lengths[row]} values"
                 raise ValueError(
-                    f"row {start + row}: column {name!r} has {found} for {tokens[row]} tokens; it needs one value per "
+                    f"row {start + row}: column {name!r} has {held} for {tokens[row]} tokens; it needs one value per "
                     "token"
                 )
             if name in ("input_ids", "labels"):

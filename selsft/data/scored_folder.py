@@ -1,11 +1,11 @@
 """A folder of scores: Parquet shards of consecutive rows and a manifest that says what made them.
 
 `selsft score` writes one for training to read, and the trainer keeps its own scores in such folders. A shard appears
-by a rename when it is whole, so what exists is finished, whatever killed the process that was at work. Shards carry
-hashes of their rows, of their scores and of the identity (all that decides a score besides the rows), and are taken
-over only where all three hold. Nothing in a shard depends on time or on the process that wrote it: a resumed run ends
-in the same bytes as an uninterrupted one. Rejected: one Arrow data set written at the end, which loses hours to an
-interrupt, and a list of finished shards in the manifest while they are made, which several processes would have to
+by a rename when it is complete, so what exists is finished, whatever killed the process. Shards carry
+hashes of their rows, of their scores and of the identity (all that decides a score besides the rows), and are reused
+only where all three match. Nothing in a shard depends on time or on the process that wrote it: a resumed run ends
+with the same bytes as an uninterrupted one. Rejected: one Arrow data set written at the end, which loses hours to an
+interrupt, and a list of finished shards in the manifest while they are computed, which several processes would have to
 lock.
 """
 
@@ -50,7 +50,7 @@ class ScoredFolder:
         self._identity_sha256 = json_sha256(identity)
 
     def open(self, facts: dict[str, Any], rescore: bool = False) -> None:
-        """Create the folder, or take up the one that is there. For one process; the others call `check`.
+        """Create the folder, or continue the one that is there. For one process; the others call `check`.
 
         Args:
             facts: goes into a new manifest beside the identity (names, versions).
@@ -85,8 +85,8 @@ class ScoredFolder:
         """
         path = self.path / _name(index)
         try:
-            found = _metadata(path)
-            identity, data = found["identity_sha256"], found["data_sha256"]
+            info = _metadata(path)
+            identity, data = info["identity_sha256"], info["data_sha256"]
         except FileNotFoundError:
             return False
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
@@ -141,9 +141,9 @@ class ScoredFolder:
         """Write the manifest of a whole folder of `count` shards, and return it.
 
         Args:
-            facts: goes into the manifest, in the place of what it had under these names.
-            idle: what a killed process has left half-written is removed when nothing has touched it for so many
-                seconds; another run may be at work in a shared folder.
+            facts: goes into the manifest, replacing what it had under these names.
+            idle: half-written files of a killed process are removed when they are this many seconds old; another run
+                may be at work in a shared folder.
 
         Raises:
             `ValueError` when there are more shards, since then the data has fewer rows than before, and for a shard
@@ -182,8 +182,8 @@ class ScoredFolder:
         return manifest
 
     def _shards(self) -> dict[int, Path]:
-        found = ((_SHARD.fullmatch(path.name), path) for path in self.path.iterdir())
-        return {int(match[1]): path for match, path in found if match}
+        matches = ((_SHARD.fullmatch(path.name), path) for path in self.path.iterdir())
+        return {int(match[1]): path for match, path in matches if match}
 
     def _write(self, manifest: dict[str, Any]) -> None:
         write_json(self.path / MANIFEST, manifest)
@@ -196,15 +196,15 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         digest = "reference_sha256" if side else "model_sha256"
         if f"{side}dtype" in changed and digest in changed:
             changed.remove(digest)
-    found = []
+    lines = []
     for name in changed:
         old, new = before.get(name), now.get(name)
         if name.endswith("_sha256"):
             old, new = (str(value)[:12] for value in (old, new))
-            found.append(f"another {name.removesuffix('_sha256')} (sha256 {old}, now {new})")
+            lines.append(f"another {name.removesuffix('_sha256')} (sha256 {old}, now {new})")
         else:
-            found.append(f"{name}={old!r}, this run has {name}={new!r}")
-    return found
+            lines.append(f"{name}={old!r}, this run has {name}={new!r}")
+    return lines
 
 
 def is_scored(path: str | Path) -> bool:

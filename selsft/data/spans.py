@@ -62,7 +62,7 @@ class Span(NamedTuple):
 class TextMarks:
     """What is said about one text: the text or completion of a row, or `field` of message number `message`.
 
-    `detailed` says that somebody has looked at its parts: there are spans, perhaps none of them, or corrections.
+    `detailed`: somebody has judged its parts, so there is a list of spans, perhaps empty, or corrections.
     `weight` is that of the whole text.
     """
 
@@ -91,7 +91,7 @@ class TokenMarks:
     whole: bool
 
 
-# Which data sets
+# Which data sets have marks
 
 
 def has_marks(dataset: Dataset | IterableDataset, text_field: str = "text") -> bool:
@@ -121,7 +121,7 @@ def _keys(dataset: Dataset | IterableDataset, name: str) -> set[str]:
         keys = set(struct) | inside | ({_IN_PARTS} if inside else set())
         if not any(type(struct.get(content)).__name__ == "Json" for content in _CONTENTS):
             return keys
-    # Keys that differ between messages are stored as JSON, and of those the features say nothing
+    # Keys that differ between messages are stored as JSON, which the features do not describe
     messages = _json_messages(dataset, name) if isinstance(dataset, Dataset) else _first_messages(dataset, name)
     for message in messages:
         keys |= _marks_of(message)
@@ -148,8 +148,8 @@ def _first_messages(dataset: IterableDataset, name: str) -> Iterator[dict[str, A
 
 def _json_messages(dataset: Dataset, name: str) -> Iterator[dict[str, Any]]:
     """Messages, or their contents, of which the stored JSON has the key of a mark."""
-    for block in dataset.select_columns([name]).with_format("arrow").iter(batch_size=10_000):
-        column = block[name].combine_chunks()
+    for chunk in dataset.select_columns([name]).with_format("arrow").iter(batch_size=10_000):
+        column = chunk[name].combine_chunks()
         while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
             column = column.flatten()
         fields = {"": column}
@@ -165,7 +165,7 @@ def _json_messages(dataset: Dataset, name: str) -> Iterator[dict[str, Any]]:
 def check_marks(
     dataset: Dataset | IterableDataset, text_field: str, *, formatting: bool = False, reference: bool = False
 ) -> None:
-    """Raise `InputError` where marks meet something else that says which tokens count, or which text there is.
+    """Raise `InputError` where marks conflict with another source of token weights or of the text.
 
     Args:
         formatting: whether a `formatting_func` makes the text.
@@ -199,8 +199,8 @@ def check_marks(
 
 
 def refuse_late_marks(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """`dataset`, in which no marks were found; a stream then raises `InputError` at the first row that has one, which
-    would be ignored in silence. Only rows that a stream does not declare can come so late."""
+    """`dataset`, in which no marks were found. A stream without declared features can still bring some; it raises
+    `InputError` at the first such row, whose marks would otherwise be ignored."""
     declared = dataset.features is not None and "Json(" not in repr(dataset.features)
     if isinstance(dataset, Dataset) or declared or "input_ids" in get_dataset_column_names(dataset):
         return dataset
@@ -222,7 +222,7 @@ def refuse_late_marks(dataset: Dataset | IterableDataset) -> Dataset | IterableD
 
 
 def join_parts(dataset: Dataset | IterableDataset, **map_options) -> Dataset | IterableDataset:
-    """`dataset` with the content parts of messages joined to one string each, and the marks of the parts kept beside
+    """`dataset` with the content parts of a message joined to one string, and the marks of the parts kept beside
     it, so that any chat template renders them; the same data set where no part has a mark."""
     if not _has_marked_parts(dataset):
         return dataset
@@ -239,7 +239,7 @@ def join_parts(dataset: Dataset | IterableDataset, **map_options) -> Dataset | I
 
 
 def _joined(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """The message with strings for lists of parts, and their marks as JSON, the type of which is the same in every
+    """The message with strings in place of lists of parts, and their marks as JSON, which has one type in every
     row."""
     message = dict(message)
     for name in _CONTENTS:
@@ -280,10 +280,10 @@ def read_marks(row: Mapping[str, Any], number: int, text_field: str = "text", eo
 
     Args:
         row: with `messages`, `prompt` and `completion`, or `text_field`, and any of the mark keys.
-        eos: end-of-sequence token, which TRL has appended to texts and which is no part of them.
+        eos: end-of-sequence token, which TRL has appended to texts and which is not part of them.
 
     Raises:
-        `InputError` naming row and value, for marks of a wrong form or outside of the text.
+        `InputError` naming row and value, for malformed marks and marks outside the text.
     """
     where = f"row {number}"
     weight = weight_of(row, where, keys=(WEIGHT,))
@@ -362,7 +362,7 @@ def _mark_answer(row: Mapping[str, Any], texts: list[TextMarks], key: str, where
 
 
 def _text_spans(source: Mapping[str, Any], text: str, where: str) -> tuple[list[Span], bool]:
-    """Spans of one text, and whether there is a statement about them at all."""
+    """Spans of one text, and whether the row says anything about them."""
     given = [key for key in (SPANS, CORRECTED, TRAIN_DETAIL) if source.get(key) is not None]
     if len(given) > 1:
         raise InputError(f"{where} has {given[0]!r} and {given[1]!r}: both say what is wrong. Keep one of them")
@@ -395,7 +395,7 @@ def _spans(value: Any, text: str, where: str) -> list[Span]:
         start, end, *rest = item
         for offset in (start, end):
             if not _is_number(offset) or offset != int(offset):
-                raise InputError(f"{here}: {_short(offset)} is no whole number of characters: {form}")
+                raise InputError(f"{here}: {_short(offset)} is not a whole number of characters: {form}")
         weight = -1.0 if not rest or rest[0] is None else rest[0]
         if not _is_number(weight):
             raise InputError(
@@ -407,7 +407,7 @@ def _spans(value: Any, text: str, where: str) -> list[Span]:
 
 
 def _details(value: Any, text: str, where: str) -> list[Span]:
-    """axolotl's `train_detail`: inclusive end; what no detail trains is not trained, so it is unknown."""
+    """axolotl's `train_detail`: inclusive end; text that no detail trains is masked there, so it is unknown here."""
     form = "each is {begin_offset, end_offset, train}, end_offset inclusive as in axolotl"
     if not isinstance(value, list | tuple):
         raise InputError(f"{where}: train_detail={_short(value)} must be a list: {form}")
@@ -432,7 +432,7 @@ def _inside(span: Span, text: str, where: str) -> Span:
         raise InputError(f"{where} is empty: start must be below end (characters {span.start} to {span.end})")
     if span.start < 0 or span.end > len(text):
         raise InputError(
-            f"{where} lies outside of the text, which has {len(text)} characters: offsets count characters from 0, "
+            f"{where} is outside the text, which has {len(text)} characters: offsets count characters from 0, "
             "not bytes or tokens"
         )
     return span
@@ -539,7 +539,7 @@ def _rendered(
     exact: int,
     render: Callable[[list[dict[str, Any]]], str],
 ) -> tuple[str, list[CharacterRange]]:
-    """The conversation as text, and where in it the ranges are, of which the first `exact` must be there whole.
+    """The conversation as text, and the places of the ranges in it; the first `exact` must be there whole.
 
     A template that trims its messages moves a border at their end. So a second attempt leaves outer white space, which
     such a template drops, outside of all borders.
@@ -569,7 +569,7 @@ def _rendered(
         places = []
         for number, (text, start, end) in enumerate(ranges):
             left, right = found[border(text, start)], found[border(text, end)]
-            if number >= exact:  # what the template has left of the message
+            if number >= exact:  # what the template keeps of the message
                 left = right = sorted(
                     place for key, own in found.items() if key[:2] == border(text, 0)[:2] for place in own
                 )

@@ -1,8 +1,8 @@
 """Which tokens make a word, from token ids alone.
 
 A word is a run of letters and digits (with an apostrophe inside) or a run of other visible signs; a CJK character is a
-word of its own. A token belongs to the word of its first character that is no white space. Vocabularies are looked at
-once; the tokens of a data set then cost a few array operations, so that scores can be pooled over words in a stream.
+word of its own. A token belongs to the word of its first visible character. The vocabulary is read once; the tokens of
+a data set then cost a few array operations, so that scores can be pooled over words in a stream.
 Rejected: finding words in the text, which scored rows no longer have.
 """
 
@@ -19,8 +19,8 @@ from .tokenizers import special_ids
 
 _CJK = re.compile("[\u2e80-\u2fdf\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 _APOSTROPHE = re.compile(r"(?<=\w)['’](?=\w)|^['’](?=\w)")
-# Kinds of a character; a token that goes on with the bytes of a character belongs to the word before it
-_GOES_ON, _LETTER, _SIGN, _ALONE = range(4)
+# Kinds of a character; a token that continues the bytes of a character belongs to the word before it
+_CONTINUES, _LETTER, _SIGN, _ALONE = range(4)
 
 
 class Words:
@@ -46,12 +46,12 @@ class Words:
         text = piece.decode("utf-8", errors="ignore")
         words = text.strip()
         self._spaced[index], self._ends[index] = text[:1].isspace(), text[-1:].isspace()
-        goes_on = 0x80 <= piece[0] < 0xC0
+        continues = 0x80 <= piece[0] < 0xC0
         if not words:  # white space, or bytes of a character: from U+3000 on of a sign that is a word of its own
             lead = _ALONE if piece[-1] >= 0xE3 else _SIGN if piece[-1] == 0xE2 else _LETTER
-            self._first[index] = self._last[index] = _GOES_ON if goes_on else lead
+            self._first[index] = self._last[index] = _CONTINUES if continues else lead
             return
-        self._first[index] = _GOES_ON if goes_on else _kind(words[0])
+        self._first[index] = _CONTINUES if continues else _kind(words[0])
         self._last[index] = _kind(words[-1])
         kinds = {_kind(character) for character in _APOSTROPHE.sub("", words)}
         self._ends[index] |= len(words.split()) > 1 or len(kinds) > 1
@@ -69,9 +69,9 @@ class Words:
             return np.zeros(0, np.int64)
         ids = np.minimum(ids, len(self._first) - 1)  # embeddings may be padded beyond the vocabulary
         first, last = self._first[ids], self._last[ids]
-        known = np.maximum.accumulate(np.where(last == _GOES_ON, 0, np.arange(ids.size)))
+        known = np.maximum.accumulate(np.where(last == _CONTINUES, 0, np.arange(ids.size)))
         last = np.concatenate([[_ALONE], last[known][:-1]])  # of the token before, or of where its character began
-        begins = (first != last) & ~(self._joins[ids] & (last == _LETTER)) & (first != _GOES_ON)
+        begins = (first != last) & ~(self._joins[ids] & (last == _LETTER)) & (first != _CONTINUES)
         begins |= (first == _ALONE) | self._spaced[ids] | np.concatenate([[True], self._ends[ids][:-1]])
         starts = np.cumsum(lengths) - lengths
         begins[starts[lengths > 0]] = True

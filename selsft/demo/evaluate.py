@@ -1,12 +1,11 @@
 """What the demo measures: what a model answers to held-out questions.
 
-Answers are generated and compared as whole responses. Comparing log-likelihoods of options would be cheaper, but they
+Answers are generated and compared as whole responses. Log-likelihoods of options would be cheaper to compare, but they
 can rise while the generated text degrades.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from datasets import Dataset
 
 from selsft.demo.model import encode
 from selsft.demo.world import Statement, World, accepted
+from selsft.evaluation.generation import greedy_answers
 
 BATCH = 128
 MAX_NEW_TOKENS = 32
@@ -58,7 +58,10 @@ def questions(world: World, tokenizer: Any) -> Dataset:
 
 def answers(model: Any, tokenizer: Any, rows: Dataset, _args: Any) -> dict[str, np.ndarray]:
     """The fields of `Scores` for each of the `questions`, NaN where one does not apply (`workflow.arms.Measure`)."""
-    given = greedy(model, tokenizer, rows["prompt"])
+    prompts = [
+        tokenizer(tokenizer.bos_token + prompt, add_special_tokens=False)["input_ids"] for prompt in rows["prompt"]
+    ]
+    given = [answer.text for answer in greedy_answers(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS)]
     kinds = np.array(rows["kind"])
 
     def among(column: str, of: np.ndarray) -> np.ndarray:
@@ -77,34 +80,14 @@ def answers(model: Any, tokenizer: Any, rows: Dataset, _args: Any) -> dict[str, 
     }
 
 
-def greedy(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found = [""] * len(prompts)
-    for start in range(0, len(order), BATCH):
-        rows = order[start : start + BATCH]
-        batch = tokenizer(
-            [tokenizer.bos_token + prompts[i] for i in rows],
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
-            return_tensors="pt",
-            return_token_type_ids=False,
-        )
-        out = model.generate(**batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        for i, text in zip(rows, texts, strict=True):
-            found[i] = text.strip()
-    return found
-
-
 def answer_probabilities(model: Any, pad: int, rows: Dataset) -> list[float]:
     """The probability of each row's wrong answer, given its question and the words before the answer."""
-    found = []
+    probabilities = []
     for start in range(0, len(rows), BATCH):
         chunk = rows.select(range(start, min(start + BATCH, len(rows)))).to_list()
         width = max(len(row["input_ids"]) for row in chunk)
         ids = torch.tensor([row["input_ids"] + [pad] * (width - len(row["input_ids"])) for row in chunk])
         logps = model(input_ids=ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
         for row, row_logps in zip(chunk, logps, strict=True):
-            found.append(row_logps[row["first"] : row["first"] + row["tokens"]].sum().exp().item())
-    return found
+            probabilities.append(row_logps[row["first"] : row["first"] + row["tokens"]].sum().exp().item())
+    return probabilities

@@ -1,4 +1,4 @@
-"""One seed of the demo, from the world to the table: what is trained, in which order, and what is kept of it.
+"""One seed of the demo, from the world to the table: what is trained, in which order, and what is kept.
 
 The arms are `workflow.arms.compare_arms`; they start from the same base and are scored by the same reference.
 """
@@ -64,7 +64,7 @@ class Sample:
 
 @dataclass
 class TokenStats:
-    """The scores and the negatives of the training split, held against the known mask. EOS is left out."""
+    """The scores and the negatives of the training split, compared with the known mask, without EOS."""
 
     tokens: int
     wrong_share: float
@@ -94,7 +94,7 @@ class SeedResult:
 
 
 def _negatives(row: dict) -> list[bool]:
-    """The trained tokens that are not positive: their weight is 0 where negatives are ignored, else below."""
+    """The supervised tokens that are not positive: weight 0 where negatives are ignored, else below."""
     return [w <= 0 and label != -100 for w, label in zip(row["token_weights"], row["labels"], strict=True)]
 
 
@@ -138,7 +138,7 @@ def token_stats(world: World, rows: Dataset, eos: int) -> TokenStats:
 def pick_samples(
     world: World, rows: Dataset, tokenizer: PreTrainedTokenizerFast, seed: int, per_group: int
 ) -> list[Sample]:
-    """Sentences drawn blindly from each group, so that misses show as often as they happen."""
+    """Sentences drawn at random from each group, so that misses show as often as they occur."""
     groups: dict[str, list[int]] = {
         "wrong, systematic": [],
         "wrong, random": [],
@@ -159,7 +159,7 @@ def pick_samples(
 
 
 def _pieces(row: dict, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, bool, bool]]:
-    """Tokens of one style are decoded together: a letter beyond ASCII can be cut into several tokens."""
+    """Tokens of one style are decoded together, since a letter beyond ASCII can be split over several tokens."""
     runs: list[tuple[list[int], bool, bool]] = []
     for token, label, negative, wrong in zip(
         row["input_ids"], row["labels"], _negatives(row), row["noise_mask"], strict=True
@@ -175,7 +175,7 @@ def _pieces(row: dict, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, bo
 
 
 def run_seed(seed: int, config: DemoConfig, folder: Path, echo: Callable[[str], None] = print) -> SeedResult:
-    """One seed in `folder`: base and reference, then the arms. Cut off, it resumes with the stage that it was in."""
+    """One seed in `folder`: base and reference, then the arms. Interrupted, it resumes at the stage that it was in."""
     world = make_world(seed, config.world)
     tokenizer = train_tokenizer(world.pretraining, config.vocab_size)
     noisy = encode_all(world.training, tokenizer)
@@ -184,7 +184,7 @@ def run_seed(seed: int, config: DemoConfig, folder: Path, echo: Callable[[str], 
         execute([base, reference], folder, {"seed": seed}, echo=echo)
         models = {stage.name: stage.folder / "model" for stage in (base, reference)}
         scored = {"reference_model": str(models["reference"]), **RULE}
-        found = compare_arms(
+        compared = compare_arms(
             models["base"],
             noisy,
             questions(world, tokenizer),
@@ -215,11 +215,11 @@ def run_seed(seed: int, config: DemoConfig, folder: Path, echo: Callable[[str], 
         "vocabulary": len(tokenizer),
     }
     names = dict(zip(ARMS, ("base", "reference", "plain", "ignore", "forget"), strict=True))
-    made = [base.folder, reference.folder, *(found.folders[names[arm]][0] for arm in ARMS[2:])]
+    made = [base.folder, reference.folder, *(compared.folders[names[arm]][0] for arm in ARMS[2:])]
     return SeedResult(
         seed,
         sizes,
-        {arm: Scores(**{key: found.mean(name, key) for key in found.values[name]}) for arm, name in names.items()},
+        {arm: Scores(**{k: compared.mean(name, k) for k in compared.values[name]}) for arm, name in names.items()},
         token_stats(world, rows, tokenizer.eos_token_id),
         pick_samples(world, rows, tokenizer, seed, config.samples_per_group),
         {arm: read_json(each / RECORD)["seconds"] for arm, each in zip(ARMS, made, strict=True)},

@@ -25,14 +25,12 @@ def write_world(folder: Path, seed: int = 0, countries: int | None = None, epoch
     recipe = config.pretraining if epochs is None else replace(config.pretraining, epochs=epochs)
 
     def rows(statements: list[Statement], answers: bool = False) -> list[dict]:
-        found = []
-        for statement in statements:
-            row = encode(statement, tokenizer)
-            kept: dict = {"input_ids": row["input_ids"], "labels": row["labels"]}
-            if answers:
-                kept["answers"] = sorted(accepted(statement.fact, statement.answer))
-            found.append(kept)
-        return found
+        return [
+            {name: encoded[name] for name in ("input_ids", "labels")}
+            | ({"answers": sorted(accepted(statement.fact, statement.answer))} if answers else {})
+            for statement in statements
+            for encoded in [encode(statement, tokenizer)]
+        ]
 
     for name, statements in (("reference", world.reference), ("train", world.training)):
         _write(folder / f"{name}.jsonl", rows(statements))

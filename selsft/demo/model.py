@@ -1,6 +1,6 @@
 """The demo's tokenizer, its tiny Llama, and the rows they train on.
 
-Everything is made on the spot, so the demo needs no network and no download. A pretrained model of some hundred
+Everything is made on the spot, so the demo needs no network and no download. A pretrained model of a few hundred
 megabytes would be more lifelike, but it would know the facts already and would not train in seconds on two cores.
 """
 

@@ -1,14 +1,11 @@
-"""How the demo shows itself: tables and sentences, on the terminal and in a page.
-
-rich draws both, and its export escapes the text, so the page is self-contained and an answer that looks like HTML
-stays an answer. A template of our own would only repeat that.
-"""
+"""What the demo shows: the same tables and sentences on the terminal and in a page."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console, Group, RenderableType
@@ -17,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from selsft.demo.experiment import ARMS, Sample, SeedResult
+from selsft.report.page import write_page
 
 COLUMNS = {
     "exact_match": "exact match",
@@ -51,52 +49,50 @@ def _title(text: str, results: Sequence[SeedResult]) -> str:
     return f"{text} (seed {seeds})" if len(results) == 1 else f"{text} (seeds {seeds}: mean ± standard deviation)"
 
 
-def intro(result: SeedResult) -> RenderableType:
+class Figures(NamedTuple):
+    """A table as texts; the first column names its rows."""
+
+    title: str
+    headings: list[str]
+    rows: list[list[str]]
+
+
+def intro(result: SeedResult) -> str:
     n = result.sizes
-    text = (
-        f"A toy: a Llama of {n['parameters']:,} parameters, pretrained here from nothing. The noise is injected: "
+    return (
+        f"A toy: a Llama of {n['parameters']:,} parameters, pretrained here from scratch. The noise is injected: "
         f"{n['wrong training statements']} of {n['training statements']} training statements give a wrong answer on "
         f"purpose, so the wrong tokens are known. {n['systematically wrong facts']} of {n['target facts']} facts are "
-        "wrong always in the same way, as the base model already believes; others are wrong at random. "
+        "always wrong in the same way, as the base model already believes; others are wrong at random. "
         f"Tested on {n['held-out questions']} questions in phrasings that no split shows for these facts."
     )
-    return Panel(Text(text), title="selsft demo", title_align="left")
 
 
-def score_table(results: Sequence[SeedResult]) -> Table:
-    table = Table(title=_title("Greedy answers to held-out phrasings", results), title_justify="left")
-    table.add_column("model", no_wrap=True)
-    for heading in COLUMNS.values():
-        table.add_column(heading, justify="right")
-    for arm in ARMS:
-        row = [_spread([getattr(r.scores[arm], key) for r in results]) for key in COLUMNS]
-        table.add_row(arm, *row, end_section=arm == "reference")
-    return table
+def figures(results: Sequence[SeedResult]) -> list[Figures]:
+    """Scores against the known mask, answers, and, of several seeds, the differences between arms of one seed, since
+    seeds differ by more than arms do."""
+    tokens = [[label, _spread([getattr(r.tokens, key) for r in results])] for key, label in TOKENS.items()]
+    answers = [[arm, *(_spread([getattr(r.scores[arm], key) for r in results]) for key in COLUMNS)] for arm in ARMS]
+    shown = [
+        Figures(_title("Scores against the known mask", results), ["", "value"], tokens),
+        Figures(_title("Greedy answers to held-out phrasings", results), ["model", *COLUMNS.values()], answers),
+    ]
+    if len(results) == 1:
+        return shown
+    paired = []
+    for later, earlier in ((ARMS[3], ARMS[2]), (ARMS[4], ARMS[2]), (ARMS[4], ARMS[3])):
+        pairs = [(r.scores[later], r.scores[earlier]) for r in results]
+        cells = (" ".join(f"{getattr(a, key) - getattr(b, key):+.3f}" for a, b in pairs) for key in COLUMNS)
+        paired.append([f"{later} − {earlier}", *cells])
+    return [*shown, Figures("Paired differences, one number per seed", ["arms", *COLUMNS.values()], paired)]
 
 
-def token_table(results: Sequence[SeedResult]) -> Table:
-    table = Table(title=_title("Scores against the known mask", results), title_justify="left", show_header=False)
-    table.add_column("what")
-    table.add_column("value", justify="right")
-    for key, label in TOKENS.items():
-        table.add_row(label, _spread([getattr(r.tokens, key) for r in results]))
-    return table
-
-
-def paired_table(results: Sequence[SeedResult]) -> Table:
-    """Differences between arms of the same seed: the spread over seeds is larger than what the arms differ by."""
-    table = Table(title="Paired differences, one number per seed", title_justify="left")
-    table.add_column("arms")
-    for heading in COLUMNS.values():
-        table.add_column(heading, justify="right")
-    for later, earlier in ((3, 2), (4, 2), (4, 3)):
-        cells = []
-        for key in COLUMNS:
-            differences = (
-                getattr(r.scores[ARMS[later]], key) - getattr(r.scores[ARMS[earlier]], key) for r in results
-            )
-            cells.append(" ".join(f"{d:+.3f}" for d in differences))
-        table.add_row(f"{ARMS[later]} − {ARMS[earlier]}", *cells)
+def _on_terminal(shown: Figures) -> Table:
+    table = Table(title=shown.title, title_justify="left", show_header=bool(shown.headings[0]))
+    for index, heading in enumerate(shown.headings):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=heading == "model")
+    for row in shown.rows:
+        table.add_row(*row, end_section=row[0] == "reference")
     return table
 
 
@@ -124,33 +120,34 @@ def sentences(result: SeedResult, brackets: bool = False) -> RenderableType:
         legend.append("wrong", style=WRONG)
         legend.append(" on purpose")
     lines: list[Text] = [legend]
-    for group in dict.fromkeys(s.group for s in result.samples):
+    for group, samples in _by_group(result.samples).items():
         lines.append(Text(group, style="italic cyan"))
-        lines += [Text("  ") + sentence(s, brackets) for s in result.samples if s.group == group]
+        lines += [Text("  ") + sentence(sample, brackets) for sample in samples]
     return Group(*lines)
 
 
-def timing_line(results: Sequence[SeedResult]) -> Text:
+def _by_group(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+    return {group: [s for s in samples if s.group == group] for group in dict.fromkeys(s.group for s in samples)}
+
+
+def timing(results: Sequence[SeedResult]) -> str:
     seconds = {arm: sum(r.seconds.get(arm, 0.0) for r in results) for arm in ARMS}
-    return Text("Seconds: " + ", ".join(f"{arm} {value:.1f}" for arm, value in seconds.items()))
+    return "Seconds: " + ", ".join(f"{arm} {value:.1f}" for arm, value in seconds.items())
 
 
 def render(console: Console, results: Sequence[SeedResult]) -> None:
-    """Print everything. Lines are only blank where rich would otherwise run two tables together."""
-    console.print(intro(results[0]))
-    console.print(token_table(results))
-    console.print(score_table(results))
-    if len(results) > 1:
-        console.print(paired_table(results))
+    """Print everything."""
+    console.print(Panel(Text(intro(results[0])), title="selsft demo", title_align="left"))
+    for shown in figures(results):
+        console.print(_on_terminal(shown))
     console.print(sentences(results[0], brackets=console.color_system is None))
-    console.print(timing_line(results))
+    console.print(Text(timing(results)))
 
 
-def page(results: Sequence[SeedResult], width: int = 110) -> Console:
-    """A console that has recorded the report, for `save_html` and `save_svg`."""
-    console = Console(record=True, file=io.StringIO(), width=width, force_terminal=True, color_system="truecolor")
-    render(console, results)
-    return console
+def write_report(path: Path, results: Sequence[SeedResult]) -> Path:
+    """Write the page; returns its path."""
+    content = {"intro": intro(results[0]), "figures": figures(results), "timing": timing(results)}
+    return write_page(path, "demo.html", content | {"groups": _by_group(results[0].samples)})
 
 
 def as_rows(results: Sequence[SeedResult]) -> list[dict[str, object]]:

@@ -1,13 +1,14 @@
 """`selsft demo`: the whole method on a toy, offline, on two CPU cores, in a few minutes.
 
 Trains the same small model three ways on the same noisy data (plain, ignoring the negative tokens, forgetting them),
-prints what each one answers, and leaves the run in a folder. docs/demo.md says how to read it.
+prints what each of them answers, and keeps the run in a folder. docs/demo.md says how to read it.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import io
 import os
 import platform
 import time
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ..records import versions, write_json
+from ..records import replaced, resumable, versions, write_json
 
 THREADS = 2
 
@@ -28,7 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="DIR",
-        help="new folder for models, results and the report, or that of a demo that was cut off (default: runs/demo/ "
+        help="new folder for models, results and the report, or that of an interrupted demo (default: runs/demo/ "
         "and the time)",
     )
     parser.add_argument(
@@ -48,12 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     output = args.output or Path("runs", "demo", time.strftime("%Y%m%d-%H%M%S"))
-    cut_off = (output / "config.json").is_file() and not (output / "results.json").exists()
-    if output.exists() and not cut_off and (not output.is_dir() or any(output.iterdir())):
+    interrupted = (output / "config.json").is_file() and not (output / "results.json").exists()
+    if output.exists() and not interrupted and (not output.is_dir() or any(output.iterdir())):
         parser.error(f"--output {output} exists already: choose a new folder, the demo overwrites no run")
     if args.forget_weight is not None and not args.forget_weight >= 0:
         parser.error(f"--forget-weight {args.forget_weight} must not be negative")
-    # The demo needs no network: nothing may look for updates or report usage. Set before the libraries are imported.
+    # The demo needs no network: no library may look for updates or report usage. Set before they are imported.
     for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
         os.environ.setdefault(name, "1")
 
@@ -64,13 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from selsft.demo.experiment import DemoConfig
 
-    # More threads than this only wait for each other on a model of this size, and would change the last digits.
+    # More threads only wait for each other on a model of this size, and would change the last digits
     torch.set_num_threads(min(torch.get_num_threads(), THREADS))
     config = DemoConfig()
     if args.forget_weight is not None:
         config = replace(config, forget_weight=args.forget_weight)
-    output.mkdir(parents=True, exist_ok=True)
-    run(config, range(args.seed, args.seed + args.seeds), output, Console())
+    kept = f"finished models are kept in it, `selsft demo --output {output}` with the same flags resumes from there"
+    with resumable(output, "--output", kept):
+        output.mkdir(parents=True, exist_ok=True)
+        run(config, range(args.seed, args.seed + args.seeds), output, Console())
     return 0
 
 
@@ -79,7 +82,7 @@ def run(config, seeds: Sequence[int], output: Path, console) -> list:
     import torch
 
     from selsft.demo.experiment import run_seed
-    from selsft.demo.report import as_rows, page, render
+    from selsft.demo.report import as_rows, render, write_report
 
     about: dict[str, object] = {"config": asdict(config), "seeds": list(seeds), "threads": torch.get_num_threads()}
     about |= {"python": platform.python_version(), "versions": versions()}
@@ -92,13 +95,16 @@ def run(config, seeds: Sequence[int], output: Path, console) -> list:
     for seed in seeds:
         echo(f"Seed {seed}")
         results.append(run_seed(seed, config, output / f"seed-{seed}", echo))
-    write_json(output / "results.json", {**about, "results": [asdict(result) for result in results]})
     rows = as_rows(results)
-    with (output / "results.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    with replaced(output / "results.csv") as file:
+        file.write(text.getvalue().encode())
     render(console, results)
-    page(results).save_html(str(output / "report.html"))
+    write_report(output / "report.html", results)
+    # The last file: with it, the demo is finished
+    write_json(output / "results.json", {**about, "results": [asdict(result) for result in results]})
     echo(f"Written to {output}: config.json, results.json, results.csv, report.html")
     return results

@@ -1,6 +1,6 @@
 """Training of the demo's base and reference, by TRL's own trainer; the arms are `workflow.arms`.
 
-The demo goes through the public trainers and not through a loop of its own, so that what it shows is what a user gets.
+The demo uses the public trainers and no loop of its own, so that it shows what a user gets.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Recipe:
     batch_size: int = 32
 
     def settings(self, rows: int) -> dict[str, Any]:
-        """Fields of `SFTConfig` for so many rows."""
+        """Fields of `SFTConfig` for this many rows."""
         return {
             "max_steps": max(1, int(self.epochs * -(-rows // self.batch_size))),
             "per_device_train_batch_size": self.batch_size,

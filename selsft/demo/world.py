@@ -1,12 +1,12 @@
 """The demo's small world: real facts, stated in several phrasings, some of them with a wrong answer on purpose.
 
 Half of the facts are *known* (pretraining states them in every phrasing), half are *target* facts, which the training
-split teaches. Of the target facts some are wrong always in the same way (`systematic`: a misconception that
-pretraining holds already and that the training split repeats), some get a fresh wrong answer each time (`random`), the
-rest are `clean`. Two phrasings are held out: a target fact is never stated in them, they are the test.
+split teaches. Of the target facts some are always wrong in the same way (`systematic`: a misconception that
+pretraining states already and the training split repeats), some get a fresh wrong answer each time (`random`), the
+rest are `clean`. Two phrasings are held out for the test: no target fact is ever stated in them.
 
-The noise is injected, so the mask of wrong tokens is known exactly and the scores can be judged. A web-made data set
-with natural errors would be more lifelike, but nobody could say which of its tokens are wrong.
+The noise is injected, so the mask of wrong tokens is known exactly and the scores can be measured. A web data set with
+natural errors would be more lifelike, but nobody could say which of its tokens are wrong.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RESPONSES = (
     " The {noun} of {country} is {answer}.",
     " {answer} is the {noun} of {country}.",
 )
-# (question, which response). The last two are held out; their response forms occur in training, only the questions are
+# (question, which response). The last two are held out. Their response forms occur in training, only the questions are
 # new, because a response form that training never shows is forgotten and the test would measure that instead.
 PHRASINGS = (
     ("What is the {noun} of {country}?", 0),
@@ -103,7 +103,7 @@ class WorldConfig:
     systematic_share: float = 0.4
     random_share: float = 0.3
     wrong_probability: float = 0.5
-    """How often the training split states a systematic or random fact wrongly."""
+    """How often the training split gets a systematic or random fact wrong."""
     myth_phrasings: int = 2
     """In how many phrasings pretraining states the systematic wrong answer (the right one has one)."""
     reference_phrasings: int = 1
@@ -138,7 +138,7 @@ def load_facts(countries: int | None = None) -> list[Fact]:
 
 
 def make_world(seed: int, config: WorldConfig = WorldConfig()) -> World:
-    # A stream of its own for each split: changing the reference split leaves the others as they were.
+    # A generator per split: changing the reference split leaves the others unchanged
     rng, base_rng, reference_rng, train_rng = (
         random.Random(f"{seed} {name}") for name in ("facts", "base", "ref", "train")
     )

@@ -1,23 +1,36 @@
-"""Accuracy on a file of multiple-choice questions: which option the model finds most likely.
+"""Accuracy on a file of multiple-choice questions: whether the model finds the right option most likely.
 
 The questions and the scorer are those of the skill study, so that one file serves both.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from ..training.model import Model
-from .examples import read_examples
+from .examples import MultipleChoiceExample, read_examples
+from .kept import Kept
 from .options import score_options
+
+_SCHEMA = pa.schema(
+    {
+        "example_id": pa.string(),
+        "option": pa.int32(),
+        "logprob": pa.float64(),
+        "n_chars": pa.int32(),
+        "is_gold": pa.bool_(),
+    }
+)
 
 
 def option_accuracy(
-    model: Model, tokenizer: PreTrainedTokenizerBase, path: str, batch_tokens: int = 8192
+    model: Model, tokenizer: PreTrainedTokenizerBase, path: str, batch_tokens: int = 8192, kept: Kept | None = None
 ) -> tuple[dict[str, float], pa.Table]:
     """Accuracy over the test questions of a JSONL file (over all, where no row has a `split`).
 
@@ -34,6 +47,19 @@ def option_accuracy(
         examples = [example for example in examples if example.split == "test"]
     if not examples:
         raise ValueError(f"options_file={path!r} has no question with split 'test'")
+
+    def work() -> tuple[dict[str, float], dict[str, list[Any]]]:
+        metrics, table = _measured(model, tokenizer, examples, batch_tokens)
+        return metrics, table.to_pydict()
+
+    asked = [[example.id, example.prompt, list(example.options), example.gold] for example in examples]
+    metrics, columns = (kept or Kept()).one("options", "Multiple choice", asked, work)
+    return metrics, pa.table(columns, schema=_SCHEMA)
+
+
+def _measured(
+    model: Model, tokenizer: PreTrainedTokenizerBase, examples: Sequence[MultipleChoiceExample], batch_tokens: int
+) -> tuple[dict[str, float], pa.Table]:
     found = score_options(model, tokenizer, examples, batch_tokens=batch_tokens)
     counts = np.diff(found.offsets)
     option = np.arange(len(found.logprob)) - np.repeat(found.offsets[:-1], counts)
@@ -44,7 +70,8 @@ def option_accuracy(
             "logprob": found.logprob,
             "n_chars": found.n_chars,
             "is_gold": option == np.repeat(found.gold, counts),
-        }
+        },
+        schema=_SCHEMA,
     )
     metrics = {
         "options": len(examples),

@@ -21,6 +21,7 @@ from ..config import SelectiveSFTConfig
 from ..scoring.frozen import use_start
 from ..training.model import Model
 from .generation import exact_match, greedy_answers
+from .kept import Kept
 from .likelihood import answer_nll, kl_to_base, text_perplexity
 from .load import load_model
 from .rows import HeldOut, prepare
@@ -88,6 +89,7 @@ def evaluate_rows(
     base: Model | None = None,
     max_new_tokens: int = 128,
     batch_tokens: int = 8192,
+    kept: Kept | None = None,
 ) -> Evaluation:
     """NLL of the answers, exact match by greedy generation with the rate and length of ended answers, and the KL
     divergence to the base on the prompts.
@@ -95,6 +97,7 @@ def evaluate_rows(
     Args:
         base: model to compare with; by default the base below an adapter, and none for a full model.
         max_new_tokens: 0 leaves out generation.
+        kept: what an evaluation that was cut off has finished.
 
     Returns:
         `nll` is nats per token over all labels, `nll_row` the mean over rows of their own means. `eos_rate` is the
@@ -103,7 +106,7 @@ def evaluate_rows(
     """
     held = prepare(model, tokenizer, data, args)
     model = held.trainer.model
-    nll = answer_nll(held, batch_tokens)
+    nll = answer_nll(held, batch_tokens, kept)
     sums, counts = np.array([total for total, _ in nll]), np.array([count for _, count in nll])
     columns: dict[str, Any] = {"row": held.indices, "nll": sums, "tokens": counts}
     scored = counts > 0
@@ -116,7 +119,7 @@ def evaluate_rows(
     }
     if held.has_prompts and max_new_tokens:
         answers = greedy_answers(
-            model, tokenizer, held.prompts, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens
+            model, tokenizer, held.prompts, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens, kept=kept
         )
         exact = exact_match(answers, held.references)
         columns |= {
@@ -131,20 +134,22 @@ def evaluate_rows(
             "eos_rate": float(np.mean(columns["ended"])),
             "answer_tokens": float(np.mean(columns["answer_tokens"])),
         }
-    divergence = _divergence(held, model, base, batch_tokens)
+    divergence = _divergence(held, model, base, batch_tokens, kept)
     if divergence is not None:
         columns["kl_to_base"] = divergence
         metrics["kl_to_base"] = float(np.mean(divergence))
     return Evaluation(metrics, pa.table(columns))
 
 
-def _divergence(held: HeldOut, model: Model, base: Model | None, batch_tokens: int) -> list[float] | None:
+def _divergence(
+    held: HeldOut, model: Model, base: Model | None, batch_tokens: int, kept: Kept | None
+) -> list[float] | None:
     if not all(held.prompts):
         return None
     if base is not None:
-        return kl_to_base(model, base, held.prompts, batch_tokens)
+        return kl_to_base(model, base, held.prompts, batch_tokens, kept)
     if isinstance(model, PeftModel):
-        return kl_to_base(model, _Base(model), held.prompts, batch_tokens)  # type: ignore[arg-type]
+        return kl_to_base(model, _Base(model), held.prompts, batch_tokens, kept)  # type: ignore[arg-type]
     return None
 
 
@@ -160,7 +165,9 @@ class _Base:
 
 
 def evaluate_text(
-    model: Model, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], block: int
+    model: Model, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], block: int, kept: Kept | None = None
 ) -> dict[str, float]:
     """Perplexity of neutral text, as metrics: what fine-tuning may have damaged besides."""
-    return {f"text_{name}": value for name, value in text_perplexity(model, tokenizer, texts, block).items()}
+    return {
+        f"text_{name}": value for name, value in text_perplexity(model, tokenizer, texts, block, kept=kept).items()
+    }

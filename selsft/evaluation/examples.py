@@ -1,8 +1,8 @@
 """Multiple-choice examples, and the one place where a prompt and an option become tokens.
 
-Training and scoring must agree on every token, or forgetting is measured on another sequence than was trained on. So
-both go through `encode_pair`; training rows come tokenised and `SFTTrainer` takes them as they are. Rejected: handing
-text to TRL for training and to a scorer of its own for evaluation, and hoping that two tokenisers of pairs agree.
+Training and scoring must agree on every token, or forgetting is measured on a different sequence than was trained. So
+both go through `encode_pair`; training rows are tokenised here and `SFTTrainer` takes them as they are. Rejected:
+giving text to TRL for training and to the scorer for evaluation, and hoping that both tokenise pairs alike.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class MultipleChoiceExample:
         if not all(isinstance(option, str) and option for option in self.options):
             raise ValueError(f"options={list(self.options)!r} must be texts that are not empty")
         if not 0 <= self.gold < len(self.options):
-            raise ValueError(f"gold={self.gold} is no index of {len(self.options)} options (counted from 0)")
+            raise ValueError(f"gold={self.gold} is not an index of {len(self.options)} options (counted from 0)")
         if self.split not in SPLITS:
             raise ValueError(f"split={self.split!r} must be one of {', '.join(SPLITS)}")
 
@@ -111,7 +111,7 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str
     """
     if not prompt:
         first, continuation = prefix_token(tokenizer), list(tokenizer.encode(completion, add_special_tokens=False))
-        # as the harness: a completion that starts with BOS lends it as context
+        # As in the harness: a completion that starts with BOS gives it to the context
         return Pair([first], continuation[1:] if continuation[:1] == [first] else continuation)
     prompt, completion = move_spaces(prompt, completion)
     whole = _encode(tokenizer, prompt + completion)
@@ -130,7 +130,7 @@ def training_row(
     weight: float | None = None,
     max_length: int | None = None,
 ) -> dict[str, list]:
-    """A tokenised row for `SFTTrainer`: loss on the completion and the EOS after it, on nothing else.
+    """A tokenised row for `SFTTrainer`: loss on the completion and the EOS after it only.
 
     Args:
         option: index of the answer; the gold one by default.

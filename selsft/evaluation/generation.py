@@ -1,8 +1,8 @@
-"""Greedy answers to held-out prompts: exact match, whether the model stops by itself, and how long it talks.
+"""Greedy answers to held-out prompts: exact match, whether the model stops by itself, and how long its answers are.
 
-Comparing log-likelihoods of options is cheaper, but they can rise while the generated text degrades, and a forgetting
-loss is just the thing to do that. Sampling was rejected: the published evaluation samples at temperature 1 without a
-seed, and its noise is larger than most differences between methods.
+Comparing log-likelihoods of options is cheaper, but they can rise while the generated text degrades, which a
+forgetting loss may well cause. Rejected: sampling; the published evaluation samples at temperature 1 without a seed,
+and its noise is larger than most differences between methods.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..scoring.batching import BatchBudget
 from ..training.model import Model, frozen
-from .likelihood import progress
+from .kept import Kept
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,12 @@ def greedy_answers(
     *,
     max_new_tokens: int = 128,
     batch_tokens: int = 8192,
+    kept: Kept | None = None,
 ) -> list[Answer]:
     """The greedy continuation of each prompt of token ids, up to an end token or `max_new_tokens`.
 
-    Batches hold prompts of like length, padded on the left, longest first. The model's own sampling settings are not
-    used; its end tokens are, beside the tokenizer's.
+    Batches hold prompts of similar length, padded on the left, longest first. The model's own sampling settings are
+    not used; its end tokens are, beside the tokenizer's.
     """
     own = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
@@ -49,25 +50,28 @@ def greedy_answers(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=pad
     )
     device = next(model.parameters()).device
-    found: list[Answer | None] = [None] * len(prompts)
-    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+
+    def work(indices) -> list[tuple[str, bool, int]]:
+        width = max(len(prompts[i]) for i in indices)
+        ids = torch.full((len(indices), width), pad or 0)
+        mask = torch.zeros(len(indices), width, dtype=torch.long)
+        for row, i in enumerate(indices):
+            ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[row, width - len(prompts[i]) :] = 1
+        out: Any = model.generate(  # type: ignore[operator]
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+        )
+        answers = []
+        for tokens in out[:, width:].tolist():
+            stop = next((n for n, token in enumerate(tokens) if token in ends), None)
+            text = str(tokenizer.decode(tokens[:stop], skip_special_tokens=True)).strip()
+            answers.append((text, stop is not None, len(tokens[:stop])))
+        return answers
+
+    batches = BatchBudget(batch_tokens).batches(np.array([len(prompt) + max_new_tokens for prompt in prompts]))
     with frozen(model):
-        for indices in progress(BatchBudget(batch_tokens).batches(np.array(lengths)), "Generating answers"):
-            width = max(len(prompts[i]) for i in indices)
-            ids = torch.full((len(indices), width), pad or 0)
-            mask = torch.zeros(len(indices), width, dtype=torch.long)
-            for row, i in enumerate(indices):
-                ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-                mask[row, width - len(prompts[i]) :] = 1
-            out: Any = model.generate(  # type: ignore[operator]
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
-            )
-            for i, tokens in zip(indices, out[:, width:].tolist(), strict=True):
-                stop = next((n for n, token in enumerate(tokens) if token in ends), None)
-                kept = tokens[:stop]
-                text = str(tokenizer.decode(kept, skip_special_tokens=True)).strip()
-                found[i] = Answer(text, stop is not None, len(kept))
-    return [answer for answer in found if answer is not None]
+        found = (kept or Kept()).rows("answers", "Generating answers", prompts, batches, work)
+    return [Answer(*answer) for answer in found]
 
 
 def exact_match(answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> list[bool]:

@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness on a trained model, with the extra `selsft[lm-eval]`.
 
-The harness knows hundreds of published tasks and their prompts; rewriting any of them would give numbers that compare
-with nobody's. It is an extra because it brings some forty packages.
+The harness has hundreds of published tasks and their prompts; rewriting any of them would give numbers that compare
+with nobody's. It is an extra because it brings about forty packages.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def run_harness(
     training = model.training
     try:  # `HFLM` leaves the model in evaluation mode
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        found: Any = simple_evaluate(
+        measured: Any = simple_evaluate(
             model=harness, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=0
         )
     finally:
@@ -63,5 +63,5 @@ def run_harness(
             for key, value in metrics.items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
-        for task, metrics in found["results"].items()
+        for task, metrics in measured["results"].items()
     }

@@ -42,7 +42,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Draws:
-    """Weights of one set of bootstrap draws, shared by everything that is to be compared draw by draw.
+    """Weights of one set of bootstrap draws, shared by all that is compared draw by draw.
 
     Attributes:
         examples: (draws, n) float64, times each question was drawn, over n.
@@ -60,9 +60,9 @@ def draw(n_seeds: int, n_examples: int, draws: int = 2000, seed: int = 0, level:
         raise ValueError(f"a bootstrap needs at least one seed and one example; got {n_seeds} and {n_examples}")
     rng = np.random.default_rng([seed, n_examples])
     examples = rng.multinomial(n_examples, np.full(n_examples, 1 / n_examples), size=draws) / n_examples
-    found = Draws(examples, draw_seeds(n_seeds, draws, seed, level))
-    found.examples.flags.writeable = found.seeds.flags.writeable = False
-    return found
+    weights = Draws(examples, draw_seeds(n_seeds, draws, seed, level))
+    weights.examples.flags.writeable = weights.seeds.flags.writeable = False
+    return weights
 
 
 def draw_seeds(n_seeds: int, draws: int = 2000, seed: int = 0, level: float = LEVEL) -> np.ndarray:

@@ -1,16 +1,16 @@
-"""How good a score is on judged rows: discrimination, precision by threshold, and the threshold for a precision.
+"""How good a score is on judged rows: AUC, precision by threshold, and the threshold for a precision.
 
 Four levels. `token`: wrong tokens against right ones. `onset`: the first tokens of wrong spans against right tokens.
 `span`: wrong spans against right words, each by its worst token. `row`: rows with something wrong against rows
 without, each by the mean of its three worst tokens. Intervals are over rows, whose tokens are drawn together.
-Rejected: accuracy at a threshold, which means nothing where some per cent of the tokens are wrong; thresholds in nats
+Rejected: accuracy at a threshold, which means nothing where a few per cent of the tokens are wrong; thresholds in nats
 by rule, which do not carry over from one data set to another while precisions do (docs/scores.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -90,11 +90,11 @@ def figures(examples: Examples) -> dict[str, Any] | None:
     """AUC with its 95 % interval, average precision and counts; `None` where nothing can be told apart."""
     if not examples.both:
         return None
-    found = auc_interval(examples.badness, examples.wrong, examples.rows, DRAWS)
+    area = auc_interval(examples.badness, examples.wrong, examples.rows, DRAWS)
     return {
-        "auc": found.value,
-        "auc_low": found.low,
-        "auc_high": found.high,
+        "auc": area.value,
+        "auc_low": area.low,
+        "auc_high": area.high,
         "ap": float(average_precision_score(examples.wrong, examples.badness)),
         "n_rows": int(np.unique(examples.rows).size),
         "n_wrong": int(examples.wrong.sum()),
@@ -106,18 +106,21 @@ def judge_scores(
     rows: JudgedRows, scores: Mapping[str, np.ndarray], words: np.ndarray, keep: np.ndarray | None = None
 ) -> dict[str, dict[str, Any]]:
     """score -> level -> `figures`; levels at which nothing can be told apart are absent."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, values in scores.items():
-        levels = {level: figures(examples_of(rows, values, words, level, keep)) for level in LEVELS}
-        found[name] = {level: numbers for level, numbers in levels.items() if numbers is not None}
-    return found
+    return {
+        name: {
+            level: numbers
+            for level in LEVELS
+            if (numbers := figures(examples_of(rows, values, words, level, keep))) is not None
+        }
+        for name, values in scores.items()
+    }
 
 
 def by_threshold(examples: Examples) -> list[dict[str, float]]:
     """Precision and recall where a share of the examples is called wrong: `negative_threshold`, `flagged`,
     `precision`, `recall`."""
     cuts, counts, hits = _cuts(examples)
-    found = []
+    lines: list[dict[str, float]] = []
     for share in _SHARES:
         at = min(int(np.searchsorted(counts, share * examples.wrong.size)), cuts.size - 1)
         line = {
@@ -126,9 +129,9 @@ def by_threshold(examples: Examples) -> list[dict[str, float]]:
             "precision": float(hits[at] / counts[at]),
             "recall": float(hits[at] / examples.wrong.sum()),
         }
-        if line not in found:
-            found.append(line)
-    return found
+        if line not in lines:
+            lines.append(line)
+    return lines
 
 
 @dataclass
@@ -149,9 +152,6 @@ class Threshold:
     precision_high: float
     recall: float
     flagged: int
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def __str__(self) -> str:
         measured = f"[{self.precision_low:.2f}, {self.precision_high:.2f}], recall {self.recall:.2f}"
@@ -180,13 +180,13 @@ def threshold_for(examples: Examples, target: float) -> Threshold:
         total = weights[flagged].sum()
         return float(weights[flagged & examples.wrong].sum() / total) if total else float("nan")
 
-    found = bootstrap(of, examples.rows, DRAWS)
+    interval = bootstrap(of, examples.rows, DRAWS)
     return Threshold(
         target,
         float(cuts[at]) if reached.size else None,
         float(precision[at]),
-        found.low,
-        found.high,
+        interval.low,
+        interval.high,
         float(hits[at] / examples.wrong.sum()),
         int(counts[at]),
     )

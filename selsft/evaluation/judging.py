@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ class Verdict:
     Attributes:
         record: content of `judged.json`.
         threshold: for `target_precision`; `None` where it was not asked for.
-        refusal: why nothing should be selected by the score; `None` where judged rows say nothing against it.
+        refusal: why nothing should be selected by the score; `None` where the judged rows do not speak against it.
     """
 
     record: dict[str, Any]
@@ -75,16 +75,16 @@ class Verdict:
 
 
 class Judging:
-    """Judged rows and what they are used for.
+    """Judged rows, and all that is computed from them.
 
     Args:
         models: the frozen models, without a probe yet.
         args: settings of the score and of the rows.
         judged, test: judged rows in the forms of docs/spans.md.
-        clean: rows for a probe without labels.
+        clean: rows for a probe without judgements.
 
     Raises:
-        `InputError` for rows that cannot be judged by, and settings that they contradict.
+        `InputError` for rows that cannot be used, and settings that they contradict.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class Judging:
         return fit
 
     def _pool(self, rows: JudgedRows, design: Any, logits: np.ndarray) -> np.ndarray:
-        """Logits as selection pools them, by what is judged alone."""
+        """Logits as selection pools them, over judged tokens only."""
         if design.kind == ROW:
             return logits
         flat, mask = np.zeros(rows.row.size), np.zeros(rows.row.size, bool)
@@ -207,11 +207,9 @@ class Judging:
         keep = np.ones(judged.lengths.size, bool)
         fitted = set(self.probe.facts.get("fitted_rows", ())) if self.probe is not None else set()
         hashes = row_hashes(judged)
-        out_of_fold = fit is not None and self.clean is None
-        if out_of_fold:
-            assert fit is not None
-            own = self._out_of_fold(judged, fit, fit.logits)
-            columns["judged"][PROBE_SCORES] = own
+        fit = fit if self.clean is None else None  # out of fold for judged rows only
+        if fit is not None:
+            columns["judged"][PROBE_SCORES] = self._out_of_fold(judged, fit, fit.logits)
             keep = np.isin(np.arange(keep.size), np.unique(self._rows_of(judged, fit)))
         elif fitted:
             keep = np.array([digest not in fitted for digest in hashes])
@@ -238,7 +236,7 @@ class Judging:
                     "single tokens: set score_pooling='row'"
                 )
             threshold = threshold_for(found, args.target_precision)
-            record["threshold"] = threshold.as_json()
+            record["threshold"] = asdict(threshold)
         record |= {
             "score": args.score,
             "level": level,
@@ -251,8 +249,7 @@ class Judging:
                 for name in ("labels", "kind", "rows", "judged", "wrong", "strength")
                 if name in self.probe.facts
             }
-        if out_of_fold:
-            assert fit is not None
+        if fit is not None:
             partial = {share: self._out_of_fold(judged, fit, logits) for share, logits in fit.partial.items()}
             flat = {
                 share: self._pooled(judged, values)
@@ -313,8 +310,8 @@ class Judging:
         return flat
 
     def _scores(self, rows: JudgedRows, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The score and its baselines, `(tokens,)` each; all pooled alike but `random`, which pooling would give a
-        sense for long words."""
+        """The score and its baselines, `(tokens,)` each; all pooled alike but `random`, which pooling would turn into
+        a measure of word length."""
         found = {self.args.score: self._pooled(rows, raw_scores(columns, self.args))}
         if BASE_LOGPS in columns:
             found.setdefault("surprisal", self._pooled(rows, columns[BASE_LOGPS]))
@@ -336,7 +333,7 @@ def _groups(dataset: Dataset, rows: JudgedRows, column: str | None) -> np.ndarra
         return None
     if column not in dataset.column_names:
         raise InputError(
-            f"judged_group={column!r} is no column of the judged rows, which have {', '.join(dataset.column_names)}"
+            f"judged_group={column!r} is not a column of the judged rows, which have {', '.join(dataset.column_names)}"
         )
     values = [str(value) for value in dataset[column]]
     return np.unique([values[index] for index in rows.index], return_inverse=True)[1]

@@ -1,6 +1,6 @@
-"""The model to evaluate: a model of its own, or a LoRA adapter on its base.
+"""The model to evaluate: a full model, or a LoRA adapter on its base.
 
-transformers loads an adapter's folder too, but hides the adapter inside the base's layers, where neither PEFT nor the
+transformers can load an adapter's folder too, but hides the adapter in the base's layers, where neither PEFT nor the
 KL divergence to the base can switch it off.
 """
 

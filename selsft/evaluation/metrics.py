@@ -1,8 +1,8 @@
 """How well a score tells two kinds of examples apart: the one AUC of the package.
 
 Weights make it a statistic of resampled rows, so that an interval over rows costs a pass over sorted scores for each
-draw. Rejected: `sklearn.metrics.roc_auc_score`, a dependency for ten lines; counting all pairs, of which tokens have
-too many.
+draw. Rejected: `sklearn.metrics.roc_auc_score`, which sorts again in every draw; counting all pairs, of which tokens
+have too many.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class _Request(NamedTuple):
 
 
 def model_max_length(config: PretrainedConfig) -> int:
-    """Positions that a model was made for; 2048 where its configuration does not say, as in the harness."""
+    """Context length of a model; 2048 where its configuration does not say, as in the harness."""
     config = config.get_text_config()
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
         if getattr(config, name, None):
@@ -115,7 +115,7 @@ def score_options(
 ) -> OptionScores:
     """Score every option of every example.
 
-    The model is put into evaluation mode and, afterwards, every module back into the mode it was in.
+    The model runs in evaluation mode; afterwards every module is in its former mode.
 
     Args:
         batch_tokens: rows times padded length of one forward pass. A longer row is a batch of its own.
@@ -129,7 +129,7 @@ def score_options(
         `ValueError` for an option that is longer than the model's context, or a layer that the model does not have.
 
     Source: `HFLM._loglikelihood_tokens` of lm-evaluation-harness 0.4.13, with the differences that the module and
-    `encode_pair` name. Sums agree with it to 1e-4 (tests/skills/test_options.py).
+    `encode_pair` name. Sums agree with it to 1e-4 (tests/evaluation/test_options.py).
     """
     limit = max_length or model_max_length(base_model(model).config)
     rows, requests, question_at = _plan(tokenizer, examples, limit, keep_last=layer is not None)
@@ -245,7 +245,7 @@ def _forward(
     run = model if whole else cast(PreTrainedModel, base.base_model)
     ids = ids.to(cast(torch.Tensor, base.get_input_embeddings().weight).device)
     kept = {} if layer is None else {"output_hidden_states": True}
-    # A mask of ones, as the harness implies by giving none, would say the same: nothing looks at the padding
+    # No attention mask, as in the harness: nothing attends to the padding
     out = run(input_ids=ids, use_cache=False, **kept)
     width = ids.size(1)
 

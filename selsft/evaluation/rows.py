@@ -1,6 +1,6 @@
 """Held-out rows as training would see them: token ids, labels, and the prompt that an answer is generated from.
 
-TRL prepares the rows (chat template, EOS, truncation), so that an evaluated answer follows the very tokens that
+TRL prepares the rows (chat template, EOS, truncation), so that an evaluated answer follows the same tokens that
 training puts before it. Rejected: tokenising prompts a second time here, which drifts from the trainer with the first
 change of a template.
 """
@@ -68,11 +68,11 @@ def prepare(model: Model, tokenizer, data: Dataset, args: SelectiveSFTConfig) ->
     prompts, references, kept = [], [], []
     for index, row in enumerate(prepared):
         labels = np.asarray(row.get("labels", row["input_ids"]))
-        trained = np.flatnonzero(labels != -100)
-        if not trained.size or labels.size < 2:
+        labelled = np.flatnonzero(labels != -100)
+        if not labelled.size or labels.size < 2:
             continue
-        first = int(trained[0])
-        answer = tokenizer.decode(labels[trained].tolist(), skip_special_tokens=True).strip()
+        first = int(labelled[0])
+        answer = tokenizer.decode(labels[labelled].tolist(), skip_special_tokens=True).strip()
         kept.append(index)
         prompts.append(list(row["input_ids"][:first]))
         references.append([str(text).strip() for text in given[origin[index]]] if given is not None else [answer])

@@ -19,6 +19,7 @@ from trl import DatasetMixtureConfig
 
 from ..data.loading import DataSource, load_rows
 from ..errors import InputError, input_errors
+from ..evaluation.settings import METRICS
 from ..report.run import write_report
 from ..selection.select import SELECTED, select
 from ..training.checkpoints import last_checkpoint
@@ -307,7 +308,8 @@ class Plan:
             inputs["trained"] = trained
 
         def work(folder: Path) -> None:
-            shutil.rmtree(folder / "evaluation", ignore_errors=True)
+            if (folder / "evaluation" / METRICS).exists():  # finished, and cut off before the stage said so
+                shutil.rmtree(folder / "evaluation")
             config = {
                 **flags,
                 "model_name_or_path": _model_of(trained) if trained else self.model,

@@ -56,12 +56,21 @@ class SplitSettings:
     def __post_init__(self):
         for name in ("reference_size", "eval_size"):
             value = getattr(self, name)
-            if not value >= 0 or (value > 1 and value != int(value)):
-                raise InputError(f"split.{name}={value} must be a share in [0, 1) or a number of rows")
-        if not 0 <= self.replay_share < 1:
-            raise InputError(f"split.replay_share={self.replay_share} must be in [0, 1)")
-        if self.parts < 1:
-            raise InputError(f"split.parts={self.parts} must be at least 1")
+            if not _is_number(value) or value < 0 or (value > 1 and value != int(value)):
+                raise InputError(f"split.{name}={value!r} must be a share in [0, 1) or a number of rows")
+        if not _is_number(self.replay_share) or not 0 <= self.replay_share < 1:
+            raise InputError(f"split.replay_share={self.replay_share!r} must be in [0, 1)")
+        for name, least in (("parts", 1), ("seed", None)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+                raise InputError(f"split.{name}={value!r} must be a whole number{'' if least is None else ' from 1'}")
+        for name in ("reference_dataset", "eval_dataset", "replay_dataset", "group_column"):
+            if not isinstance(getattr(self, name), str | None):
+                raise InputError(f"split.{name}={getattr(self, name)!r} must be text")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def split(data: Dataset, settings: SplitSettings, given: dict[str, Dataset], folder: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from ..config import SelectiveSFTConfig
 from ..data.columns import BASE_LOGPS, REF_LOGPS, TOKEN_SCORES
+from ..selection.rules import classes_at
 from .page import HIDDEN, write_page
 from .terminal import printable
 from .tokens import LABELLED, ROLE, SCORED, SPECIAL, START, TokenRows
@@ -53,11 +54,9 @@ def starting_threshold(rows: TokenRows, score: np.ndarray) -> float:
 def classes(rows: TokenRows, score: np.ndarray, boundary: float, band: float, protect_special: bool) -> np.ndarray:
     """Class of every token as training has it, `(n,)` int8: 1, 0 or -1; 2 for tokens that are not scored."""
     scored = (rows.flags & SCORED > 0) & np.isfinite(score)
-    found = np.where(score < np.float32(boundary), -1, 1).astype(np.int8)
-    if band > 0:
-        found[np.abs(score - np.float32(boundary)) <= np.float32(band)] = 0
-    if protect_special:
-        found[(rows.flags & SPECIAL > 0) & (found < 0)] = 1
+    special = rows.flags & SPECIAL > 0 if protect_special else None
+    with np.errstate(invalid="ignore"):
+        found = classes_at(score, np.float32(boundary), neutral_band=np.float32(band), protected=special)
     found[~scored] = 2
     return found
 

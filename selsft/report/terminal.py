@@ -21,9 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from ..config import SelectiveSFTConfig
 from ..data.chunks import supervised_mask, token_chunks
 from ..data.columns import TOKEN_COLUMNS, WEIGHTS
-from ..data.tokenizers import special_ids
-from ..data.words import Words
-from ..selection.weights import add_token_weights, pooled_scores, raw_scores
+from ..selection.quantile import from_ordered_bits, ordered_bits
+from ..selection.weights import add_token_weights, pooled_scores, raw_scores, vocabulary
 from ..selection.worst import TokenInContext, WorstTokens
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -47,10 +46,7 @@ class ScoreHistogram:
 
     def add(self, scores: np.ndarray) -> None:
         """Count `(n,)` float32 scores, all finite."""
-        bits = np.ascontiguousarray(scores, np.float32).view(np.uint32)
-        # Order-preserving: negative numbers turned around, positive ones above them
-        keys = np.where(bits >> 31, ~bits, bits | 0x80000000) >> 12
-        self.counts += np.bincount(keys, minlength=len(self.counts))
+        self.counts += np.bincount(ordered_bits(scores) >> 12, minlength=len(self.counts))
         self.lowest, self.highest = scores.min(initial=self.lowest), scores.max(initial=self.highest)
         self.total, self.sum = self.total + len(scores), self.sum + float(scores.sum(dtype=np.float64))
 
@@ -60,9 +56,8 @@ class ScoreHistogram:
         if rank in (0, self.total - 1):
             return float(self.lowest if rank == 0 else self.highest)
         key = int(np.searchsorted(np.cumsum(self.counts), rank, side="right"))
-        bits = np.uint32((key << 12) | 0x800)  # the middle of the bin
-        bits = bits & np.uint32(0x7FFFFFFF) if bits >> 31 else ~bits
-        return float(np.clip(np.uint32(bits).view(np.float32), self.lowest, self.highest))
+        middle = from_ordered_bits(np.array([key << 12 | 0x800], np.uint32))[0]  # of the bin
+        return float(np.clip(middle, self.lowest, self.highest))
 
 
 def summarize(scored: Dataset, tokenizer: PreTrainedTokenizerBase, args: SelectiveSFTConfig, show: int) -> Summary:
@@ -72,9 +67,8 @@ def summarize(scored: Dataset, tokenizer: PreTrainedTokenizerBase, args: Selecti
         scored: with `input_ids`, `labels` and the columns of the score.
         args: the selection whose shares are counted, and whether special tokens are shown.
     """
-    special = special_ids(tokenizer) if args.protect_special_tokens else np.zeros(0, np.int64)
+    special, words = vocabulary(tokenizer, args)
     there = [name for name in TOKEN_COLUMNS if name in scored.column_names]
-    words = Words(tokenizer) if args.pools_words else None
     weighted = add_token_weights(scored, args, special, padding_free=False, words=words)
     histogram, tokens, signs = ScoreHistogram(), 0, np.zeros(3, np.int64)
     worst = WorstTokens(tokenizer, special, show, CONTEXT)
@@ -97,7 +91,7 @@ def summarize(scored: Dataset, tokenizer: PreTrainedTokenizerBase, args: Selecti
         "quantiles": {str(q): histogram.quantile(q) for q in QUANTILES if histogram.total},
         "share": dict(zip(("positive", "neutral", "negative"), map(float, share), strict=True)),
     }
-    return Summary(numbers, worst.found)
+    return Summary(numbers, worst.tokens)
 
 
 def printable(text: str) -> str:

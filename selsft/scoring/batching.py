@@ -1,9 +1,9 @@
 """Batches under a token budget.
 
-A batch of rows of like length wastes next to nothing on padding, whatever the lengths of the data are. So rows are
+A batch of rows of similar length wastes almost nothing on padding, whatever the lengths in the data. So rows are
 sorted by length within a chunk, and a batch takes as many as the budget allows. Chunks are cut by the same rule
 everywhere (`token_chunks`): a row always meets the same neighbours, and its score is the same to the last bit.
-Rejected: sorting the whole data set, which needs all lengths at once and spreads a finished piece of work over all
+Rejected: sorting the whole data set, which needs all lengths at once and spreads a finished shard over all
 rows; bucket samplers of fixed lengths, which pad to the bucket.
 """
 
@@ -43,14 +43,14 @@ class BatchBudget:
         full batch of evaluation has, `per_device_eval_batch_size * max_length`.
 
         Args:
-            models: those that the batches are for; padding-free if all of them use flash attention.
+            models: those that run the batches; padding-free if all of them use flash attention.
         """
         tokens = args.scoring_batch_tokens or args.per_device_eval_batch_size * (args.max_length or _DEFAULT_LENGTH)
         flash = bool(models) and all(uses_flash_attention(model) for model in models)
         return cls(None if args.scoring_batch_size else tokens, args.scoring_batch_size, flash)
 
     def halved(self) -> BatchBudget:
-        """For batches of which every row is computed twice."""
+        """The budget for batches whose rows are all computed twice."""
         return self if self.tokens is None else dataclasses.replace(self, tokens=max(self.tokens // 2, 1))
 
     def batches(self, lengths: np.ndarray) -> list[np.ndarray]:
@@ -69,8 +69,8 @@ class BatchBudget:
         return batches
 
     def _fitting(self, lengths: np.ndarray) -> int:
-        """How many of the rows, longest first, make a batch. In a small data set rows of like length are few: there a
-        padded batch of an eighth of the budget ends where rows are shorter than 0.9 of the longest."""
+        """How many of the rows, longest first, make a batch. A padded batch ends where rows are shorter than 0.9 of
+        the longest, once it fills an eighth of the budget: in a small data set few rows are of similar length."""
         if self.tokens is None:
             return len(lengths)
         if self.padding_free:

@@ -2,7 +2,7 @@
 
 The folders are those of `selsft score`, with one column of scores, under a name made of the content of the rows, the
 hash of the weights and the precision: a threshold, an objective or a learning rate can change without another forward
-pass, and nothing else can change unnoticed. A run that was killed costs the shard at work. The fingerprint of
+pass, and nothing else can change unnoticed. A killed run loses only its current shard. The fingerprint of
 `datasets` was rejected as a key: it is random after a transform that cannot be pickled, and covers columns that no
 score depends on.
 """
@@ -49,7 +49,7 @@ def cached_column(
     name: str,
     documents: bool,
 ) -> Dataset:
-    """One score of all rows, read where these rows were scored with these weights before, else computed and kept.
+    """One score of all rows, read where these rows were scored with these weights before, else computed and cached.
 
     A full disk costs the cache, not the scores: the run continues with a warning.
 
@@ -77,7 +77,7 @@ def cached_column(
             if not documents:
                 chunk.documents = None  # the collator of training does not keep them apart either
             values = _cached(store, index, chunk, column)
-            # One for all: a shard that a process cannot read is scored by all of them together
+            # A shard that one process cannot read is scored by all of them together
             if not _everywhere(values is not None, accelerator) or values is None:
                 if not made and keeps:
                     keeps = _begin(store, {"column": column, "model": name, "created": now(), "versions": versions()})
@@ -101,7 +101,7 @@ def _cached(store: ScoredFolder, index: int, chunk: TokenChunk, column: str) -> 
     try:
         return store.read(index)[column] if store.finished(index, chunk) else None
     except (ValueError, KeyError) as error:
-        logger.warning(f"Cached scores do not hold, these rows are computed again: {error}")
+        logger.warning(f"Cached scores do not match, these rows are computed again: {error}")
         return None
 
 
@@ -120,7 +120,7 @@ def _begin(store: ScoredFolder, facts: dict[str, Any]) -> bool:
         try:
             store.open(facts)
         except ValueError as error:
-            logger.warning(f"Cached scores do not hold, all are computed again: {error}")
+            logger.warning(f"Cached scores do not match, all are computed again: {error}")
             store.open(facts, rescore=True)
     except OSError as error:
         return _not_kept(store, error)

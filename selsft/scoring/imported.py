@@ -1,4 +1,4 @@
-"""Log-probabilities that something else has computed, such as an inference server, read from Parquet and checked.
+"""Log-probabilities computed elsewhere, for example by an inference server, read from Parquet and checked.
 
 A score belongs to its token only if both sides saw the same token ids, so the ids come with the values and are
 compared one by one. Rejected: joining by an id column, which says nothing about how the row was tokenised.
@@ -52,11 +52,11 @@ class ImportedLogps:
             self._column = self._choose(schema.names, file)
             self._labels = "labels" in schema.names
             for key, value in expected.items():
-                found = (schema.metadata or {}).get(key.encode(), b"").decode()
-                if found and found != value:
+                stored = (schema.metadata or {}).get(key.encode(), b"").decode()
+                if stored and stored != value:
                     raise ValueError(
                         f"{flag}: {str(file)!r} was made with another {key.removesuffix('_sha256')} ({key} "
-                        f"{found[:12]}, here {value[:12]})"
+                        f"{stored[:12]}, here {value[:12]})"
                     )
             for group in range(meta.num_row_groups):
                 self._groups.append((file, group))
@@ -138,24 +138,24 @@ class ImportedLogps:
         lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy(zero_copy_only=False)
         if (wrong := np.flatnonzero(lengths != chunk.lengths)).size:
             row = int(wrong[0])
-            found = "nothing" if lengths[row] < 0 else f"{lengths[row]} values"
+            held = "nothing" if lengths[row] < 0 else f"{lengths[row]} values"
             raise ValueError(
-                f"{self._where()}, row {chunk.first_row + row}: {name} has {found}, the row has "
+                f"{self._where()}, row {chunk.first_row + row}: {name} has {held}, the row has "
                 f"{chunk.lengths[row]} tokens"
             )
 
     def _equal(self, chunk: TokenChunk, column: pa.Array, name: str, what: str) -> np.ndarray:
         self._same_lengths(chunk, column, name)
-        found, wanted = column.flatten().to_numpy(zero_copy_only=False), np.asarray(chunk.columns[name])
-        if (wrong := np.flatnonzero(found != wanted)).size:
+        stored, wanted = column.flatten().to_numpy(zero_copy_only=False), np.asarray(chunk.columns[name])
+        if (wrong := np.flatnonzero(stored != wanted)).size:
             token = int(wrong[0])
             row = chunk.row_of(token)
             position = token - int(chunk.lengths[: row - chunk.first_row].sum())
             raise ValueError(
-                f"{self._where()}, row {row}: {what} {position} is {found[token]}, in the data {wanted[token]}: it "
+                f"{self._where()}, row {row}: {what} {position} is {stored[token]}, in the data {wanted[token]}: it "
                 "was made from other rows or with another tokenizer"
             )
-        return found
+        return stored
 
     def _where(self) -> str:
         return f"{self._flag}={str(self._path)!r}"

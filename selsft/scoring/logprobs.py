@@ -1,8 +1,8 @@
-"""Per-token columns of rows under a frozen model: log-probabilities, and what else one forward pass can give.
+"""Per-token columns of rows under a frozen model: log-probabilities, and whatever else one forward pass gives.
 
 Scores are computed on the *final* rows, after TRL has tokenised, truncated and packed them, and through the collator
-that training uses, so that column index t belongs to token t in every packing mode. The documents of a packed row see
-nothing of each other, so they are scored as rows of their own, in batches under a token budget (`batching`). Scoring
+that training uses, so that column index t belongs to token t in every packing mode. Documents of a packed row do not
+see each other, so they are scored as separate rows, in batches under a token budget (`batching`). Scoring
 the raw examples and carrying the columns through preparation was rejected: truncation and packing would have to treat
 them alike, and the model would see another context than in training.
 """
@@ -18,6 +18,7 @@ from typing import cast
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import nn
 from transformers import DataCollator
 
@@ -98,9 +99,9 @@ def score_chunk(
     joint: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Columns of consecutive rows, flat `(tokens,)` float32, 0 where nothing is supervised.
+    """Columns of consecutive rows, flat `(tokens,)` float32, 0 for unsupervised tokens.
 
-    Rows without a label never meet the model.
+    Rows without a label are not run.
 
     Args:
         chunk: with the columns `input_ids` and `labels`; packed rows with `documents` are scored document by document.
@@ -124,11 +125,7 @@ def score_chunk(
         mine = step * world + rank
         chosen = batches[min(mine, len(batches) - 1)]  # the last round repeats a batch where one is short
         rows = [{"input_ids": ids[starts[i] : ends[i]], "labels": labels[starts[i] : ends[i]]} for i in chosen]
-        inputs = {
-            key: value.to(accelerator.device) if isinstance(value, torch.Tensor) else value
-            for key, value in collator(rows).items()
-        }
-        columns = forward(inputs)
+        columns = forward(send_to_device(collator(rows), accelerator.device))
         if mine < len(batches):
             for name, values in flat.items():
                 _spread(values, columns[name].float().cpu().numpy(), starts[chosen], lengths[chosen])

@@ -1,15 +1,15 @@
-"""The probe: a linear map of hidden states that says how probably a token, or an answer, is wrong.
+"""The probe: a linear map of hidden states that gives the probability that a token, or an answer, is wrong.
 
 For each of five layers about the middle third of the depth, an L2-regularised logistic regression on standardised
-features: the state of token t, that of token t + 1 (which has seen what follows), log p of both. The logits of the
-layers are averaged, which is one linear map again, so no layer has to be chosen and applying it costs a product of
+features: the state of token t, the state of token t + 1 (which has seen what follows), log p of both. The logits of
+the layers are averaged, which is again one linear map, so no layer has to be chosen and applying it costs a product of
 `(hidden, 2)` a layer. A word is as wrong as its worst token, which selection takes care of (`score_pooling`). Logits
 become probabilities by Platt's calibration (1999) on out-of-fold rows. Judgements of whole rows train a map of the
 mean state and of the last one.
 
-`Probe.state_columns` runs inside the forward pass that scores: states live as long as a batch. Only to fit it are the
-states of judged tokens held in memory. Figures are in docs/scores.md. Rejected, each measured: MLP heads, PCA, layers
-concatenated (dearer, no better), the state of t - 1 (worse), a tuned token classifier (minutes, no better).
+`Probe.state_columns` runs inside the forward pass that scores: states live as long as a batch. Only for fitting are
+the states of judged tokens held in memory. Figures are in docs/scores.md. Rejected, each measured: MLP heads, PCA,
+layers concatenated (dearer, no better), the state of t - 1 (worse), a tuned token classifier (minutes, no better).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Probe:
 
     @property
     def sha256(self) -> str:
-        """Hash of all that decides what it says."""
+        """Hash of all that decides its output."""
         return hashlib.sha256(self.tensors + self.kind.encode()).hexdigest()
 
     @property
@@ -81,7 +81,7 @@ class Probe:
         """The column `probe_scores` for the forward pass that scores: minus the probability of being wrong.
 
         Args:
-            special_ids: `(k,)` ids that are no part of an answer.
+            special_ids: `(k,)` ids that are not part of an answer.
         """
         maps = {layer: torch.from_numpy(weight) for layer, weight in self.weights.items()}
         loss, special = torch.from_numpy(self.loss), torch.from_numpy(np.asarray(special_ids, np.int64))
@@ -113,7 +113,7 @@ def probe_layers(depth: int) -> list[int]:
 
 
 def documents_of(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Number of each token's document, and whether it is a token and no padding; `(batch, seq_len)` each."""
+    """Number of each token's document, and whether it is a token and not padding; `(batch, seq_len)` each."""
     ids = inputs["input_ids"]
     rows = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
     if inputs.get("attention_mask") is not None:
@@ -160,13 +160,13 @@ def row_values(this, following, logps, documents, answer, loss: torch.Tensor) ->
 
 @dataclass
 class Design:
-    """What a probe is fitted on: n tokens, or n rows.
+    """The data that a probe is fitted on: n tokens, or n rows.
 
     Attributes:
         kind: `token` or `row`.
         positions: `(n,)` the tokens' places in the sample, or the numbers of the rows.
         wrong: `(n,)` bool.
-        groups: `(n,)` int; what has one number is in one fold.
+        groups: `(n,)` int; equal numbers are in one fold.
         loss: `(n, 2)` or `(n, 3)` float32.
         states: layer -> `(m, hidden)`, in the model's dtype; `(rows, 2 hidden)` for rows.
         pairs: `(n, 2)` which states are those of the token and the next one.
@@ -338,8 +338,8 @@ def fit_probe(
 
 
 def _folds(groups: np.ndarray, wrong: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Fold of each example: groups are dealt out in a random order, those with a wrong example first, so that every
-    fold has its part of both."""
+    """Fold of each example: groups are assigned in random order, those with a wrong example first, so that every
+    fold has some of both."""
     names, at = np.unique(groups, return_inverse=True)
     bad = np.bincount(at, wrong) > 0
     order = np.lexsort((np.random.default_rng(seed).random(names.size), ~bad))
@@ -402,7 +402,7 @@ def _platt(logits: np.ndarray, wrong: np.ndarray) -> tuple[float, float]:
 
 
 def row_hashes(rows: JudgedRows) -> list[str]:
-    """A hash of each row's tokens: rows that a probe was fitted on are known again."""
+    """A hash of each row's tokens, by which rows that a probe was fitted on are recognised."""
     return [hashlib.sha256(ids.astype(np.int32).tobytes()).hexdigest()[:16] for ids in _rows_of(rows)]
 
 
@@ -411,7 +411,7 @@ def _rows_of(rows: JudgedRows) -> Iterator[np.ndarray]:
 
 
 def save_probe(probe: Probe, folder: Path) -> None:
-    """Write `probe.safetensors` and `probe.json`; the latter appears when both are whole."""
+    """Write `probe.safetensors` and `probe.json`; the latter appears when both are complete."""
     folder.mkdir(parents=True, exist_ok=True)
     with replaced(folder / _WEIGHTS) as handle:
         handle.write(probe.tensors)
@@ -449,7 +449,7 @@ def load_probe(folder: str | Path, model_sha256: str, tokenizer_sha256: str) -> 
     """A saved probe, for the model and the tokenizer that it was fitted with.
 
     Raises:
-        `InputError` for a folder that holds no whole probe, and for another model or tokenizer.
+        `InputError` for a folder without a complete probe, and for another model or tokenizer.
     """
     path = Path(folder)
     try:

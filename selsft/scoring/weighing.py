@@ -1,4 +1,4 @@
-"""From frozen models to token weights: what the trainer asks for, a data set at once or a batch at a time.
+"""From frozen models to token weights, for the trainer: a data set at once or a batch at a time.
 
 `weigh` adds the columns to a whole data set before training (cached on disk), `weigh_batch` to one batch within a step
 (streamed data, or `precompute_scores=False`). Both run the same forward pass and the same selection. Rejected: doing
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
@@ -21,10 +22,9 @@ from ..config import SelectiveSFTConfig
 from ..data.chunks import TOKENS_PER_CHUNK, data_fingerprint, with_column
 from ..data.columns import BASE_LOGPS, PROBE_SCORES, REF_LOGPS, WEIGHTS
 from ..data.tokenizers import special_ids, tokenizer_sha256
-from ..data.words import Words
 from ..selection.chosen import warn_unverified
 from ..selection.excess import weigh_batches
-from ..selection.weights import add_token_weights, row_weights
+from ..selection.weights import add_token_weights, row_weights, vocabulary
 from ..training.collator import DataCollatorForSelectiveSFT
 from ..training.model import Model, frozen
 from .cache import cached_column
@@ -62,9 +62,7 @@ class TokenWeigher:
         online: bool = False,
     ):
         self.model, self.args, self.accelerator, self.collator = model, args, accelerator, collator
-        special = special_ids(tokenizer)
-        self.special_ids = special if args.protect_special_tokens else np.zeros(0, np.int64)
-        self.words = Words(tokenizer) if args.pools_words else None
+        self.special_ids, self.words = vocabulary(tokenizer, args)
         self._given = given
         if WEIGHTS not in given:
             warn_unverified(args)
@@ -86,7 +84,7 @@ class TokenWeigher:
         if self._probe:
             assert args.probe is not None
             probe = load_probe(args.probe, self.models.policy_sha256, tokenizer_sha256(tokenizer, chat_template))
-            self.models.state_columns = probe.state_columns(special)
+            self.models.state_columns = probe.state_columns(special_ids(tokenizer))
             self._probe_sha256 = probe.sha256
 
     def weigh(self, dataset: Dataset) -> Dataset:
@@ -135,9 +133,9 @@ class TokenWeigher:
         weigh_batches([batch], [batch[BASE_LOGPS]], self.args, self.special_ids, words=self.words)
 
     def score_batch(self, batch: dict[str, Any]) -> None:
-        """Add what a streamed batch lacks, in place: `ref_logps` where there is a reference, and `base_logps` and the
-        probe's column where the start of training matters."""
-        inputs = self._on_device(batch)
+        """Add the scores of a streamed batch, in place: `ref_logps` where there is a reference, and `base_logps` and
+        the probe's column where the start of training matters."""
+        inputs = send_to_device(batch, self.accelerator.device)
         if BASE_LOGPS in self.models.columns:
             with self.models.start() as model:
                 batch.update(self.models.policy_columns(model, inputs))
@@ -149,14 +147,10 @@ class TokenWeigher:
         """Log-probabilities of a batch under the model as it is now, in evaluation mode (no dropout, so that a score
         is a property of model and token and not of a draw); `(batch, seq_len)` as `forward_logps` gives them."""
         with frozen(self.model):
-            return self.models.logps(self.model, self._on_device(batch))
-
-    def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        device = self.accelerator.device
-        return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+            return self.models.logps(self.model, send_to_device(batch, self.accelerator.device))
 
     def weigh_stream(self, dataset: IterableDataset) -> IterableDataset:
-        """Streamed rows with the weights that their own columns say, under a rule that needs no other rows."""
+        """Streamed rows with the weights that follow from their own columns, under a rule that needs no other row."""
         return dataset.map(
             lambda row: {
                 WEIGHTS: row_weights(row, self.args, self.special_ids, self.collator.padding_free, self.words)
@@ -164,7 +158,7 @@ class TokenWeigher:
         )
 
     def mask_special_tokens(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-        """Keep given weights, but neither forget nor learn a special token of a negative span; with `forget_weight=0`
+        """Keep given weights, but give special tokens of a negative span weight 0; with `forget_weight=0`
         no token is negative."""
         ignore = self.args.forget_weight == 0
         if not ignore and not self.special_ids.size:

@@ -1,9 +1,8 @@
-"""How a folder of scores wants to be selected by: the score and the threshold that judged rows have spoken for.
+"""The score and the threshold of a scored folder, as its judged rows support them.
 
-`selsft score` writes both into the manifest. Training takes them where the user sets nothing else, and refuses what
-judged rows have refuted: a score no better than chance, or a precision that no threshold reaches. Where no judged rows
-have spoken, the default rule selects, and the run says so. Rejected: a default threshold in the place of one that was
-not found.
+`selsft score` writes both into the manifest. Training uses them where the user sets nothing else, and stops where the
+judged rows speak against them: a score no better than chance, or a precision that no threshold reaches. Without judged
+rows the default rule selects, and the run says so. Rejected: a default threshold where none was found.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ _SETTINGS = ("score", "score_base_weight", "score_pooling", "score_row_worst", "
 def use_folder(args: SelectiveSFTConfig, folder: str | Path) -> None:
     """Give `args` the score and the threshold of a scored folder, in place, where they are at their defaults.
 
-    A folder of before, or one that was scored without judged rows, leaves the threshold as it is.
+    An older folder, or one that was scored without judged rows, leaves the threshold as it is.
 
     Raises:
-        `InputError` when judged rows say that nothing should be selected by this folder, unless `args.go_on`.
+        `InputError` when the judged rows speak against selecting by this folder, unless `args.go_on`.
     """
     selection = read_manifest(folder).get("selection") if is_scored(folder) else None
     if not selection:
         return
     defaults = {item.name: item.default for item in fields(args) if item.default is not MISSING}
     if args.score not in (defaults["score"], selection["score"]):
-        return  # another score, which the folder was not judged by
+        return  # the judged rows measured another score
     unset = {name for name in _SETTINGS if getattr(args, name) == defaults[name]}
     for name in unset:
         setattr(args, name, selection[name])

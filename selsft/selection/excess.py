@@ -1,16 +1,16 @@
 """`score="excess"`: the tokens of an optimizer step, ranked by how far the current model is behind the reference.
 
-Rho-1 (arXiv 2404.07965, eq. 3 and 5) keeps the share of a batch with the largest `L_theta - L_RM`, theta the model
-that is being trained. Written in log-probabilities that is `ref_logps - current_logps`, high = still to be learnt, so
-the sign is the one of every other score here. Two ways. With two passes the step is scored in evaluation mode before
-it trains, all micro-batches and processes are one ranking, and the share is exact. With one pass the log-probabilities
-of the training forward itself are compared with a boundary known before: a fixed threshold, or a moving average of the
-boundaries that the steps so far would have had. Rejected: ranking each micro-batch alone, which makes the selection
-depend on how a batch is cut to fit memory.
+Rho-1 (arXiv 2404.07965, eq. 3 and 5) keeps the share of a batch with the largest `L_theta - L_RM`, where theta is the
+model in training. In log-probabilities that is `ref_logps - current_logps`, high = still to be learnt, the sign of
+every other score here. With two passes, the step is scored in evaluation mode before it trains, all micro-batches and
+processes form one ranking, and the share is exact. With one pass, the log-probabilities of the training forward itself
+are compared with a boundary known in advance: a fixed threshold, or a moving average of the boundaries of the steps so
+far. Rejected: ranking each micro-batch alone, which makes the selection depend on how a batch is split to fit memory.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +25,8 @@ from ..config import SelectiveSFTConfig
 from ..data.columns import ACTIVE_ROWS, BASE_LOGPS, READ_COLUMNS, REF_LOGPS, WEIGHTS, active_rows, shift
 from ..data.words import Words
 from .quantile import Reduce, boundary_of_fraction
-from .weights import pooled_scores, pools, raw_scores, select_token_weights, shared_boundary
+from .rules import check_finite
+from .weights import ScoredTokens, pooled_scores, pools, raw_scores, shared_boundary, token_classes
 
 Batch = dict[str, Any]
 
@@ -50,7 +51,7 @@ def weigh_batches(
     Returns:
         the boundary that all batches share, if they do.
     """
-    masks = [trained_labels(batch).cpu().numpy() for batch in batches]
+    masks = [supervised_tokens(batch).cpu().numpy() for batch in batches]
     scored = []
     for batch, logps, mask in zip(batches, compared, masks, strict=True):
         names = {*READ_COLUMNS[args.score], REF_LOGPS} & set(batch)
@@ -67,29 +68,33 @@ def weigh_batches(
         chosen = [scores[mask] for (scores, _), mask in zip(scored, masks, strict=True)]
         boundary = shared_boundary(lambda: chosen, args, reduce)
     for batch, (scores, reference), mask in zip(batches, scored, masks, strict=True):
-        special = np.isin(batch["input_ids"].cpu().numpy(), special_ids)
-        rows = select_token_weights(
-            list(scores), list(mask), list(special), args, _documents(batch), boundary,
-            None if reference is None else list(reference),
+        ids, documents = batch["input_ids"].cpu().numpy(), _documents(batch)
+        rows = np.indices(ids.shape)[0]
+        tokens = ScoredTokens(
+            scores[mask], rows[mask], (rows if documents is None else documents)[mask],
+            np.isin(ids, special_ids)[mask], None if reference is None else reference[mask],
         )  # fmt: skip
-        batch[WEIGHTS] = torch.from_numpy(np.stack(rows))
+        check_finite(tokens.scores)
+        own = shared_boundary(functools.partial(list, [tokens.scores]), args) if boundary is None else boundary
+        weights = np.zeros(ids.shape, np.float32)
+        weights[mask] = token_classes(tokens, own, args)
+        batch[WEIGHTS] = torch.from_numpy(weights)
         batch[ACTIVE_ROWS] = active_rows(batch[WEIGHTS])
     return boundary
 
 
-def trained_labels(batch: Batch) -> torch.Tensor:
+def supervised_tokens(batch: Batch) -> torch.Tensor:
     """Which tokens of a collated batch have a label and a past to be predicted from: `(batch, seq_len)` bool."""
-    trained = batch["labels"] != -100
-    trained[:, 0] = False
-    return trained
+    supervised = batch["labels"] != -100
+    supervised[:, 0] = False
+    return supervised
 
 
-def _documents(batch: Batch) -> list[np.ndarray] | None:
+def _documents(batch: Batch) -> np.ndarray | None:
     """Number of each token's document where rows are concatenated: its positions start at 0 again."""
     if "position_ids" not in batch or "attention_mask" in batch:
         return None
-    starts = batch["position_ids"].cpu().numpy() == 0
-    return list(np.cumsum(starts, axis=1))
+    return np.cumsum(batch["position_ids"].cpu().numpy() == 0, axis=1)
 
 
 def _lengths(batch: Batch) -> np.ndarray:
@@ -103,8 +108,8 @@ def _lengths(batch: Batch) -> np.ndarray:
 class ExcessSelector(TrainerCallback, ExportableState):
     """Selects the tokens of each optimizer step.
 
-    The moving average of `excess_passes=1` is part of `trainer_state.json`, so that a resumed run goes on with it. Its
-    first value is the exact boundary of the first step, which for that purpose runs in two passes.
+    The moving average of `excess_passes=1` is saved in `trainer_state.json`, so that a resumed run continues it. Its
+    first value is the exact boundary of the first step, which therefore runs in two passes.
 
     Args:
         current_logps: log-probabilities of a batch under the current model, without gradients, `(batch, seq_len)`.
@@ -126,21 +131,21 @@ class ExcessSelector(TrainerCallback, ExportableState):
         self.current_logps = current_logps
         self.boundary = None if args.effective_threshold is None else -args.effective_threshold
         self.one_pass = False
-        self._seen: list[torch.Tensor] = []  # scores of the micro-batches of this step, NaN where not trained
+        self._seen: list[torch.Tensor] = []  # scores of the micro-batches of this step, NaN where not supervised
 
     def begin_step(self, batches: Sequence[Batch]) -> int:
-        """Give the batches of a step their `token_weights`: the labels, or, where the training forward selects, 1 for
-        every token that it selects from. Returns the number of these, of this process."""
+        """Give the batches of a step their `token_weights`: the token classes, or, where the training forward selects,
+        1 for every token that it selects from. Returns the number of supervised tokens of this process."""
         # A step without tokens, or with too few for the share, has no boundary to start an average from
         self.one_pass = self.args.excess_passes == 1 and self.boundary is not None and math.isfinite(self.boundary)
         if self.one_pass:
             for batch in batches:
-                batch[WEIGHTS] = trained_labels(batch).float()
+                batch[WEIGHTS] = supervised_tokens(batch).float()
                 batch[ACTIVE_ROWS] = active_rows(batch[WEIGHTS])
         else:
             current = [self.current_logps(batch) for batch in batches]
             self.boundary = weigh_batches(batches, current, self.args, self.special_ids, self._reduce)
-        return int(sum(trained_labels(batch).sum() for batch in batches))
+        return int(sum(supervised_tokens(batch).sum() for batch in batches))
 
     def num_items(self, candidates: torch.Tensor) -> torch.Tensor:
         """What the loss of a one-pass step is divided by, from the number of its candidate tokens. Every candidate is
@@ -168,29 +173,29 @@ class ExcessSelector(TrainerCallback, ExportableState):
 
         def choose(logps: torch.Tensor) -> torch.Tensor:
             width, device = logps.size(1), logps.device
-            reference, trained, safe = (
+            reference, supervised, safe = (
                 shift(column.to(device), width) for column in (ref_logps, candidates > 0, protected)
             )
             scores = reference - logps
             if self.args.positive_fraction is not None:
-                self._seen.append(scores.masked_fill(~trained, math.nan))
+                self._seen.append(scores.masked_fill(~supervised, math.nan))
             if gate is not None:
                 safe = safe | (reference >= math.log(gate))
             negative = (scores < boundary) & ~safe
-            return torch.where(negative, -forget_scale, 1.0) * trained
+            return torch.where(negative, -forget_scale, 1.0) * supervised
 
         return choose
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Move the average: the boundary that the step would have had, over all processes."""
+        """Update the moving average with the step's own boundary, over all processes."""
         if not self.one_pass or self.args.positive_fraction is None:
             return
         scores = [part[~part.isnan()].float().cpu().numpy() for part in self._seen]
         self._seen.clear()
-        found = boundary_of_fraction(lambda: scores, self.args.positive_fraction, self._reduce)
-        if math.isfinite(found):
+        boundary = boundary_of_fraction(lambda: scores, self.args.positive_fraction, self._reduce)
+        if math.isfinite(boundary):
             assert self.boundary is not None
-            self.boundary += (1 - self.args.excess_decay) * (found - self.boundary)
+            self.boundary += (1 - self.args.excess_decay) * (boundary - self.boundary)
 
     def on_train_begin(self, args, state, control, **kwargs):
         saved = state.stateful_callbacks.get(type(self).__name__)

@@ -1,10 +1,10 @@
-"""Scores of tokens pooled over what they are part of: a word, a span, a row; and a look at the next token.
+"""Token scores pooled over words, spans or rows, and a look ahead at the next token.
 
-A word is wrong as a whole. A probability of being wrong is pooled by its worst piece (`word`): a misspelt word's first
-piece is often likely and its second is not. Log-probabilities are summed (`word_sum`), which gives that of the word;
-rare words and misspelt ones have many pieces. Where an error begins is easier to see than where it ends, hence `span`:
-from a bad token to the end of its word. `row` is for judgements of whole answers. Works on flat arrays, in one pass.
-Rejected: the mean within a word (measured below the minimum), and smoothing over neighbours (no gain).
+A word is wrong as a whole. A probability of being wrong is pooled by its worst piece (`word`): the first piece of a
+misspelt word is often likely and the second is not. Log-probabilities are summed (`word_sum`), which gives that of the
+word; rare words and misspelt ones have many pieces. Where an error begins is easier to see than where it ends, hence
+`span`: from a bad token to the end of its word. `row` is for judgements of whole answers. One pass over flat arrays.
+Rejected: the mean within a word (measured: worse than the minimum), and smoothing over neighbours (no gain).
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ def pool_scores(
     lookahead: float = 0.0,
     worst: int | None = None,
 ) -> np.ndarray:
-    """Pooled scores, `(tokens,)` float32; what they are outside of `mask` means nothing.
+    """Pooled scores, `(tokens,)` float32; meaningless outside `mask`.
 
     Args:
         scores: `(tokens,)` float, high = useful.
         mask: `(tokens,)` bool: tokens that count.
-        documents: `(tokens,)` int, ascending: what a word, span or row does not reach beyond.
+        documents: `(tokens,)` int, ascending: the document of each token, which bounds words, spans and rows.
         words: `(tokens,)` int, ascending: number of each token's word; for `word`, `word_sum` and `span`.
         pooling: `token` leaves scores as they are; `word` gives each token the lowest score of its word, `word_sum`
             the sum over its word; `span` the lowest from the beginning of its word up to itself; `row` the mean over
             its document.
         lookahead: this times the next token's score is added first, where the document has a next token that counts.
-        worst: with `row`: the mean of so many lowest scores instead of all.
+        worst: with `row`: the mean of this many lowest scores instead of all.
     """
     scores = np.array(scores, np.float32)
     if lookahead and scores.size:

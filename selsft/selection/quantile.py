@@ -1,9 +1,9 @@
 """The exact k-th smallest of any number of float32 scores, from two passes over chunks of them.
 
-The bits of a float, with the sign folded in, order like the float. A histogram of their upper half finds the bin that
+The bits of a float, with the sign folded in, sort like the float. A histogram of their upper half finds the bin that
 holds the rank, a histogram of the lower half within that bin finds the value: 65,536 counters whatever the number of
-scores, and counters of several processes add up. Rejected: `numpy.partition`, which needs all scores in memory, and a
-quantile sketch, whose error would move labels from run to run of another batch size.
+scores, and the counters of several processes add up. Rejected: `numpy.partition`, which needs all scores in memory; a
+quantile sketch, whose error would change token classes with the batch size.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def boundary_of_fraction(chunks: Chunks, fraction: float, reduce: Reduce | None 
     """Lowest score among the best `fraction` of all scores.
 
     Args:
-        chunks: called twice; each time gives the same finite float32 scores, in any number of arrays.
+        chunks: called twice; returns the same finite float32 scores each time, in any number of arrays.
         fraction: share of the scores at or above the boundary; more where scores tie with it.
-        reduce: adds up an int64 array over processes, when each holds a part of the scores.
+        reduce: sums an int64 array over processes, when each holds a part of the scores.
 
     Returns:
         the boundary, a float32 value that occurs among the scores; +inf when the fraction keeps no score, -inf when
@@ -54,7 +54,7 @@ def ordered_bits(scores: np.ndarray) -> np.ndarray:
 
 
 def from_ordered_bits(keys: np.ndarray) -> np.ndarray:
-    """The float32 values that `ordered_bits` made `(n,)` uint32 of."""
+    """Inverse of `ordered_bits`: `(n,)` uint32 -> `(n,)` float32."""
     return np.where(keys >> 31, keys ^ np.uint32(0x80000000), ~keys).view(np.float32)
 
 

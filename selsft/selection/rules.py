@@ -1,10 +1,10 @@
-"""Rules on arrays of scores: label +1 (learn), -1 (forget) or 0 (leave alone) for each token.
+"""Rules on arrays of scores: class +1 (positive), -1 (negative) or 0 (neutral) for each token.
 
-A rule, a threshold or a share, turns into a boundary, and labels follow from comparing with it. numpy over flat
-arrays, no loop over tokens; which tokens there are and where their scores come from is `selection.py`.
+A rule, a threshold or a share, becomes a boundary, and a score below it makes a token negative. Flat numpy arrays, no
+loop over tokens; `weights.py` says which tokens there are and where their scores come from.
 
 Rejected: a forced share of negatives as the default. The published rule calls the worst 30 % negative whether they are
-noise or not, which ruins a small model (docs/demo.md); it is one setting away (`positive_fraction=0.7`).
+noise or not, which ruins a small model (docs/demo.md); `positive_fraction=0.7` sets it.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from .quantile import from_ordered_bits, kept, ordered_bits
 POSITIVE, NEUTRAL, NEGATIVE = np.int8(1), np.int8(0), np.int8(-1)
 
 
-def labels_at(
+def classes_at(
     scores: np.ndarray,
-    boundary: float | np.ndarray,
+    boundary: float | np.floating | np.ndarray,
     *,
-    neutral_band: float = 0.0,
+    neutral_band: float | np.floating = 0.0,
     protected: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Labels of tokens, given the boundary below which a score is negative.
+    """Classes of tokens, given the boundary below which a score is negative.
 
     Args:
         scores: `(n,)` float, finite.
         boundary: one number, or `(n,)` of the dtype of `scores`: the boundary of each token's own scope.
-        neutral_band: tokens whose score lies within this distance of the boundary get label 0.
+        neutral_band: tokens whose score is within this distance of the boundary are neutral.
         protected: `(n,)` bool, tokens that are never negative (they stay positive).
 
     Returns:
         `(n,)` int8 of -1, 0, 1.
     """
-    labels = np.where(scores < boundary, NEGATIVE, POSITIVE)
+    classes = np.where(scores < boundary, NEGATIVE, POSITIVE)
     if neutral_band > 0:
-        labels[np.abs(scores - boundary) <= neutral_band] = NEUTRAL
+        classes[np.abs(scores - boundary) <= neutral_band] = NEUTRAL
     if protected is not None:
-        labels[protected & (labels == NEGATIVE)] = POSITIVE
-    return labels
+        classes[protected & (classes == NEGATIVE)] = POSITIVE
+    return classes
 
 
-def group_boundaries(scores: np.ndarray, groups: np.ndarray, fraction: float) -> np.ndarray:
+def boundaries_by_group(scores: np.ndarray, groups: np.ndarray, fraction: float) -> np.ndarray:
     """Boundary of each token when every group is ranked on its own.
 
     Args:
@@ -73,18 +73,18 @@ def check_finite(scores: np.ndarray, where: str = "score number {}") -> None:
     )
 
 
-def cap_negatives(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray, share: float) -> None:
+def cap_negatives(classes: np.ndarray, scores: np.ndarray, groups: np.ndarray, share: float) -> None:
     """Turn negatives beyond `share` of their group's tokens into neutral ones, in place; the worst scores stay.
 
-    They do not become positive: that others are worse does not make a token worth learning.
+    They do not become positive: a token is not worth learning just because others are worse.
 
     Args:
-        labels: `(n,)` int8. groups: `(n,)` int64, ascending. Equal scores: the earlier token stays negative.
+        classes: `(n,)` int8. groups: `(n,)` int64, ascending. Equal scores: the earlier token stays negative.
     """
-    negative = np.flatnonzero(labels == NEGATIVE)
+    negative = np.flatnonzero(classes == NEGATIVE)
     order = negative[np.lexsort((scores[negative], groups[negative]))]
     _, starts, counts = np.unique(groups[order], return_index=True, return_counts=True)
     rank = np.arange(order.size) - np.repeat(starts, counts)
     names, sizes = np.unique(groups, return_counts=True)
     allowed = kept(share, sizes)[np.searchsorted(names, groups[order])]
-    labels[order[rank >= allowed]] = NEUTRAL
+    classes[order[rank >= allowed]] = NEUTRAL

@@ -1,7 +1,7 @@
-"""Scores in, token weights out, no model needed: `select_tokens`, and the stage `select` of a run.
+"""From scores to token weights, without a model: `select_tokens`, and the stage `select` of a run.
 
-A stage of its own, though the trainer would select by itself: the weights can be looked at before they train a model,
-and another threshold reads a file instead of building a trainer.
+A stage of its own, although the trainer could select: the weights can be inspected before they train a model, and
+another threshold reads a file instead of building a trainer.
 """
 
 from __future__ import annotations
@@ -9,19 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..config import SelectiveSFTConfig
 from ..data.chunks import supervised_mask, token_chunks
 from ..data.columns import BASE_LOGPS, TOKEN_COLUMNS, WEIGHTS
-from ..data.tokenizers import special_ids
-from ..data.words import Words
 from ..errors import input_errors
 from ..records import write_json
 from .chosen import warn_unverified
-from .weights import add_token_weights, pooled_scores, raw_scores
+from .weights import add_token_weights, pooled_scores, raw_scores, vocabulary
 from .worst import WorstTokens
 
 SELECTED, COUNTS = "selected.parquet", "selection.json"
@@ -46,8 +43,7 @@ def select_tokens(
         `ValueError` for a score that is not finite, naming the row.
     """
     args = args if args is not None else SelectiveSFTConfig("unused", use_cpu=True, bf16=False)
-    special = special_ids(tokenizer) if args.protect_special_tokens else np.zeros(0, np.int64)
-    words = Words(tokenizer) if args.pools_words else None
+    special, words = vocabulary(tokenizer, args)
     return add_token_weights(scored, args, special, padding_free=False, words=words)
 
 
@@ -71,9 +67,8 @@ def select(
         warn_unverified(args)
         weighted = select_tokens(scored, tokenizer, args)
     counts = {"tokens": 0, "trained": 0, "positive": 0, "neutral": 0, "negative": 0}
-    special = special_ids(tokenizer) if args.protect_special_tokens else np.zeros(0, np.int64)
+    special, words = vocabulary(tokenizer, args)
     worst = WorstTokens(tokenizer, special, WORST, CONTEXT)
-    words = Words(tokenizer) if args.pools_words else None
     there = [name for name in TOKEN_COLUMNS if name in weighted.column_names]
     for chunk in token_chunks(weighted, ["input_ids", "labels", *there]):
         mask, weights = supervised_mask(chunk, padding_free=False), chunk.columns[WEIGHTS]
@@ -88,8 +83,8 @@ def select(
     weighted.select_columns(columns).to_parquet(str(folder / SELECTED))
     shown = [
         {"score": each.score, "row": each.row, "before": each.before, "text": each.token, "after": each.after}
-        for each in worst.found
+        for each in worst.tokens
     ]
-    found = {**counts, "rows": len(weighted), "worst": shown}
-    write_json(folder / COUNTS, found)
-    return found
+    record = {**counts, "rows": len(weighted), "worst": shown}
+    write_json(folder / COUNTS, record)
+    return record

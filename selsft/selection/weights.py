@@ -1,25 +1,26 @@
-"""Scored tokens -> the column `token_weights`, for a batch, a streamed row, or a whole data set on disk.
+"""From scored tokens to the column `token_weights`, for a batch, a streamed row, or a whole data set on disk.
 
 A score is high = useful; `raw_scores` has the formulas (docs/scores.md), and pooling follows (`pooling`). Selection
 needs no model, so changing a threshold, a base weight or a pooling never rescores. For a data set the boundary comes
-from `quantile` and the rows pass by in chunks, so 1e8 tokens need no more memory than 1e6. In this order: the
-rule (threshold or share, with the neutral band), what can never be negative (special tokens, the gate on the
-reference's probability), the cap per document, and `forget_weight=0`, which makes negatives neutral.
-`"excess"`, whose scores change with every step, is in `excess.py`.
+from `quantile` and the rows are read in chunks, so 1e8 tokens need no more memory than 1e6. In this order: the rule
+(threshold or share, with the neutral band), what is never negative (special tokens, the gate on the reference's
+probability), the cap per document, and `forget_weight=0`, which makes negatives neutral. `"excess"`, whose scores
+change with every step, is in `excess.py`.
 
-Rejected: a class per scheme. They differ in where a score comes from, which is one line each, and in nothing else.
+Rejected: a class per scheme. They differ only in where a score comes from, which is one line each.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from ..data.chunks import ColumnWriter, TokenChunk, supervised_mask, token_chunks, with_column
 from ..data.columns import (
@@ -32,10 +33,11 @@ from ..data.columns import (
     TOKEN_SCORES,
     WEIGHTS,
 )
+from ..data.tokenizers import special_ids
 from ..data.words import Words
 from .pooling import pool_scores
 from .quantile import Chunks, Reduce, boundary_of_fraction
-from .rules import NEUTRAL, cap_negatives, check_finite, group_boundaries, labels_at
+from .rules import NEUTRAL, boundaries_by_group, cap_negatives, check_finite, classes_at
 
 if TYPE_CHECKING:
     from ..config import SelectiveSFTConfig
@@ -67,6 +69,13 @@ def raw_scores(columns: Mapping[str, np.ndarray], args: SelectiveSFTConfig) -> n
     return column(REF_LOGPS) - np.float32(beta) * column(BASE_LOGPS)
 
 
+def vocabulary(tokenizer: PreTrainedTokenizerBase, args: SelectiveSFTConfig) -> tuple[np.ndarray, Words | None]:
+    """Ids of the tokens that are never negative, `(k,)` int64, and the words of the tokenizer where scores are pooled
+    over them."""
+    special = special_ids(tokenizer) if args.protect_special_tokens else np.zeros(0, np.int64)
+    return special, Words(tokenizer) if args.pools_words else None
+
+
 def pools(args: SelectiveSFTConfig) -> bool:
     """Whether a token's score depends on other tokens of its row."""
     return args.score not in ("random", "oracle") and (args.pooling != "token" or args.score_lookahead != 0)
@@ -80,7 +89,7 @@ def pooled_scores(
     args: SelectiveSFTConfig,
     words: Words | None,
 ) -> np.ndarray:
-    """`pool_scores` under the settings of `args`; all `(tokens,)` but `lengths`, of the documents."""
+    """`pool_scores` under the settings of `args`; arrays are `(tokens,)`, `lengths` `(documents,)`."""
     if not pools(args):
         return scores
     numbers = None
@@ -95,10 +104,10 @@ def pooled_scores(
 
 @dataclass
 class ScoredTokens:
-    """The trained tokens of some rows, one after another; all arrays `(n,)`.
+    """The supervised tokens of some rows, one after another; all arrays `(n,)`.
 
     `rows` and `documents` number the row and the document of each token, ascending; `protected` are special tokens;
-    `ref_logps` (nats) is there where a gate asks for it.
+    `ref_logps` (nats) is needed for a gate only.
     """
 
     scores: np.ndarray
@@ -108,29 +117,31 @@ class ScoredTokens:
     ref_logps: np.ndarray | None = None
 
 
-def labels_of(tokens: ScoredTokens, boundary: float | None, args: SelectiveSFTConfig) -> np.ndarray:
-    """Labels under all selection settings of `args`, `(n,)` int8.
+def token_classes(tokens: ScoredTokens, boundary: float | None, args: SelectiveSFTConfig) -> np.ndarray:
+    """Classes under all selection settings of `args`, `(n,)` int8.
 
     Args:
         boundary: what the tokens share (`shared_boundary`), or `None` where each row is ranked on its own.
     """
-    share = args.effective_fraction or 0.0
-    own = group_boundaries(tokens.scores, tokens.rows, share) if boundary is None else boundary
+    own: float | np.ndarray | None = boundary
+    if own is None:
+        assert args.effective_fraction is not None
+        own = boundaries_by_group(tokens.scores, tokens.rows, args.effective_fraction)
     safe = tokens.protected
     if args.gate_reference_prob is not None:
         assert tokens.ref_logps is not None
         safe = safe | (tokens.ref_logps >= np.float32(math.log(args.gate_reference_prob)))
-    labels = labels_at(tokens.scores, own, neutral_band=args.neutral_band, protected=safe)
+    classes = classes_at(tokens.scores, own, neutral_band=args.neutral_band, protected=safe)
     if args.max_negative_share is not None:
-        cap_negatives(labels, tokens.scores, tokens.documents, args.max_negative_share)
-    return np.maximum(labels, NEUTRAL) if args.forget_weight == 0 else labels
+        cap_negatives(classes, tokens.scores, tokens.documents, args.max_negative_share)
+    return np.maximum(classes, NEUTRAL) if args.forget_weight == 0 else classes
 
 
 def shared_boundary(chunks: Chunks, args: SelectiveSFTConfig, reduce: Reduce | None = None) -> float | None:
     """The score below which tokens are negative, whatever their row; `None` when each row has its own boundary.
 
     Args:
-        chunks, reduce: as for `boundary_of_fraction`; not looked at under a threshold.
+        chunks, reduce: as for `boundary_of_fraction`; not used under a threshold.
     """
     if args.score == "oracle":
         return 0.0  # scores of -1 and 1
@@ -140,48 +151,6 @@ def shared_boundary(chunks: Chunks, args: SelectiveSFTConfig, reduce: Reduce | N
     if args.selection_scope == "sequence":
         return None
     return boundary_of_fraction(chunks, args.effective_fraction, reduce)
-
-
-def select_token_weights(
-    scores: Sequence[np.ndarray],
-    trained: Sequence[np.ndarray],
-    protected: Sequence[np.ndarray],
-    args: SelectiveSFTConfig,
-    documents: Sequence[np.ndarray] | None = None,
-    boundary: float | None = None,
-    ref_logps: Sequence[np.ndarray] | None = None,
-) -> list[np.ndarray]:
-    """Token weights of every row of a batch, under the selection settings of `args`.
-
-    Args:
-        scores: one `(row length,)` float array per row, high = useful, pooled already.
-        trained: one bool array per row: the token has a label and is predicted from its past.
-        protected: one bool array per row: special tokens, never negative (positive instead).
-        documents: one int array per row: number of the token's document, ascending; the row itself by default.
-        boundary: of tokens beyond these rows; by default it follows from these rows alone.
-        ref_logps: one float array per row, nats; for `gate_reference_prob`.
-
-    Returns:
-        one float32 array per row of -1, 0, 1; 0 wherever `trained` is false. With `forget_weight=0` negatives are 0:
-        ignoring is forgetting with weight zero, and such rows are then skipped altogether.
-    """
-    lengths = np.array([len(row) for row in trained], np.int64)
-    mask = _concatenate(trained, bool)
-    flat = _concatenate(scores, np.float32)[mask]
-    check_finite(flat)
-    rows = np.repeat(np.arange(len(lengths)), lengths)[mask]
-    tokens = ScoredTokens(
-        flat,
-        rows,
-        rows if documents is None else _concatenate(documents, np.int64)[mask],
-        _concatenate(protected, bool)[mask],
-        None if ref_logps is None else _concatenate(ref_logps, np.float32)[mask],
-    )
-    if boundary is None:
-        boundary = shared_boundary(lambda: [flat], args)
-    weights = np.zeros(mask.size, dtype=np.float32)
-    weights[mask] = labels_of(tokens, boundary, args)
-    return np.split(weights, np.cumsum(lengths)[:-1]) if len(lengths) else []
 
 
 def add_token_weights(
@@ -201,7 +170,7 @@ def add_token_weights(
         words: of the tokenizer, for `score_pooling` by words.
 
     Returns:
-        the data set with int8 lists of -1, 0, 1, in a memory-mapped temporary file; 0 for tokens that are not trained
+        the data set with int8 lists of -1, 0, 1, in a memory-mapped temporary file; 0 for unsupervised tokens
         and, with `forget_weight=0`, for negative ones.
 
     Raises:
@@ -209,8 +178,8 @@ def add_token_weights(
     """
 
     def scored(*names: str) -> Iterator[tuple[TokenChunk, np.ndarray, np.ndarray]]:
-        """Chunks, which of their tokens are trained, and the scores of those."""
-        rng = np.random.default_rng(args.seed)  # a number for each token of the data, in order: the same in every pass
+        """Chunks, which of their tokens are supervised, and the scores of those."""
+        rng = np.random.default_rng(args.seed)  # one number per token of the data, in order: the same in every pass
         for chunk in token_chunks(dataset, list(dict.fromkeys(["labels", *names, *read]))):
             mask = supervised_mask(chunk, padding_free)
             yield chunk, mask, _scores(chunk, mask, args, rng, words)
@@ -222,7 +191,7 @@ def add_token_weights(
     moved = 0.0  # the largest difference between reference and model
     for chunk, mask, scores in scored("input_ids"):
         weights = np.zeros(mask.size, np.int8)
-        weights[mask] = labels_of(_tokens(chunk, mask, scores, special_ids), boundary, args)
+        weights[mask] = token_classes(_tokens(chunk, mask, scores, special_ids), boundary, args)
         writer.write(weights, chunk.lengths)
         if args.score == "influence":
             differences = np.abs(chunk.columns[REF_LOGPS][mask] - chunk.columns[BASE_LOGPS][mask])
@@ -242,7 +211,7 @@ def row_weights(
     padding_free: bool,
     words: Words | None = None,
 ) -> np.ndarray:
-    """Token weights of one streamed row, `(row length,)` int8, under a rule that needs no other rows."""
+    """Token weights of one streamed row, `(row length,)` int8, under a rule that needs no other row."""
     columns = {name: np.asarray(row[name]) for name in ("input_ids", "labels", *READ_COLUMNS[args.score])}
     documents = row.get("seq_lengths")
     lengths = np.array([len(row["input_ids"])])
@@ -250,7 +219,8 @@ def row_weights(
     mask = supervised_mask(chunk, padding_free)
     scores = _scores(chunk, mask, args, None, words)
     weights = np.zeros(mask.size, np.int8)
-    weights[mask] = labels_of(_tokens(chunk, mask, scores, special_ids), shared_boundary(lambda: [scores], args), args)
+    boundary = shared_boundary(lambda: [scores], args)
+    weights[mask] = token_classes(_tokens(chunk, mask, scores, special_ids), boundary, args)
     return weights
 
 
@@ -261,7 +231,7 @@ def _scores(
     rng: np.random.Generator | None,
     words: Words | None,
 ) -> np.ndarray:
-    """Scores of the trained tokens of a chunk, `(n,)` float32."""
+    """Scores of the supervised tokens of a chunk, `(n,)` float32."""
     columns = chunk.columns
     if args.score == "random":
         assert rng is not None
@@ -297,7 +267,3 @@ def _tokens(chunk: TokenChunk, mask: np.ndarray, scores: np.ndarray, special_ids
 
 def _numbered(lengths: np.ndarray) -> np.ndarray:
     return np.repeat(np.arange(len(lengths)), lengths)
-
-
-def _concatenate(rows: Sequence[np.ndarray], dtype) -> np.ndarray:
-    return np.concatenate([np.asarray(row, dtype=dtype) for row in rows]) if len(rows) else np.zeros(0, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The most negative tokens of scored rows, in their context, whatever a threshold makes of them."""
+"""The most negative tokens of scored rows in context, whatever their class."""
 
 from __future__ import annotations
 
@@ -34,22 +34,26 @@ class WorstTokens:
         context: tokens shown before a token, and a third of it after.
 
     Attributes:
-        found: the lowest scores first; equal scores in the order of the data.
+        tokens: the lowest scores first; equal scores in the order of the data.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, special: np.ndarray, count: int, context: int):
         self.tokenizer, self.special, self.count, self.context = tokenizer, special, count, context
-        self.found: list[TokenInContext] = []
+        self.tokens: list[TokenInContext] = []
 
     def add(self, chunk: TokenChunk, mask: np.ndarray, scores: np.ndarray) -> None:
-        """Look through a chunk with `input_ids` and, where they were computed, `base_logps` and `ref_logps`; `mask`
-        (n,): the supervised tokens, `scores` (n,): of all."""
+        """Add a chunk with `input_ids` and, where they were computed, `base_logps` and `ref_logps`.
+
+        Args:
+            mask: `(tokens,)` bool: the supervised tokens.
+            scores: `(tokens,)` float32.
+        """
         candidates = np.flatnonzero(mask & ~np.isin(chunk.columns["input_ids"], self.special))
-        if self.count and len(self.found) == self.count:
-            candidates = candidates[scores[candidates] < self.found[-1].score]
+        if self.count and len(self.tokens) == self.count:
+            candidates = candidates[scores[candidates] < self.tokens[-1].score]
         lowest = candidates[np.argsort(scores[candidates], kind="stable")[: self.count]]
-        self.found += [self._in_context(chunk, int(token), float(scores[token])) for token in lowest]
-        self.found = sorted(self.found, key=lambda token: token.score)[: self.count]
+        self.tokens += [self._in_context(chunk, int(token), float(scores[token])) for token in lowest]
+        self.tokens = sorted(self.tokens, key=lambda token: token.score)[: self.count]
 
     def _in_context(self, chunk: TokenChunk, token: int, score: float) -> TokenInContext:
         row = chunk.row_of(token)

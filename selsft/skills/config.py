@@ -1,7 +1,7 @@
 """Settings of a skill study: the flags of `selsft skills`, checked.
 
 Names are those of TRL and transformers where there is one, with `forget_` in front where the forgetting stage has its
-own value. Rejected: the 250 flags of `SelectiveSFTConfig`, once per stage; `training_kwargs` reaches all of them.
+own value. Rejected: the 250 flags of `SelectiveSFTConfig`, once per stage; `training_kwargs` sets any of them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .suite import task_names
-from .table import METHODS, RANDOM_LABELS
+from .table import METHODS
 from .tasks import TaskSettings
 
 # Not open to training_kwargs: the study sets them, or their meaning here
@@ -41,7 +41,7 @@ class StudyConfig:
         None, "Folder with NAME.jsonl or NAME/task.json (BIG-bench). Default: lm-evaluation-harness (needs its extra)."
     )
     model_name_or_path: str = _flag("", "The model that learns and forgets: id on the Hub or folder.")
-    output_dir: str = _flag("", "Folder of the study. A study that was cut off goes on where it stopped.")
+    output_dir: str = _flag("", "Folder of the study. An interrupted study resumes where it stopped.")
     methods: str = _flag(
         "uniform",
         "Ways of forgetting, with commas between them. Random labels: uniform, flip, uniform_wrong, shuffle. Token "
@@ -83,17 +83,17 @@ class StudyConfig:
     per_device_train_batch_size: int = _flag(16, "Rows in a training step.")
     gradient_accumulation_steps: int = _flag(1, "Batches in an optimizer step.")
     max_length: int | None = _flag(None, "Tokens of a row, in training and scoring. Default: what the model takes.")
-    use_peft: bool = _flag(False, "Whether to train a LoRA adapter; forgetting goes on with the same one.")
+    use_peft: bool = _flag(False, "Whether to train a LoRA adapter; forgetting continues with the same one.")
     lora_r: int = _flag(16, "Rank of the adapter.")
     lora_alpha: int = _flag(32, "Scale of the adapter.")
     lora_dropout: float = _flag(0.0, "Dropout of the adapter.")
     lora_target_modules: str = _flag("all-linear", "Modules with an adapter, with commas between them.")
     forget_weight: float = _flag(1.0, "Weight of a token objective.")
     forget_beta: float = _flag(1.0, "beta of npo and wga.")
-    forget_floor: float | None = _flag(None, "Log-probability below which an answer token is left alone.")
+    forget_floor: float | None = _flag(None, "Log-probability below which an answer token is no longer forgotten.")
     dtype: str = _flag("float32", "Type of the weights.", choices=["float32", "bfloat16", "float16"])
     bf16: bool = _flag(False, "Whether to train in mixed precision. Scores are computed in the type of the weights.")
-    use_cpu: bool = _flag(False, "Whether to leave an accelerator alone.")
+    use_cpu: bool = _flag(False, "Whether to train on the CPU although there is an accelerator.")
     trust_remote_code: bool = _flag(False, "Whether code of the model's repository may run.")
     training_kwargs: str | None = _flag(
         None, 'More settings of SelectiveSFTConfig for both stages, as JSON: \'{"optim": "adafactor"}\'.'
@@ -177,19 +177,14 @@ class StudyConfig:
     def training_settings(self) -> dict[str, Any]:
         """`training_kwargs` as a dict."""
         try:
-            found = json.loads(self.training_kwargs or "{}")
+            settings = json.loads(self.training_kwargs or "{}")
         except json.JSONDecodeError as error:
             raise ValueError(f"training_kwargs={self.training_kwargs!r} is not JSON: {error}") from error
-        if not isinstance(found, dict):
+        if not isinstance(settings, dict):
             raise ValueError(f"training_kwargs={self.training_kwargs!r} must be a JSON object")
-        return found
+        return settings
 
     def task_settings(self) -> TaskSettings:
         return TaskSettings(
             self.options, self.max_train, self.max_test, balance=self.balance, strict=self.strict, seed=self.data_seed
         )
-
-
-def is_random_labels(method: str) -> bool:
-    """Whether a method changes labels, and not what is done with the right ones."""
-    return method in RANDOM_LABELS

@@ -7,38 +7,22 @@ paired interval.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
 
 from ..evaluation import intervals
 from ..evaluation.intervals import Interval
-from .table import ALL_TASKS, CELL, END, MODEL
+from .table import ALL_TASKS, CELL, END, MODEL, Model
 
 Reference = Literal["per_task", "parent", "shared"]
 """Which fine-tuned model a forgotten model is held against, when the labels of task i were forgotten and task j is
 evaluated: the one trained on j (`per_task`), the one that the forgotten model comes from (`parent`: trained on i, or
 on all tasks), or the one trained on all tasks (`shared`). The paper writes acc_ft(j) and does not say which."""
 UNFORGOTTEN, PARTLY, TO_CHANCE = "unforgotten", "partly forgotten", "down to chance"
-
-
-class Model(NamedTuple):
-    """One trained model, as named by the columns `MODEL` of the score table."""
-
-    run: str
-    seed: int
-    stage: str
-    method: str
-    label_task: str
-
-    @property
-    def variant(self) -> str:
-        """The run's name without its seed: what the seeds of one setting have in common."""
-        return re.sub(rf"[-_. ]*seed[-_ ]?{self.seed}(?!\d)", "", self.run).strip("-_. ") or "run"
 
 
 class Ends:

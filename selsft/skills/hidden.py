@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .forgetting import Model
+from .table import Model
 
 
 @dataclass(frozen=True)

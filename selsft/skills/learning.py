@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from .forgetting import Ends, Model
+from .forgetting import Ends
 from .predictors import Correlation, spearman
-from .table import END, MODEL
+from .table import END, MODEL, Model
 
 THRESHOLD = 0.6
 MIN_EXAMPLES = 100

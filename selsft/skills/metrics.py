@@ -7,17 +7,14 @@ model, as in a callback: they cannot be recomputed when a definition changes.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 from ..evaluation.metrics import auc
+from ..evaluation.options import NORMALIZATIONS
 from .table import CELL, QUESTION
 
-Normalise = Literal["sum", "char", "byte", "token"]
-_LENGTHS = {"char": "n_chars", "byte": "n_bytes", "token": "n_tokens"}
 MAX_LABELS = 12
 """A task whose options are at most this many texts (yes, no) has labels; in others, options are told by their slot."""
 LOW_ENTROPY = 0.5
@@ -25,14 +22,14 @@ LOW_ENTROPY = 0.5
 answer to 89 % of the questions (the binary entropy of 0.89 is 0.5 bit)."""
 
 
-def questions(scores: pd.DataFrame, normalise: Normalise = "sum") -> pd.DataFrame:
+def questions(scores: pd.DataFrame, normalization: str = "none") -> pd.DataFrame:
     """One row per question.
 
-    With s_o the score of option o, the sum of its log-probabilities or ("char", "byte", "token") that sum over its
-    length; "sum" is lm-evaluation-harness's `acc`, "char" its `acc_norm`, "byte" its `acc_bytes`.
+    With s_o the score of option o, the sum of its log-probabilities, over its length unless `normalization` is "none".
 
     Args:
         scores: the table of `read_scores`; a column `text` (see `with_texts`) is used for labels where it is there.
+        normalization: see `OptionScores.predictions`.
 
     Returns:
         The columns of `QUESTION` and: `n_options`; `gold`, `predicted` (argmax s_o, the lowest index on ties),
@@ -40,12 +37,10 @@ def questions(scores: pd.DataFrame, normalise: Normalise = "sum") -> pd.DataFram
         `margin` = s_gold - max of the others, in nats (per unit of length if normalised); `gold_label`,
         `predicted_label`, strings.
     """
-    if normalise != "sum" and normalise not in _LENGTHS:
-        raise ValueError(f"normalise must be one of sum, {', '.join(_LENGTHS)}; got {normalise!r}")
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"normalization={normalization!r} is unknown: use one of {', '.join(NORMALIZATIONS)}")
     table = scores.sort_values([*QUESTION, "option"], ignore_index=True)
-    score = table["logprob"].to_numpy(dtype=np.float64)
-    if normalise in _LENGTHS:
-        score = score / table[_LENGTHS[normalise]].to_numpy()
+    score = _score(table, normalization)
     option = table["option"].to_numpy()
     start = np.flatnonzero(option == 0)
     size = np.diff(np.append(start, len(table)))
@@ -54,21 +49,24 @@ def questions(scores: pd.DataFrame, normalise: Normalise = "sum") -> pd.DataFram
     predicted = np.minimum.reduceat(np.where(score == best, option, np.iinfo(np.int32).max), start)
     is_gold = table["is_gold"].to_numpy(dtype=bool)
     gold = option[is_gold]
-    likelihood = np.exp(score - best)
     others = np.maximum.reduceat(np.where(is_gold, -np.inf, score), start)
     is_assigned = table["is_assigned"].fillna(False).to_numpy(dtype=bool)
-    found = table[QUESTION].iloc[start].reset_index(drop=True)
     label = _labels(table)
-    return found.assign(
-        n_options=size,
-        gold=gold,
-        predicted=predicted,
-        assigned=np.maximum.reduceat(np.where(is_assigned, option, -1), start),
-        correct=(predicted == gold).astype(np.float64),
-        confidence=likelihood[is_gold] / np.add.reduceat(likelihood, start),
-        margin=score[is_gold] - others,
-        gold_label=label[start + gold],
-        predicted_label=label[start + predicted],
+    return (
+        table[QUESTION]
+        .iloc[start]
+        .reset_index(drop=True)
+        .assign(
+            n_options=size,
+            gold=gold,
+            predicted=predicted,
+            assigned=np.maximum.reduceat(np.where(is_assigned, option, -1), start),
+            correct=(predicted == gold).astype(np.float64),
+            confidence=_softmax(table, normalization)[is_gold],
+            margin=score[is_gold] - others,
+            gold_label=label[start + gold],
+            predicted_label=label[start + predicted],
+        )
     )
 
 
@@ -139,7 +137,7 @@ def chances(found: pd.DataFrame, scores: pd.DataFrame) -> dict[tuple[str, str], 
     return {(str(key[0]), str(key[1])): chance(group, options[key]) for key, group in once}
 
 
-def summarise(scores: pd.DataFrame, normalise: Normalise = "sum") -> pd.DataFrame:
+def summarise(scores: pd.DataFrame, normalization: str = "none") -> pd.DataFrame:
     """One row per evaluation of one model (`CELL`): accuracy and its like, and what tells collapse from forgetting.
 
     Returns:
@@ -152,10 +150,10 @@ def summarise(scores: pd.DataFrame, normalise: Normalise = "sum") -> pd.DataFram
         nats; `entropy_ratio`, over that of the gold labels (NaN where these are constant); `top_label`, `top_share`,
         the commonest prediction; `collapsed`, `entropy_ratio < LOW_ENTROPY`.
     """
-    found = questions(scores, normalise)
+    found = questions(scores, normalization)
     by_chance = chances(found, scores)
     options = scores.sort_values([*QUESTION, "option"], ignore_index=True)
-    probability = _softmax(options, normalise)
+    probability = _softmax(options, normalization)
     label = _labels(options)
     is_gold = options["is_gold"].to_numpy(dtype=bool)
     option_rows = options.groupby(CELL, observed=True, sort=False).indices
@@ -190,11 +188,14 @@ def summarise(scores: pd.DataFrame, normalise: Normalise = "sum") -> pd.DataFram
     return pd.DataFrame(rows)
 
 
-def _softmax(options: pd.DataFrame, normalise: Normalise) -> np.ndarray:
-    """(rows,) the probability of each option within its question; `options` sorted by question and option."""
+def _score(options: pd.DataFrame, normalization: str) -> np.ndarray:
     score = options["logprob"].to_numpy(dtype=np.float64)
-    if normalise in _LENGTHS:
-        score = score / options[_LENGTHS[normalise]].to_numpy()
+    return score if normalization == "none" else score / options[f"n_{normalization}"].to_numpy()
+
+
+def _softmax(options: pd.DataFrame, normalization: str) -> np.ndarray:
+    """(rows,) the probability of each option within its question; `options` sorted by question and option."""
+    score = _score(options, normalization)
     start = np.flatnonzero(options["option"].to_numpy() == 0)
     size = np.diff(np.append(start, len(options)))
     likelihood = np.exp(score - np.repeat(np.maximum.reduceat(score, start), size))

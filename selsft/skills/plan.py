@@ -1,7 +1,7 @@
-"""What a study consists of: its models, and everything that decides what comes out of each of them.
+"""What a study consists of: its models, and all that decides each of them.
 
-A model is one stage of the run; its key covers the settings that matter to it and no other. Rejected: the whole
-configuration in every key, with which one more method would make every finished stage old.
+A model is one stage of the run; its key covers the settings that matter to it and no others. Rejected: the whole
+configuration in every key, since adding a method would invalidate every finished stage.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from typing import Any
 
 from ..evaluation.examples import SPLITS
 from ..records import json_sha256
-from .config import StudyConfig, is_random_labels
-from .scoring import Identity
-from .table import ALL_TASKS
+from .config import StudyConfig
+from .table import ALL_TASKS, RANDOM_LABELS, Model
 
-VERSION = 2  # of what a stage computes; a change makes finished stages old
+VERSION = 2  # of what a stage computes; a change invalidates finished stages
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,9 @@ class StudyModel:
         return "-".join(part for part in (self.kind, self.variant, task, seed) if part)
 
     @property
-    def identity(self) -> Identity:
+    def identity(self) -> Model:
         run = "-".join(part for part in (self.variant or self.kind, f"seed{self.seed}") if part)
-        return Identity(run, self.seed, self.kind, self.method, self.label_task)
+        return Model(run, self.seed, self.kind, self.method, self.label_task)
 
 
 def study_models(config: StudyConfig) -> list[StudyModel]:
@@ -71,7 +70,7 @@ def study_models(config: StudyConfig) -> list[StudyModel]:
             if reference not in models:
                 models.append(reference)
             for method in config.method_names if task in config.label_task_names else []:
-                variant = f"{method}-{kind}{redraw if is_random_labels(method) else ''}{retain}"
+                variant = f"{method}-{kind}{redraw if method in RANDOM_LABELS else ''}{retain}"
                 models.append(StudyModel("forgotten", seed, task, method, reference, variant, (task,), *later))
     return models
 
@@ -109,7 +108,7 @@ def training_settings(config: StudyConfig, model: StudyModel, fingerprints: Mapp
         names += ["lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"]
     tasks = set(model.tasks)
     if model.kind == "forgotten":
-        names += ["redraw"] if is_random_labels(model.method) else ["forget_weight", "forget_beta", "forget_floor"]
+        names += ["redraw"] if model.method in RANDOM_LABELS else ["forget_weight", "forget_beta", "forget_floor"]
         if config.retain_tasks:
             names += ["retain_tasks", "retain_ratio"]
             tasks |= set(config.retain_task_names)

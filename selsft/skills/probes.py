@@ -1,25 +1,27 @@
-"""Linear probes: whether the hidden states still tell the right option after the model stopped saying it.
+"""Linear probes: whether the hidden states still tell the right option when the model no longer says it.
 
 A logistic regression with an L2 penalty reads the state at an option's last token and predicts whether the option is
 right; it is fitted on the task's training questions and scored on its test questions, as in the paper. What the paper
-leaves open is chosen so: the penalty by the log loss on a fifth of the training *questions* (all options of a question
-stay on one side: an option's probe logit would otherwise be judged by its own siblings), a question counts as right if
-its gold option has the highest logit (the lowest index on ties). Two references make the number readable: the same
-probe with the gold option of each training question drawn at random (ten draws: where one direction dominates, each
-draw lands on one side of it), and the probe on the base model.
+leaves open: the penalty is chosen by the log loss on a fifth of the training *questions* (all options of a question
+stay on one side, else its logit would be judged by its siblings); a question counts as right if its gold option
+has the highest logit (the lowest index on ties). Two references make the number readable: the same probe with the gold
+option of each training question drawn at random (ten draws: where one direction dominates, each draw lands on one side
+of it), and the probe on the base model.
 
-Rejected: scikit-learn (a dependency for one convex fit), and a probe by early stopping as in the paper (its outcome
-depends on the step size; the penalty says the same more plainly).
+Rejected: a probe by early stopping as in the paper, whose outcome depends on the step size.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, special
+from scipy import special
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
 
 from .hidden import Hidden
 from .table import ALL_TASKS, END, QUESTION
@@ -42,40 +44,22 @@ class Probe:
         return (states - self.mean) @ self.weight + self.bias
 
 
-def fit(states: np.ndarray, targets: np.ndarray, penalty: float, start: Probe | None = None) -> Probe:
+def fit(states: np.ndarray, targets: np.ndarray, penalty: float) -> Probe:
     """Minimise mean log loss + penalty/2 |w|², w on features scaled to unit variance, the bias free.
 
     Args:
-        states: (m, d). With d > m they are rotated into their m-dimensional row space first; the penalised optimum
-            lies in it, so the result is the same.
+        states: (m, d).
         targets: (m,) 0 or 1.
-        start: where to start, for a path of penalties.
     """
     mean, scale = states.mean(axis=0), states.std(axis=0)
-    scale = np.where(scale > 1e-12 * max(float(scale.max()), 1e-300), scale, np.inf)  # Constant features get weight 0.
-    features = (states - mean) / scale
-    rows: np.ndarray | None = None
-    if features.shape[1] > features.shape[0]:
-        u, s, rows = np.linalg.svd(features, full_matrices=False)
-        features = u * s
-    signs = 2.0 * np.asarray(targets, dtype=np.float64) - 1
-    m, d = features.shape
-
-    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
-        weight = parameters[:d]
-        margin = signs * (features @ weight + parameters[d])
-        pull = -signs * special.expit(-margin) / m
-        value = -special.log_expit(margin).mean() + penalty / 2 * weight @ weight
-        return float(value), np.append(features.T @ pull + penalty * weight, pull.sum())
-
-    first = np.zeros(d + 1)
-    if start is not None:
-        unscaled = start.weight * np.where(np.isinf(scale), 0.0, scale)
-        first[:d] = unscaled if rows is None else rows @ unscaled
-        first[d] = start.bias + (mean - start.mean) @ start.weight
-    found = optimize.minimize(loss, first, jac=True, method="L-BFGS-B", options={"maxiter": 500, "gtol": 1e-6}).x
-    weight = found[:d] if rows is None else found[:d] @ rows
-    return Probe(weight / scale, float(found[d]), mean)
+    scale = np.where(scale > 1e-12 * max(float(scale.max()), 1e-300), scale, np.inf)  # constant features get weight 0
+    model = LogisticRegression(C=1 / (penalty * len(states)), max_iter=500, tol=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", ConvergenceWarning
+        )  # under the weakest penalties 500 steps are enough to choose
+        model.fit((states - mean) / scale, targets)
+    return Probe(model.coef_[0] / scale, float(model.intercept_[0]), mean)
 
 
 def choose(states: np.ndarray, targets: np.ndarray, question: np.ndarray, seed: int = 0) -> float:
@@ -88,10 +72,9 @@ def choose(states: np.ndarray, targets: np.ndarray, question: np.ndarray, seed: 
     names = np.unique(question)
     held = np.random.default_rng(seed).permutation(names)[: max(1, len(names) // 5)]
     inner = np.isin(question, held)
-    losses, probe = [], None
+    losses = []
     for penalty in PENALTIES:
-        probe = fit(states[~inner], targets[~inner], penalty, probe)
-        logits = probe.logits(states[inner])
+        logits = fit(states[~inner], targets[~inner], penalty).logits(states[inner])
         losses.append(-special.log_expit(np.where(targets[inner] > 0, logits, -logits)).mean())
     return PENALTIES[int(np.argmin(losses))]
 

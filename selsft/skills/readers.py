@@ -7,6 +7,7 @@ Arrow error without a line number.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections import defaultdict
@@ -146,13 +147,9 @@ def read_lm_eval(
     return made
 
 
-_managers: list[Any] = []
-
-
+@functools.cache
 def _manager(kind: type) -> Any:
-    if not _managers:
-        _managers.append(kind())
-    return _managers[0]
+    return kind()
 
 
 def _offline() -> bool:

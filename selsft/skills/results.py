@@ -102,7 +102,7 @@ def compute(folder: Path, draws: int = 2000) -> Results:
     comparisons = pd.concat(tables, ignore_index=True)
     main = comparisons[comparisons["reference"] == reference]
     own = main[main["label_task"] == main["eval_task"]]
-    by_character = forget.forgetting(Ends(metrics.questions(scores, "char")), chances, reference, draws=draws)
+    by_character = forget.forgetting(Ends(metrics.questions(scores, "chars")), chances, reference, draws=draws)
     per_character = by_character[by_character["label_task"] == by_character["eval_task"]]
 
     hidden = list(read_hidden(folder))

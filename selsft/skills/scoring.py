@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,23 +13,13 @@ from safetensors.torch import save_file
 
 from ..evaluation.examples import SPLITS, MultipleChoiceExample
 from ..evaluation.options import OptionScores
-from .table import END, SCHEMA
+from ..records import replaced
+from .table import END, SCHEMA, Model
 from .tasks import SkillTask
 
 
-@dataclass(frozen=True)
-class Identity:
-    """What names one trained model in the score table."""
-
-    run: str
-    seed: int
-    stage: str
-    method: str
-    label_task: str
-
-
 def score_table(
-    identity: Identity,
+    identity: Model,
     eval_task: str,
     split: str,
     examples: Sequence[MultipleChoiceExample],
@@ -42,13 +30,13 @@ def score_table(
     """The rows of one evaluation, one per option, with the columns of `table.SCHEMA`.
 
     Args:
-        assigned: the label that each example was given, if they are the ones that the stage has forgotten.
+        assigned: the label that each example was given, if the stage has trained on them.
     """
     counts = np.diff(scores.offsets)
     option = np.concatenate([np.arange(count) for count in counts])
     total = len(option)
     columns = {
-        **{name: [value] * total for name, value in vars(identity).items()},
+        **{name: [value] * total for name, value in identity._asdict().items()},
         "eval_task": [eval_task] * total,
         "split": [split] * total,
         "step": [step] * total,
@@ -66,7 +54,7 @@ def score_table(
 
 def save_states(
     folder: Path,
-    identity: Identity,
+    identity: Model,
     eval_task: str,
     split: str,
     examples: Sequence[MultipleChoiceExample],
@@ -79,7 +67,7 @@ def save_states(
     tensors = {"question": scores.question_states.contiguous(), "options": scores.option_states.contiguous()}
     save_file(tensors, folder / f"{eval_task}-{split}.safetensors")
     notes = {
-        **vars(identity),
+        **identity._asdict(),
         "layer": layer,
         "example_ids": [example.id for example in examples],
         "option_counts": np.diff(scores.offsets).tolist(),
@@ -101,6 +89,5 @@ def write_examples(path: Path, tasks: Sequence[SkillTask]) -> None:
             "gold": pa.array([e.gold for _, _, e in rows], pa.int32()),
         }
     )
-    part = path.with_name(f".{path.name}.part")
-    pq.write_table(table, part, compression="zstd")
-    os.replace(part, path)
+    with replaced(path) as file:
+        pq.write_table(table, file, compression="zstd")

@@ -18,6 +18,7 @@ Rejected: checkpoints inside of a stage, which is minutes long.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -35,11 +36,11 @@ from ..workflow.quiet import quiet
 from ..workflow.run import check_folder, execute
 from ..workflow.stage import Stage, model_source
 from . import train as training
-from .config import StudyConfig, is_random_labels
+from .config import StudyConfig
 from .plan import StudyModel, evaluations, keeps_states, scoring_settings, study_models, training_settings
 from .scoring import save_states, score_table, write_examples
 from .suite import load_task
-from .table import write_scores
+from .table import RANDOM_LABELS, write_scores
 from .tasks import SkillTask, prepare, rng
 
 MANIFEST = "study.json"
@@ -207,8 +208,14 @@ class Study:
         seed = rng("train", model.name).randrange(2**31)
         curves = []
         if config.score_steps:
-            scorers = [training.scorer(self.tokenizer, config, self.tasks[name].train) for name in model.tasks]
-            curves = [training.CurveCallback(score, config.score_steps) for score in scorers]
+            score = functools.partial(
+                score_options, tokenizer=self.tokenizer, batch_tokens=config.batch_tokens,
+                max_length=config.max_length, progress=False,
+            )  # fmt: skip
+            curves = [
+                training.CurveCallback(functools.partial(score, examples=self.tasks[name].train), config.score_steps)
+                for name in model.tasks
+            ]
         torch.manual_seed(seed)  # a new adapter is drawn before the trainer sets its seed
         trained = training.train(
             training.load_model(config, start),
@@ -219,7 +226,7 @@ class Study:
             epochs=model.epochs,
             seed=seed,
             method=model.method,
-            in_order=is_random_labels(model.method) and config.redraw == "per_epoch",
+            in_order=model.method in RANDOM_LABELS and config.redraw == "per_epoch",
             description=f"{model.name}: training",
             callbacks=curves,
         )

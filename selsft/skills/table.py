@@ -1,4 +1,4 @@
-"""The score table: one row per answer option, and all that the metrics need.
+"""The score table: one row per answer option, with all that the metrics need.
 
 Every metric of the study is computed from this table alone, so that a definition can be changed without scoring a
 model again, and so that forgetting by random labels and by any token objective are measured by the same code.
@@ -10,9 +10,10 @@ A study folder holds one Parquet file per finished stage under `scores/`; `read_
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,39 +22,42 @@ import pyarrow.parquet as pq
 
 from selsft_kernels.objectives import FORGET_OBJECTIVES
 
+from ..evaluation.examples import SPLITS
+from ..records import replaced
+
 STAGES = ("base", "finetuned", "forgotten")
 RANDOM_LABELS = ("uniform", "flip", "uniform_wrong", "shuffle")
 METHODS = RANDOM_LABELS + FORGET_OBJECTIVES
-SPLITS = ("train", "test")
 END = -1
 """`step` of the scores at the end of a stage."""
 ALL_TASKS = "*"
 """`label_task` of a fine-tuned model that was trained on every task of the study (the shared reference)."""
 
-SCHEMA = pa.schema(
-    [
-        pa.field("run", pa.string()),
-        pa.field("seed", pa.int32()),
-        pa.field("stage", pa.string()),
-        pa.field("method", pa.string()),
-        pa.field("label_task", pa.string()),
-        pa.field("eval_task", pa.string()),
-        pa.field("split", pa.string()),
-        pa.field("step", pa.int64()),
-        pa.field("example_id", pa.string()),
-        pa.field("option", pa.int32()),
-        pa.field("logprob", pa.float64()),
-        pa.field("n_tokens", pa.int32()),
-        pa.field("n_chars", pa.int32()),
-        pa.field("n_bytes", pa.int32()),
-        pa.field("is_gold", pa.bool_()),
-        pa.field("is_assigned", pa.bool_()),
-    ]
-)
+SCHEMA = pa.schema([
+    ("run", pa.string()), ("seed", pa.int32()), ("stage", pa.string()), ("method", pa.string()),
+    ("label_task", pa.string()), ("eval_task", pa.string()), ("split", pa.string()), ("step", pa.int64()),
+    ("example_id", pa.string()), ("option", pa.int32()), ("logprob", pa.float64()), ("n_tokens", pa.int32()),
+    ("n_chars", pa.int32()), ("n_bytes", pa.int32()), ("is_gold", pa.bool_()), ("is_assigned", pa.bool_()),
+])  # fmt: skip
 """Columns and types. Only `is_assigned` may be null. `logprob` is the sum over the option's tokens, in nats."""
 
-MODEL = ["run", "seed", "stage", "method", "label_task"]
-"""What names one trained model."""
+
+class Model(NamedTuple):
+    """What names one trained model."""
+
+    run: str
+    seed: int
+    stage: str
+    method: str
+    label_task: str
+
+    @property
+    def variant(self) -> str:
+        """The run's name without its seed: what the seeds of one setting have in common."""
+        return re.sub(rf"[-_. ]*seed[-_ ]?{self.seed}(?!\d)", "", self.run).strip("-_. ") or "run"
+
+
+MODEL = list(Model._fields)
 CELL = [*MODEL, "eval_task", "split", "step"]
 """What names one evaluation of one model."""
 QUESTION = [*CELL, "example_id"]
@@ -65,7 +69,7 @@ class ScoreTableError(ValueError):
 
 
 def write_scores(path: Path, table: pa.Table | pd.DataFrame | Mapping[str, list]) -> Path:
-    """Validate the scores of one stage and write them as Parquet, whole or not at all.
+    """Validate the scores of one stage and write them as Parquet, completely or not at all.
 
     Args:
         path: the file, as `scores/<stage>.parquet`; its folder is created.
@@ -78,12 +82,8 @@ def write_scores(path: Path, table: pa.Table | pd.DataFrame | Mapping[str, list]
     check_scores(_frame(arrow), str(path))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        pq.write_table(arrow, part, compression="zstd")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replaced(path) as file:
+        pq.write_table(arrow, file, compression="zstd")
     return path
 
 
@@ -124,7 +124,7 @@ def read_scores(folder: Path) -> pd.DataFrame:
 
 
 def check_scores(frame: pd.DataFrame, source: str) -> None:
-    """Refuse a table in which a metric would silently mean something else.
+    """Raise for a table in which a metric would silently mean something else.
 
     Checked: allowed values; finite log-probabilities of at most 0; lengths of at least 1; for every question of an
     evaluation, options numbered 0..k-1 once each with k >= 2, exactly one gold option, and either one assigned option

@@ -26,12 +26,13 @@ from transformers import (
 
 from ..config import SelectiveSFTConfig
 from ..evaluation.examples import MultipleChoiceExample, training_data, training_row
-from ..evaluation.options import OptionScores, score_options
+from ..evaluation.options import OptionScores
 from ..trainer import SelectiveSFTTrainer
 from ..training.model import Model
 from ..workflow.quiet import QUIET, quiet, train_quietly
-from .config import StudyConfig, is_random_labels
+from .config import StudyConfig
 from .randomize import assign_labels, match_rate
+from .table import RANDOM_LABELS
 from .tasks import SkillTask, rng
 
 Rows = list[dict[str, list]]
@@ -102,7 +103,7 @@ def forgetting_rows(
     """
     examples = tasks[label_task].train
     kept = retained(config, tasks, label_task, seed)
-    if not is_random_labels(method):
+    if method not in RANDOM_LABELS:
         rows = answer_rows(tokenizer, examples, None, -1.0, max_length)
         return [*rows, *answer_rows(tokenizer, kept, None, 1.0, max_length)], None, {"retained": len(kept)}
     rates: list[float] = []
@@ -192,7 +193,7 @@ def _arguments(
         **QUIET,
         "scoring_cache_dir": f"{folder}/scores",
     }
-    if method and not is_random_labels(method):
+    if method and method not in RANDOM_LABELS:
         settings |= {
             "forget_objective": method,
             "forget_weight": config.forget_weight,
@@ -218,16 +219,3 @@ class CurveCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every == 0:
             self.curve[state.global_step] = self.score(model)
-
-
-def scorer(
-    tokenizer: PreTrainedTokenizerBase, config: StudyConfig, examples: Sequence[MultipleChoiceExample]
-) -> Callable[[Model], OptionScores]:
-    """`score_options` with the settings of the study, without hidden states."""
-
-    def score(model: Model) -> OptionScores:
-        return score_options(
-            model, tokenizer, examples, batch_tokens=config.batch_tokens, max_length=config.max_length, progress=False
-        )
-
-    return score

@@ -14,14 +14,14 @@ logger = logging.getLogger(__name__)
 
 
 def last_checkpoint(output: Path) -> str | None:
-    """The last checkpoint that is whole. Saving is no single step, and a run that was killed in it leaves a folder
-    that training cannot resume from: `trainer_state.json`, written last, is missing or cut off. Such folders are
+    """The last complete checkpoint. Saving takes several steps, and a run that is killed during them leaves a folder
+    that training cannot resume from: `trainer_state.json`, written last, is missing or truncated. Such folders are
     removed."""
-    while output.is_dir() and (found := get_last_checkpoint(str(output))):
+    while output.is_dir() and (last := get_last_checkpoint(str(output))):
         try:
-            json.loads((Path(found) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-            return found
+            json.loads((Path(last) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            return last
         except (OSError, ValueError):
-            logger.warning(f"{found} is not whole, a run was cut off while it was saved: it is removed")
-            shutil.rmtree(found)
+            logger.warning(f"{last} is not complete, a run was interrupted while saving it: it is removed")
+            shutil.rmtree(last)
     return None

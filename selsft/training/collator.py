@@ -1,8 +1,8 @@
 """Batches with per-token columns.
 
-TRL's collator knows `input_ids`, `labels` and `seq_lengths` and drops every other column in silence. This subclass
+TRL's collator knows `input_ids`, `labels` and `seq_lengths` and silently drops every other column. This subclass
 pads (or, without padding, concatenates) the token columns exactly as it treats the labels, and lists on the host the
-rows that a training step has to compute. Rejected: a collator of our own, which would have to follow every key that
+rows that a training step has to compute. Rejected: a separate collator, which would have to follow every key that
 TRL adds for attention kernels.
 """
 

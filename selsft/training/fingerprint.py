@@ -1,6 +1,6 @@
-"""A hash of a model's weights: what scores, caches and records were made with.
+"""A hash of a model's weights, by which scores, caches and records name the model that made them.
 
-The base of a model has the same hash with and without PEFT around it, so that runs with other adapters share cached
+A base model has the same hash with and without PEFT around it, so that runs with different adapters share cached
 scores. Sharded weights are gathered tensor by tensor; weights that are not there (on the meta device) are refused,
 since all empty models have one hash. Rejected: hashing the files of a checkpoint, which says nothing about a model in
 memory.
@@ -36,7 +36,7 @@ def model_fingerprint(model: Model, adapter: str | None = "*") -> str:
         adapter: `"*"` for all weights, a name for the base and that adapter, `None` for the base alone.
 
     Raises:
-        `ValueError` when the model has weights on the meta device, which are not there to be hashed.
+        `ValueError` when the model has weights on the meta device, which have no values to hash.
     """
     digest = hashlib.sha256()
     config = model.config.to_dict()

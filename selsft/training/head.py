@@ -49,7 +49,7 @@ def spares_the_unlikely(forget: str, beta: float) -> bool:
 
 
 class SelectiveHead:
-    """What the head is asked to do in one forward pass. A plain class on purpose: FSDP casts the floating-point
+    """What the head computes in one forward pass. A plain class on purpose: FSDP casts the floating-point
     tensors that it finds in dicts, tuples and dataclasses to the compute dtype, and a log-probability in bf16 is wrong
     in its third digit.
 
@@ -165,7 +165,7 @@ def read_lm_head(module: nn.Module) -> LMHead:
 
     Raises:
         `ValueError` for an adapter on the head that is more than plain LoRA: the loss reads the weights directly and
-        would drop it in silence.
+        would silently drop it.
     """
     if not isinstance(module, BaseTunerLayer):
         return LMHead(_whole(module.weight), _whole(getattr(module, "bias", None)), None, None, 1.0)
@@ -307,7 +307,7 @@ def _selective_loss(
 
 
 def toy_forward(*, labels: torch.Tensor, selective_head: SelectiveHead, **_: Any) -> SelectiveCausalLMOutput:
-    """What a causal language model of three tokens with fixed states gives when it is called with a selective head:
+    """What a causal language model of three tokens with fixed states returns when it is called with a selective head:
     enough to see whether a caller uses the head. `labels` is `(batch, seq_len)`."""
     hidden = torch.linspace(-1.0, 1.0, 4, device=labels.device).expand(*labels[:, 1:].shape, 4)
     lm_head = LMHead(torch.arange(12.0, device=labels.device).view(3, 4) / 12, None, None, None, 1.0)

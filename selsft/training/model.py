@@ -20,8 +20,8 @@ def base_model(model: Model) -> PreTrainedModel:
 
 @contextlib.contextmanager
 def frozen(model: torch.nn.Module) -> Iterator[None]:
-    """No gradients and evaluation mode inside; afterwards every module is in its own mode again, those too that a user
-    has put into evaluation mode while the model trains."""
+    """No gradients and evaluation mode inside; afterwards every module is in its own mode again, also those that a
+    user has put into evaluation mode while the model trains."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,6 +1,6 @@
 """How the weight of the forgetting term grows over training: lambda(t) of arXiv 2508.04329, eq. (8).
 
-lambda is a function of the *global* step, so that it neither restarts with an epoch nor with a resumed run (the
+lambda is a function of the *global* step, so that it restarts neither with an epoch nor with a resumed run (the
 official code computes it from the micro-step of the epoch). A callback that changes a config field was rejected: a
 pure function of the step has no state to save.
 """

@@ -1,7 +1,7 @@
 """What a selective run cannot do, each with its reason and its remedy, before anything is scored.
 
-Kept apart from the trainer, whose overrides should stay readable. What settings alone contradict each other is refused
-by `SelectiveSFTConfig`; here is what depends on the data, the model or the launcher.
+Kept apart from the trainer, whose overrides should stay readable. `SelectiveSFTConfig` checks settings against each
+other; here is what depends on the data, the model or the launcher.
 """
 
 from __future__ import annotations

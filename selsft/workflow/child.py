@@ -24,16 +24,21 @@ def run_child(argv: Sequence[str]) -> int:
     is killed by SIGKILL or SIGTERM.
     """
     parent = os.getpid()
-
-    def die_with_parent() -> None:
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it has ended in the meantime
-            os._exit(1)
-
-    with subprocess.Popen(argv, preexec_fn=die_with_parent) as child:
+    with subprocess.Popen(argv, preexec_fn=lambda: end_with_parent(parent)) as child:
         try:
             return child.wait()
         except BaseException:
             child.terminate()
             raise
+
+
+def end_with_parent(parent: int | None = None) -> None:
+    """Let this process get SIGTERM when the process that started it ends; on Linux only.
+
+    Args:
+        parent: the process that must be there still; not checked when `None`.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if parent is not None and os.getppid() != parent:  # it has ended in the meantime
+        os._exit(1)

@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import InputError
-from ..records import exclusive, now, read_json, versions, write_json
+from ..records import exclusive, now, read_json, resumable, versions, write_json
 from .stage import Stage
 
 RUN = "run.json"
+KEPT = "finished stages are kept in it, the same command resumes from there"
 
 
 def execute(
@@ -49,7 +50,7 @@ def execute(
     """
     check_folder(root, manifest)
     first = _position(stages, from_stage)
-    with exclusive(root):
+    with resumable(root, "output_dir", KEPT), exclusive(root):
         for stage in stages[first:] if from_stage else []:
             stage.set_aside()
         states = {stage.name: stage.state() for stage in stages}

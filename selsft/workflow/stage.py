@@ -20,7 +20,7 @@ from typing import Any
 
 from ..data.loading import BUILDERS
 from ..errors import InputError
-from ..records import file_sha256, now, read_json, versions, write_json
+from ..records import file_sha256, now, read_json, sweep, versions, write_json
 
 RECORD = "stage.json"
 _KEY = 12  # hexadecimal digits
@@ -83,6 +83,7 @@ class Stage:
     def run(self) -> str:
         """Do the work; returns seconds and remark. The record says `running` until the folder is whole."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        sweep(self.folder)
         before = self.record
         record: dict[str, Any] = {
             "stage": self.name,

@@ -163,5 +163,5 @@ def test_a_sample_without_judgements_is_refused():
         judge([{"text": "alpha"}])
     with pytest.raises(ValueError, match="no token of the judged sample is judged"):
         judge([{"text": "alpha beta", "spans": [[0, 10, 0]]}])
-    with pytest.raises(ValueError, match=r"row 1: span \[0, 20\] lies outside"):
+    with pytest.raises(ValueError, match=r"row 1: span \[0, 20\] is outside"):
         judge([{"text": "alpha beta", "spans": []}, {"text": "alpha beta", "spans": [[0, 20]]}])

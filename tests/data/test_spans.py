@@ -452,7 +452,7 @@ def test_spans_win_over_their_part(options):
 
 def test_eos_is_no_part_of_the_text(options):
     data = Dataset.from_list([{"prompt": "alpha", "completion": " beta", "spans": [[1, 6]]}])
-    refused(options, data, r"row 0: span \[1, 6\] lies outside of the text, which has 5 characters")
+    refused(options, data, r"row 0: span \[1, 6\] is outside the text, which has 5 characters")
 
 
 def test_text_about_marks_is_no_mark(tmp_path):
@@ -476,11 +476,11 @@ def test_text_about_marks_is_no_mark(tmp_path):
 BAD = {
     "not a list": ({"spans": "0-3"}, r"row 1: spans='0-3' must be a list"),
     "form": ({"spans": [[0, 3, -1, 2]]}, r"row 1: span \[0, 3, -1, 2\] has another form"),
-    "fraction": ({"spans": [[0.5, 3]]}, r"row 1: span \[0.5, 3\]: 0.5 is no whole number"),
+    "fraction": ({"spans": [[0.5, 3]]}, r"row 1: span \[0.5, 3\]: 0.5 is not a whole number"),
     "empty": ({"spans": [[3, 3]]}, r"row 1: span \[3, 3\] is empty"),
     "reversed": ({"spans": [[4, 3]]}, r"row 1: span \[4, 3\] is empty"),
-    "negative": ({"spans": [[-1, 3]]}, r"row 1: span \[-1, 3\] lies outside of the text, which has 10 characters"),
-    "outside": ({"spans": [[0, 11]]}, r"row 1: span \[0, 11\] lies outside of the text, which has 10 characters"),
+    "negative": ({"spans": [[-1, 3]]}, r"row 1: span \[-1, 3\] is outside the text, which has 10 characters"),
+    "outside": ({"spans": [[0, 11]]}, r"row 1: span \[0, 11\] is outside the text, which has 10 characters"),
     "nan": ({"spans": [[0, 3, float("nan")]]}, r"row 1: span \[0, 3, nan\]: weight nan must be a finite number"),
     "kind": ({"spans": [[0, 3, "R:NOUN"]]}, r"weight 'R:NOUN' must be a finite number"),
     "boolean": ({"spans": [[0, 3, True]]}, r"weight True must be a finite number"),
@@ -507,7 +507,7 @@ BAD_MESSAGES = {
     "detail": ({"train_detail": [{"begin_offset": 0, "train": True}]}, r"message 1: train_detail .* has another form"),
     "detail outside": (
         {"train_detail": [{"begin_offset": 0, "end_offset": 4, "train": True}]},
-        r"message 1: train_detail .* lies outside of the text, which has 4 characters",
+        r"message 1: train_detail .* is outside the text, which has 4 characters",
     ),
     "trimmed": (
         {"content": "beta  ", "spans": [[4, 6]]},

@@ -23,6 +23,7 @@ from selsft.demo.world import (
     load_facts,
     make_world,
 )
+from tests.support.pages import Page
 
 pytestmark = pytest.mark.slow
 
@@ -174,14 +175,35 @@ def _result(prompt="Q: Who?\nA:", pieces=((" Rome", True, True), (".", False, Fa
 
 
 def test_a_hostile_answer_stays_text_in_the_page(tmp_path):
-    from selsft.demo.report import page
+    from selsft.demo.report import write_report
 
     hostile = _result("Q: <img src=x onerror=alert(1)>?\nA:", [(' <script>alert("x")</script>[red]', True, True)])
-    for name, save in (("page.html", "save_html"), ("page.svg", "save_svg")):
-        getattr(page([hostile], width=200), save)(str(tmp_path / name))
-        text = (tmp_path / name).read_text(encoding="utf-8")
-        assert "<script" not in text and "<img" not in text
-        assert "&lt;script&gt;" in text and "[red]" in text
+    text = write_report(tmp_path / "page.html", [hostile]).read_text(encoding="utf-8")
+    page = Page(text)
+    assert "script" not in page.tags and "img" not in page.tags
+    assert 'class="bad wrong">&lt;script&gt;' in text and "[red]" in text and "prefers-color-scheme: dark" in text
+
+
+def test_page_and_terminal_show_the_same_figures(tmp_path):
+    from io import StringIO
+
+    from rich.console import Console
+
+    from selsft.demo.report import figures, render, write_report
+
+    results = [_result(), _result()]
+    screen = StringIO()
+    render(Console(file=screen, width=250), results)
+    page = Page(write_report(tmp_path / "page.html", results).read_text(encoding="utf-8"))
+    shown = figures(results)
+    assert [table.title.split(" (")[0] for table in shown] == [
+        "Scores against the known mask",
+        "Greedy answers to held-out phrasings",
+        "Paired differences, one number per seed",
+    ]
+    for table in shown:
+        assert all(row in page.tables[None] for row in table.rows)
+        assert all(cell in screen.getvalue() for row in table.rows for cell in row)
 
 
 def test_negative_tokens_are_red_wrong_ones_underlined_and_bracketed_without_colour():

@@ -1,4 +1,4 @@
-"""Scores -> labels on cases that can be worked out by hand, and properties over random ones."""
+"""From scores to token classes, on cases worked out by hand, and properties over random ones."""
 
 import functools
 import itertools
@@ -7,14 +7,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import selsft.data.chunks
 from selsft.data.chunks import ColumnWriter, supervised_mask, token_chunks, with_column
+from selsft.selection.excess import weigh_batches
 from selsft.selection.quantile import boundary_of_fraction
-from selsft.selection.weights import add_token_weights, row_weights, select_token_weights
+from selsft.selection.weights import add_token_weights, row_weights
 from selsft.training.schedules import FORGET_SCHEDULES, forget_weight_at
 from tests.support.oracle import label_tokens
 
@@ -74,40 +76,42 @@ def settings_of(**changes):
     return made
 
 
-def rows_of(*scores):
-    return [np.array(row, dtype=np.float32) for row in scores]
+def weigh(scores, args, supervised=None):
+    """Weights of a collated batch of such scores; a first token, which nothing predicts, stands before them."""
+    scores = torch.nn.functional.pad(torch.tensor(scores, dtype=torch.float32), (1, 0))
+    labels = torch.zeros(scores.shape, dtype=torch.long)
+    if supervised is not None:
+        labels[:, 1:].masked_fill_(~torch.tensor(supervised), -100)
+    batch = {"input_ids": torch.zeros_like(labels), "labels": labels, "ref_logps": scores}
+    weigh_batches([batch], [torch.zeros_like(scores)], args, special_ids=np.zeros(0, np.int64))
+    assert not batch["token_weights"][:, 0].any()
+    return batch["token_weights"][:, 1:].tolist()
 
 
 def test_scope_decides_which_tokens_compete():
-    scores = rows_of([-4.0, -3.0], [1.0, 2.0])
-    trained, free = [np.ones(2, bool)] * 2, [np.zeros(2, bool)] * 2
+    scores = [[-4.0, -3.0], [1.0, 2.0]]
     fraction = {"negative_threshold": None, "positive_fraction": 0.5}
-    whole = select_token_weights(scores, trained, free, settings_of(**fraction))
-    each = select_token_weights(scores, trained, free, settings_of(**fraction, selection_scope="sequence"))
-    assert [row.tolist() for row in whole] == [[-1, -1], [1, 1]]
-    assert [row.tolist() for row in each] == [[-1, 1], [-1, 1]]
+    assert weigh(scores, settings_of(**fraction)) == [[-1, -1], [1, 1]]
+    assert weigh(scores, settings_of(**fraction, selection_scope="sequence")) == [[-1, 1], [-1, 1]]
 
 
-def test_untrained_tokens_neither_count_nor_get_a_weight():
-    scores = rows_of([-9.0, -9.0, 1.0, 2.0])
-    trained = [np.array([False, False, True, True])]
+def test_unsupervised_tokens_neither_count_nor_get_a_weight():
     args = settings_of(negative_threshold=None, positive_fraction=0.5)
-    assert select_token_weights(scores, trained, [np.zeros(4, bool)], args)[0].tolist() == [0, 0, -1, 1]
+    assert weigh([[-9.0, -9.0, 1.0, 2.0]], args, [[False, False, True, True]]) == [[0, 0, -1, 1]]
 
 
 def test_forget_weight_zero_ignores_the_negatives():
-    scores = rows_of([-2.0, 0.0])
-    args = settings_of(forget_weight=0.0)
-    assert select_token_weights(scores, [np.ones(2, bool)], [np.zeros(2, bool)], args)[0].tolist() == [0, 1]
+    assert weigh([[-2.0, 0.0]], settings_of(forget_weight=0.0)) == [[0, 1]]
 
 
-def test_no_rows():
-    assert select_token_weights([], [], [], settings_of()) == []
+def test_a_batch_without_supervised_tokens_has_no_weights():
+    args = settings_of(negative_threshold=None, positive_fraction=0.5)
+    assert weigh([[-2.0, 0.0]], args, [[False, False]]) == [[0, 0]]
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=40), st.floats(0, 1), st.floats(0, 3))
-def test_a_better_score_never_gets_a_worse_label(scores, fraction, band):
+def test_a_better_score_never_gets_a_worse_class(scores, fraction, band):
     values = np.array(scores, dtype=np.float32)
     labels = label_tokens(values, positive_fraction=fraction, neutral_band=band)
     assert (np.diff(labels[np.argsort(values, kind="stable")]) >= 0).all()
@@ -281,7 +285,7 @@ def test_blocks_are_cut_between_rows(monkeypatch):
     assert [chunk.first_row for chunk in chunks] == [0, 3, 4, 5, 6]
 
 
-def test_trained_tokens_have_a_label_and_a_past():
+def test_supervised_tokens_have_a_label_and_a_past():
     data = Dataset.from_dict({"labels": [[5, 5, -100, 5], [], [5, 5, 5]], "seq_lengths": [[3, 1], [], [1, 2]]})
     (chunk,) = token_chunks(data, ["labels"])
     assert supervised_mask(chunk, padding_free=False).tolist() == [False, True, False, True, False, True, True]
@@ -293,7 +297,7 @@ def test_trained_tokens_have_a_label_and_a_past():
 
 
 def one_row(scores, ref=None, **columns):
-    """One row whose first token is not trained, so that `scores` are those of tokens 1 to n."""
+    """One row whose first token is not supervised, so that `scores` are those of tokens 1 to n."""
     ref = np.array([0.0] * len(scores) if ref is None else ref, np.float32)
     return Dataset.from_dict(
         {

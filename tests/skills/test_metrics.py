@@ -46,13 +46,13 @@ def test_by_hand():
 def test_lengths():
     table = scores(([-6.0, -4.0], 0), n_chars=[[6, 2]])
     assert metrics.questions(table)["predicted"].item() == 1
-    by_character = metrics.questions(table, "char")  # -1 a character against -2.
+    by_character = metrics.questions(table, "chars")  # -1 a character against -2.
     assert by_character["predicted"].item() == 0
     assert by_character["margin"].item() == pytest.approx(1.0)
     assert by_character["confidence"].item() == pytest.approx(1 / (1 + math.exp(-1)))
-    assert metrics.questions(table, "byte")["margin"].item() == pytest.approx(0.5)  # Twice as many bytes.
-    assert metrics.questions(table, "token")["predicted"].item() == 1
-    with pytest.raises(ValueError, match="normalise must be one of sum, char, byte, token; got 'length'"):
+    assert metrics.questions(table, "bytes")["margin"].item() == pytest.approx(0.5)  # Twice as many bytes.
+    assert metrics.questions(table, "tokens")["predicted"].item() == 1
+    with pytest.raises(ValueError, match="normalization='length' is unknown: use one of none, chars, bytes, tokens"):
         metrics.questions(table, "length")
 
 

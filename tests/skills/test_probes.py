@@ -81,24 +81,14 @@ def test_scale_and_place_of_features_do_not_matter():
     np.testing.assert_allclose(probe.logits(constant), plain, atol=1e-4)
 
 
-def test_a_warm_start_gives_the_same():
-    rng = np.random.default_rng(2)
-    for d in (5, 60):
-        states = rng.standard_normal((40, d))
-        targets = (rng.random(40) < 0.5).astype(float)
-        cold = probes.fit(states, targets, 0.1)
-        warm = probes.fit(states, targets, 0.1, probes.fit(states[:35], targets[:35], 1.0))
-        np.testing.assert_allclose(warm.logits(states), cold.logits(states), atol=1e-4)
-
-
 def test_the_penalty_is_chosen_by_held_out_questions(monkeypatch):
     train = made("train", 0.0, n=100)
     seen = []
     real = probes.fit
 
-    def watched(states, targets, penalty, start=None):
+    def watched(states, targets, penalty):
         seen.append(len(states))
-        return real(states, targets, penalty, start)
+        return real(states, targets, penalty)
 
     monkeypatch.setattr(probes, "fit", watched)
     question = np.repeat(np.arange(100), 2)

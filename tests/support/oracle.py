@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from selsft.selection.quantile import kept
-from selsft.selection.rules import check_finite, labels_at
+from selsft.selection.rules import check_finite, classes_at
 
 
 def plain_logps(model, ids: list[int]) -> np.ndarray:
@@ -106,4 +106,4 @@ def label_tokens(
         assert positive_fraction is not None
         keep = int(kept(positive_fraction, n))
         boundary = np.inf if keep == 0 else float(np.partition(scores, n - keep)[n - keep])
-    return labels_at(scores, boundary, neutral_band=neutral_band, protected=protected)
+    return classes_at(scores, boundary, neutral_band=neutral_band, protected=protected)

@@ -1,8 +1,8 @@
-"""How ``countries.json`` was made: ``pip install countryinfo==1.0.1 && python -m selsft.demo.extract``.
+"""How the demo's `countries.json` was made: `pip install countryinfo==1.0.1 && python benchmarks/countries.py`.
 
-The demo ships the small JSON and not the package, so that it needs nothing but what selsft itself needs. Facts that
-countryinfo 1.0.1 states but that are no longer so, and capitals whose status is disputed, are left out: a demo about
-wrong answers should not contain one by accident. Nothing is added by hand.
+The demo ships the small JSON and not the package, so that it needs nothing beyond selsft's own dependencies. Outdated
+facts of countryinfo 1.0.1 and capitals whose status is disputed are left out: a demo about wrong answers should not
+contain one by accident. Nothing is added by hand.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-TARGET = Path(__file__).with_name("countries.json")
+TARGET = Path(__file__).parents[1] / "selsft" / "demo" / "countries.json"
 COUNTRIES = 120
 
 # Not a state of its own today, or a record that describes two at once.
