@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
     threshold = arguments.negative_threshold
     settings: dict[str, Any] = {
         "score": score,
-        "negative_threshold": starting_threshold(rows, score, values) if threshold is None else threshold,
+        "negative_threshold": starting_threshold(rows, values) if threshold is None else threshold,
         "neutral_band": arguments.neutral_band,
         "score_base_weight": base_weight,
         "protect_special_tokens": SelectiveSFTConfig.protect_special_tokens,

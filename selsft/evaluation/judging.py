@@ -110,6 +110,9 @@ class Judging:
         self.groups = (
             None if self.judged is None or judged is None else _groups(judged, self.judged, args.judged_group)
         )
+        self.test_groups = None
+        if self.test is not None and test is not None and args.judged_group in test.column_names:
+            self.test_groups = _groups(test, self.test, args.judged_group)
         self.probe: Probe | None = None
         if args.score == "probe" and args.probe is not None:
             self.probe = load_probe(args.probe, models.policy_sha256, self.tokenizer_sha256)
@@ -219,7 +222,7 @@ class Judging:
                 )
         words = self.words.number(judged.input_ids, judged.lengths)
         scores = self._scores(judged, columns["judged"])
-        record: dict[str, Any] = {"judged": judge_scores(judged, scores, words, keep)}
+        record: dict[str, Any] = {"judged": judge_scores(judged, scores, words, keep, groups=self.groups)}
         level = ROW if kind_of(judged) == ROW else TOKEN
         examples = examples_of(judged, scores[args.score], words, level, keep)
         if not examples.both:
@@ -280,7 +283,7 @@ class Judging:
         words = self.words.number(test.input_ids, test.lengths)
         scores = self._scores(test, columns)
         record: dict[str, Any] = {
-            "test": judge_scores(test, scores, words, keep),
+            "test": judge_scores(test, scores, words, keep, self.test_groups),
             "test_rows_left_out": int((~keep).sum()),
         }
         examples = examples_of(test, scores[args.score], words, level, keep)

@@ -45,13 +45,10 @@ def score_of(rows: TokenRows, name: str, base_weight: float = 1.0) -> np.ndarray
     return rows.scores[name]
 
 
-def starting_threshold(rows: TokenRows, name: str, score: np.ndarray) -> float:
-    """A `negative_threshold` to begin with: training's own for influence, if it makes one token in 1,000 negative;
-    else the worst twentieth."""
+def starting_threshold(rows: TokenRows, score: np.ndarray) -> float:
+    """A `negative_threshold` to begin with, at the worst twentieth of the tokens."""
     found = score[(rows.flags & SCORED > 0) & np.isfinite(score)]
-    if not len(found) or (name == INFLUENCE and (found < -1).mean() >= 0.001):
-        return 1.0
-    return round(-float(np.quantile(found, 0.05)), 4)
+    return round(-float(np.quantile(found, 0.05)), 4) if len(found) else 1.0
 
 
 def classes(rows: TokenRows, score: np.ndarray, boundary: float, band: float, protect_special: bool) -> np.ndarray:

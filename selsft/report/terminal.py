@@ -130,12 +130,12 @@ def print_judged(record: dict[str, Any] | None, selection: dict[str, Any], conso
         if sample not in record:
             continue
         table = Table(title=f"How well scores find what is wrong: {sample} rows, 95 % intervals over rows")
-        for name in ("score", "level", "AUC", "interval", "AP", "wrong", "rows"):
+        for name in ("score", "level", "AUC", "interval", "AP", "at share", "wrong", "rows"):
             table.add_column(name, justify="left" if name in ("score", "level") else "right", no_wrap=True)
         for score, levels in record[sample].items():
             for level, found in levels.items():
                 interval = f"{found['auc_low']:.3f} to {found['auc_high']:.3f}"
-                numbers = f"{found['auc']:.3f}", interval, f"{found['ap']:.3f}"
+                numbers = f"{found['auc']:.3f}", interval, f"{found['ap']:.3f}", f"{found['precision_at_share']:.3f}"
                 table.add_row(score, level, *numbers, str(found["n_wrong"]), str(found["n_rows"]))
         console.print(table)
     table = Table(title=f"{record['score']} by threshold, judged rows")

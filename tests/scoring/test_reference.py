@@ -102,15 +102,22 @@ def test_adapter_of_a_model_that_is_trained_in_full(options, tmp_path, folders):
 def test_base_below_a_trained_adapter(precompute, options, tmp_path):
     policy = adapted(tiny.llama(), seed=3)
     if not precompute:
+        changes = {"precompute_scores": False, "negative_threshold": 1.0}
         with pytest.raises(ValueError, match="comes with a trained adapter"):
-            make(options, tmp_path, policy, reference_model="base", precompute_scores=False)
+            make(options, tmp_path, policy, reference_model="base", **changes)
         return
     run = make(options, tmp_path, policy, reference_model="base")
     assert_scores(run, adapted(tiny.llama(), seed=3), tiny.llama())
 
 
 def test_adapter_reference_online(options, tmp_path, folders):
-    changes = {"reference_model": folders["adapter"], "negative_threshold": 0.1, "optim": "sgd"}
+    changes = {
+        "reference_model": folders["adapter"],
+        "negative_threshold": 0.1,
+        "score_base_weight": 1.0,
+        "score_pooling": "token",
+        "optim": "sgd",
+    }
     offline = make(options, tmp_path, tiny.llama(), peft_config=LoraConfig(**LORA), **changes)
     online = make(options, tmp_path, tiny.llama(), peft_config=LoraConfig(**LORA), precompute_scores=False, **changes)
     offline.train(), online.train()

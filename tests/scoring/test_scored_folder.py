@@ -109,7 +109,12 @@ def test_streamed_rows_give_the_same_bytes_and_go_on(run, missing):
 
 
 def test_training_takes_the_folder_and_refuses_an_unfinished_one(run, models, capsys):
-    selection = {"negative_threshold": 0.05, "forget_schedule": "constant"}
+    selection = {
+        "negative_threshold": 0.05,
+        "score_base_weight": 1.0,
+        "score_pooling": "token",
+        "forget_schedule": "constant",
+    }
     assert run() == 0
     assert run("train", dataset_name="scored", output_dir="a", **selection) == 0
     assert run("train", output_dir="b", reference_model=models / "reference", **selection) == 0

@@ -108,7 +108,11 @@ def train(
     elif reference is not None:
         reference = saved_model(folder, 1) if loaded else True
     accumulation = settings.pop("gradient_accumulation_steps", 1)
-    rule = {} if weights or "positive_fraction" in settings else {"negative_threshold": 0.1}
+    rule = (
+        {}
+        if weights or "positive_fraction" in settings
+        else {"negative_threshold": 0.1, "score_base_weight": 1.0, "score_pooling": "token"}
+    )
     args = SelectiveSFTConfig(
         str(folder / f"{case}-out"), use_cpu=not kind.startswith("zero"), bf16=False, report_to="none",
         gradient_checkpointing=False,

@@ -117,9 +117,10 @@ def test_given_weights_score_nothing(options, monkeypatch):
 
 
 def test_constant_scores_are_reported(options, tmp_path, caplog):
+    settings = {"score_base_weight": 1.0, "scoring_cache_dir": str(tmp_path)}
     with caplog.at_level(logging.WARNING):
-        run = make(options, tiny.prompt_data(), reference=tiny.llama(), scoring_cache_dir=str(tmp_path))
-    assert "all tokens have the same score" in caplog.text
+        run = make(options, tiny.prompt_data(), reference=tiny.llama(), **settings)
+    assert "the reference says what the model says of every token" in caplog.text
     assert all(weight >= 0 for row in run.train_dataset["token_weights"] for weight in row)
 
 
@@ -145,7 +146,8 @@ def replace(source, target, original=os.replace):
 os.replace = replace
 args = SelectiveSFTConfig(
     folder + "/out", use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", logging_steps=1,
-    max_steps=8, save_steps=2, learning_rate=1e-2, negative_threshold=0.1, forget_weight=1.0, disable_tqdm=True,
+    max_steps=8, save_steps=2, learning_rate=1e-2, negative_threshold=0.1,
+    score_base_weight=1.0, score_pooling="token", forget_weight=1.0, disable_tqdm=True,
     per_device_train_batch_size=4, dataloader_pin_memory=False, scoring_cache_dir=folder + "/cache",
 )
 trainer = SelectiveSFTTrainer(
