@@ -96,7 +96,7 @@ def measure(plan: Plan, length: int) -> Speed:
         if value
     }
     with input_errors():
-        model: Any = create_model_from_path(
+        model: Any = cast(Any, create_model_from_path)(
             plan.model, trust_remote_code=bool(flags.get("trust_remote_code")), **options
         ).to(device)
     overhead = _since_start()

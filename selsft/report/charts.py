@@ -172,7 +172,7 @@ def dot_plot(title: str, estimates: Iterable[Estimate], ticks: list[float]) -> D
             dots.append(Dot(y, label, text, f"{label}: {text}", place(value), place(start), place(end), cut, about))
         y += 24
     marks = [(place(tick), f"{tick:g}", tick in (0.0, 1.0)) for tick in ticks]
-    return DotPlot(title, round(left + AXIS + 190), 56 + 24 * len(dots), round(left, 1), dots, marks)
+    return DotPlot(title, round(left + AXIS + 190), 16 + y, round(left, 1), dots, marks, groups)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -68,6 +68,6 @@ def copied(model: Model) -> Model:
         if hasattr(parameter, "ds_id"):  # its methods are closures over the parameter, which `deepcopy` would share
             with whole(parameter) as full:
                 own = torch.nn.Parameter(full.detach().clone(), parameter.requires_grad)
-            parameter.convert_to_zero_parameters(param_list=[own])
+            cast(Any, parameter).convert_to_zero_parameters(param_list=[own])
             memo[id(parameter)] = own
     return copy.deepcopy(model, memo)
