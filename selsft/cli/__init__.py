@@ -74,5 +74,5 @@ def help_text() -> str:
         f"{USAGE}\n\nSelective supervised fine-tuning: learn the useful tokens, forget the misleading ones.\n\n"
         f"commands:\n{commands}\n\n"
         "  selsft COMMAND --help shows the flags of a command, selsft --version the version.\n"
-        "  With SELSFT_TRACEBACK=1 bad input shows where it was found."
+        "  SELSFT_TRACEBACK=1 shows the traceback of bad input."
     )

@@ -1,6 +1,6 @@
 """Geometry of the charts: plain numbers and texts that a template draws as SVG.
 
-Rejected: matplotlib (a dependency of its size for two charts, and its SVG can neither follow the reader's colours nor
+Rejected: matplotlib (a large dependency for two charts, and its SVG can neither follow the reader's colours nor
 carry a text per cell).
 """
 
@@ -109,13 +109,16 @@ def _tree(linkage: np.ndarray, leaves: list[str], order: list[str], size: float)
 
 
 class Estimate(NamedTuple):
-    """A number with the ends of its interval; NaN with the reason."""
+    """A number with the ends of its interval; NaN with the reason. `group` heads those that follow each other with it,
+    `about` is an id of the page that the label links to."""
 
     label: str
     value: float
     low: float = float("nan")
     high: float = float("nan")
     reason: str = ""
+    group: str = ""
+    about: str = ""
 
 
 class Dot(NamedTuple):
@@ -129,11 +132,13 @@ class Dot(NamedTuple):
     low: float = 0.0
     high: float = 0.0
     cut: bool = False
+    about: str = ""
 
 
 @dataclass(frozen=True)
 class DotPlot:
-    """Estimates with intervals over one axis; `marks` are (x, label, whether it is a reference line)."""
+    """Estimates with intervals over one axis; `marks` are (x, label, whether it is a reference line), `groups` are
+    (y, text)."""
 
     title: str
     width: float
@@ -141,25 +146,31 @@ class DotPlot:
     left: float
     dots: list[Dot]
     marks: list[tuple[float, str, bool]]
+    groups: list[tuple[float, str]]
 
 
 def dot_plot(title: str, estimates: Iterable[Estimate], ticks: list[float]) -> DotPlot:
     """Estimates over an axis from the first to the last tick; ticks at 0 and 1 are drawn as reference lines."""
     estimates, low, high = list(estimates), ticks[0], ticks[-1]
-    left = 16 + LETTER * max((len(each.label) for each in estimates), default=0)
+    left = 16 + LETTER * max((max(len(each.label), 1.15 * len(each.group)) for each in estimates), default=0)
 
     def place(value: float) -> float:
         return round(left + AXIS * (min(max(value, low), high) - low) / (high - low), 1)
 
-    dots = []
-    for i, (label, value, start, end, reason) in enumerate(estimates):
-        y = 40 + 24 * i
+    dots: list[Dot] = []
+    groups: list[tuple[float, str]] = []
+    y, last = 40, ""
+    for label, value, start, end, reason, group, about in estimates:
+        if group != last:
+            groups.append((y, group))
+            y, last = y + 24, group
         if np.isnan(value):
-            dots.append(Dot(y, label, "null", reason))
-            continue
-        text = f"{value:.2f} ({start:.2f} to {end:.2f})"
-        cut = min(start, value) < low or max(end, value) > high
-        dots.append(Dot(y, label, text, f"{label}: {text}", place(value), place(start), place(end), cut))
+            dots.append(Dot(y, label, "null", reason, about=about))
+        else:
+            text = f"{value:.2f} ({start:.2f} to {end:.2f})"
+            cut = min(start, value) < low or max(end, value) > high
+            dots.append(Dot(y, label, text, f"{label}: {text}", place(value), place(start), place(end), cut, about))
+        y += 24
     marks = [(place(tick), f"{tick:g}", tick in (0.0, 1.0)) for tick in ticks]
     return DotPlot(title, round(left + AXIS + 190), 56 + 24 * len(dots), round(left, 1), dots, marks)
 
