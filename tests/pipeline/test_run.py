@@ -24,53 +24,6 @@ from tests.support.recipe import RECIPE, plan, run_here
 
 pytestmark = pytest.mark.slow
 
-RECIPE = {
-    "model_name_or_path": "model",
-    "dataset_name": "rows.jsonl",
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "dataloader_pin_memory": False,
-    "report_to": "none",
-    "save_strategy": "steps",
-    "save_steps": 1,
-    "save_total_limit": 1,
-    "max_steps": 3,
-    "learning_rate": 1.0e-2,
-    "max_length": 32,
-    "use_peft": True,
-    "lora_target_modules": ["q_proj", "v_proj"],
-    "negative_threshold": 0.01,
-    "score_base_weight": 1.0,
-    "score_pooling": "token",
-    "stages": {
-        "split": {"reference_size": 0.3, "eval_size": 5},
-        "reference": {"learning_rate": 2.0e-2},
-        "evaluate": {"max_new_tokens": 3},
-    },
-}
-
-
-def run_here(command, argv):
-    """A command in this process, where everything is imported."""
-    if status := importlib.import_module(f"selsft.cli.{command}").main(argv):
-        raise InputError(f"selsft {command} ended in status {status}")
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A working directory with `model`, `rows.jsonl` and `recipe.yaml`."""
-    monkeypatch.chdir(tmp_path)
-    tiny.llama().save_pretrained("model")
-    tiny.tokenizer().save_pretrained("model")
-    tiny.prompt_data(48).to_json("rows.jsonl")
-    Path("recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    return tmp_path
-
-
-def plan(*overrides, root="run", run=run_here, source="recipe.yaml"):
-    return Plan(load_recipe(source, list(overrides)), Path(root), run)
-
 
 def keys(found):
     return {stage.name: stage.key for stage in found.stages}
