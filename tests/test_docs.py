@@ -24,7 +24,7 @@ from tests.test_architecture import MAY_IMPORT
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "kernels/README.md", *DOCS]
-PLACEHOLDERS = {"--flag", "--STAGE.flag"}
+PLACEHOLDERS = {"--ARM.flag", "--flag", "--STAGE.flag"}
 # Modules that scoring/frozen.py and the one store of scores replace
 LEAVING: set[str] = set()
 
@@ -151,6 +151,7 @@ def flags_of(command: str) -> frozenset[str]:
 
     from selsft.cli.arguments import CommandParser
     from selsft.evaluation.settings import EvaluateArguments
+    from selsft.pipeline.recipe import RunSettings
     from selsft.pipeline.split import SplitSettings
     from selsft.scoring.settings import ScoreArguments
 
@@ -159,7 +160,11 @@ def flags_of(command: str) -> frozenset[str]:
         parsers = [CommandParser(command, "", "", own[command]), launch_command_parser()]
         more = {"--config", "--help_all", "--accelerate_config"}
     elif command == "run":
-        more = {"--dry_run", "--from", *(f"--{item.name}" for item in fields(SplitSettings))}
+        more = {
+            "--dry_run",
+            "--from",
+            *(f"--{item.name}" for each in (SplitSettings, RunSettings) for item in fields(each)),
+        }
         return frozenset(more.union(*map(flags_of, own)))
     elif command == "skills":
         from selsft.cli.skills import SkillsParser
@@ -194,7 +199,7 @@ def commands(page: str) -> Iterator[str]:
 def test_flags_are_known(page):
     from selsft.pipeline.recipe import STAGES
 
-    stage = re.compile(rf"--(?:{'|'.join(STAGES)})\.")
+    stage = re.compile(rf"--(?:{'|'.join((*STAGES, 'strict'))})\.")  # and arms
     for line in commands(page):
         command = line.split()[1]
         assert command in COMMANDS, f"{page}: {line}"

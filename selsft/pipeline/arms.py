@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset
 from transformers import AutoTokenizer
 
@@ -25,6 +23,7 @@ from ..data.chunks import ColumnWriter, supervised_mask, token_chunks, with_colu
 from ..data.columns import WEIGHTS
 from ..data.tokenizers import special_ids
 from ..errors import InputError
+from ..records import read_json
 from ..selection.select import SELECTED
 from ..workflow.arms import NAME, SET_HERE, SHARED
 
@@ -121,8 +120,6 @@ def same_training(folders: Mapping[str, Path]) -> None:
     Args:
         folders: arm -> folder of its trained model, with the records that `selsft train` writes.
     """
-    from ..records import read_json
-
     seen = {}
     for name, folder in folders.items():
         record = read_json(folder / "selsft_run.json")
@@ -133,10 +130,3 @@ def same_training(folders: Mapping[str, Path]) -> None:
             f"{name}: {rows} rows, {tokens} tokens, {steps} steps" for name, (rows, tokens, steps) in seen.items()
         )
         raise InputError(f"the arms were not trained alike, so they cannot be compared ({shown})")
-
-
-def table_rows(folder: Path, name: str) -> dict[str, list]:
-    """Columns of a Parquet file of a stage; empty where it is missing."""
-    path = folder / name
-    table: pa.Table = pq.read_table(path) if path.is_file() else pa.table({})
-    return table.to_pydict()

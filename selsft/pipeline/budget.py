@@ -19,12 +19,12 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
-from .._compat import create_model_from_path
 from ..config import SelectiveSFTConfig
 from ..data.judged import tokenize_rows
 from ..data.loading import DataSource, load_rows, parse_columns
 from ..data.spans import without_marks
 from ..errors import input_errors
+from ..evaluation.load import load_model
 from ..records import read_json
 from .arms import PLAIN
 from .check import CHECK
@@ -96,9 +96,8 @@ def measure(plan: Plan, length: int) -> Speed:
         if value
     }
     with input_errors():
-        model: Any = cast(Any, create_model_from_path)(
-            plan.model, trust_remote_code=bool(flags.get("trust_remote_code")), **options
-        ).to(device)
+        model: Any = load_model(plan.model, {"trust_remote_code": bool(flags.get("trust_remote_code")), **options})[0]
+        model.to(device)
     overhead = _since_start()
     batch = int(flags.get("per_device_train_batch_size", 8))
     ids = torch.randint(10, model.config.get_text_config().vocab_size - 1, (batch, max(length, 8)), device=device)

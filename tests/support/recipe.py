@@ -26,6 +26,8 @@ RECIPE = {
     "use_peft": True,
     "lora_target_modules": ["q_proj", "v_proj"],
     "negative_threshold": 0.01,
+    "score_base_weight": 1.0,
+    "score_pooling": "token",
     "stages": {
         "split": {"reference_size": 0.3, "eval_size": 5},
         "reference": {"learning_rate": 2.0e-2},
