@@ -19,12 +19,16 @@ from trl import SFTConfig
 from selsft_kernels.objectives import FORGET, FORGET_OBJECTIVES
 
 SCORES = ("influence", "excess", "surprisal", "probe", "contrast", "random", "oracle", "given")
-POOLINGS = ("token", "word", "span", "row")
-# beta of `influence` where none is given; the presets of the papers keep 1
-SCORE_BASE_WEIGHT = 1.0
-# `negative_threshold` where neither it nor `positive_fraction` is given, in the unit of the score: nats, a
-# probability below 0.01 for `surprisal`, a probability of being wrong above one half for `probe`
-NEGATIVE_THRESHOLDS = {"surprisal": 4.6, "probe": 0.5}
+POOLINGS = ("token", "word", "word_sum", "span", "row")
+WORD_POOLINGS = ("word", "word_sum", "span")
+# Defaults where none is given, chosen by the worst of five sets (docs/scores.md); the presets of the papers have their
+# own. beta of `influence`; how scores are pooled, `token` for all others; the share that is positive where neither
+# `negative_threshold` nor `positive_fraction` is set, since a number of nats means another share on every set; the
+# threshold of all other scores: a probability of being wrong above one half for `probe`, a nat
+SCORE_BASE_WEIGHT = 0.5
+DEFAULT_POOLINGS = {"influence": "word_sum", "surprisal": "word_sum", "probe": "word"}
+POSITIVE_FRACTIONS = {"influence": 0.95, "surprisal": 0.95}
+NEGATIVE_THRESHOLDS = {"probe": 0.5}
 NEGATIVE_THRESHOLD = 1.0
 SCOPES = ("global", "sequence", "batch")
 FORGET_SCHEDULES = ("linear", "constant", "cosine")
@@ -34,6 +38,7 @@ FORGET_SCHEDULES = ("linear", "constant", "cosine")
 # Use it as `SelectiveSFTConfig(output_dir, reference_model=..., **PAPER_2508_04329)`.
 PAPER_2508_04329: dict[str, Any] = {
     "score_base_weight": 1.0,
+    "score_pooling": "token",
     "positive_fraction": 0.7,
     "selection_scope": "global",
     "protect_special_tokens": False,
@@ -59,6 +64,7 @@ RHO_1_2404_07965: dict[str, Any] = {
 TOKEN_CLEANING_2502_01968: dict[str, Any] = {
     "score": "influence",
     "score_base_weight": 1.0,
+    "score_pooling": "token",
     "selection_scope": "global",
     "positive_fraction": 0.6,
     "protect_special_tokens": False,
@@ -96,12 +102,13 @@ class SelectiveSFTConfig(SFTConfig):
             hidden states gives (`probe`). `"contrast"` is the log-probability under the reference minus that under
             `noisy_reference_model` (arXiv 2603.01185). Controls: `"random"` is a seeded random ranking, `"oracle"`
             makes the tokens of the column `negative_mask` negative, `"given"` ranks by the column `token_scores`.
-        score_base_weight (`float`, *optional*, defaults to `1.0`):
+        score_base_weight (`float`, *optional*, defaults to `0.5`):
             beta of `"influence"`; the papers have 1. With 0 the score is the log-probability under the reference.
         score_pooling (`str`, *optional*):
-            `"token"` leaves scores as they are; `"word"` gives a token the lowest score of its word, `"span"` the
-            lowest from the beginning of its word up to itself, `"row"` the mean of its row (of its document, in packed
-            rows). Defaults to `"word"` for `score="probe"`, else `"token"`.
+            `"token"` leaves scores as they are; `"word"` gives a token the lowest score of its word, `"word_sum"` the
+            sum over its word, `"span"` the lowest from the beginning of its word up to itself, `"row"` the mean of its
+            row (of its document, in packed rows). Defaults to `"word_sum"` for `"influence"` and `"surprisal"`, to
+            `"word"` for `"probe"`, else to `"token"`.
         score_row_worst (`int`, *optional*):
             With `score_pooling="row"`: the mean of so many lowest scores instead of all.
         score_lookahead (`float`, *optional*, defaults to `0.0`):
@@ -146,10 +153,12 @@ class SelectiveSFTConfig(SFTConfig):
         negative_threshold (`float`, *optional*):
             A token is negative when its score is below minus this value, in nats; for `score="probe"` when its
             probability of being wrong is above it. Unless `positive_fraction` is set, defaults to what a scored folder
-            was given by `target_precision`, else to `1.0` (`4.6` for `"surprisal"`, `0.5` for `"probe"`).
+            was given by `target_precision`, else to `1.0` (`0.5` for `"probe"`; none for `"influence"` and
+            `"surprisal"`, see `positive_fraction`).
         positive_fraction (`float`, *optional*):
             Share of the tokens that is positive, best scores first; the rest is negative (the paper uses `0.7`).
-            Mutually exclusive with `negative_threshold`.
+            Mutually exclusive with `negative_threshold`. Where neither is set, `0.95` for `"influence"` and
+            `"surprisal"`, unless a scored folder brings a threshold.
         selection_scope (`str`, *optional*, defaults to `"global"`):
             Tokens that are ranked together under `positive_fraction`: the whole dataset (`"global"`), each row
             (`"sequence"`; a packed row counts as one), or all micro-batches and processes of the optimizer step
@@ -187,7 +196,7 @@ class SelectiveSFTConfig(SFTConfig):
         forget_beta (`float`, *optional*, defaults to `1.0`):
             beta of `"npo"` and exponent of `"wga"`.
         forget_floor (`float`, *optional*):
-            Log-probability below which a negative token is left alone.
+            Log-probability below which a negative token is no longer forgotten.
 
     > [!NOTE]
     > `loss_type="dft"` applies to the positive tokens. `label_smoothing_factor` and `compute_loss_func` are refused
@@ -229,9 +238,9 @@ class SelectiveSFTConfig(SFTConfig):
     score_pooling: str | None = field(
         default=None,
         metadata={
-            "help": "'token': scores as they are; 'word': the lowest of the word; 'span': the lowest from the "
-            "beginning of the word up to the token; 'row': the mean of the row. Default: 'word' for score='probe', "
-            "else 'token'.",
+            "help": "'token': scores as they are; 'word': the lowest of the word; 'word_sum': the sum over the word; "
+            "'span': the lowest from the beginning of the word up to the token; 'row': the mean of the row. Default: "
+            "'word_sum' for influence and surprisal, 'word' for probe, else 'token'.",
             "choices": list(POOLINGS),
         },
     )
@@ -321,14 +330,15 @@ class SelectiveSFTConfig(SFTConfig):
         metadata={
             "help": "A token is negative when its score is below minus this value (score='probe': when it is wrong "
             "with a probability above it). Default, unless positive_fraction is set: what target_precision has "
-            "chosen for a scored folder, else 1.0 (surprisal: 4.6, probe: 0.5)."
+            "chosen for a scored folder, else 1.0 (probe: 0.5; influence and surprisal: none)."
         },
     )
     positive_fraction: float | None = field(
         default=None,
         metadata={
             "help": "Share of the tokens that is positive, best scores first; the rest is negative. Mutually "
-            "exclusive with negative_threshold."
+            "exclusive with negative_threshold. Default for influence and surprisal, where no threshold is set or "
+            "chosen: 0.95."
         },
     )
     selection_scope: str = field(
@@ -404,7 +414,7 @@ class SelectiveSFTConfig(SFTConfig):
     )
     forget_floor: float | None = field(
         default=None,
-        metadata={"help": "Log-probability below which a negative token is left alone, for example -20."},
+        metadata={"help": "Log-probability below which a negative token is no longer forgotten, for example -20."},
     )
 
     def __post_init__(self):
@@ -414,10 +424,15 @@ class SelectiveSFTConfig(SFTConfig):
     @property
     def effective_threshold(self) -> float | None:
         """The threshold in force, in the unit of the score: `negative_threshold`, or the score's own where no rule is
-        set."""
-        if not self.rule_is_default or self.score == "oracle":
+        set; `None` where a share is in force."""
+        if not self.rule_is_default or self.score == "oracle" or self.effective_fraction is not None:
             return self.negative_threshold
         return NEGATIVE_THRESHOLDS.get(self.score, NEGATIVE_THRESHOLD)
+
+    @property
+    def effective_fraction(self) -> float | None:
+        """The share of positive tokens in force: `positive_fraction`, or the score's own where no rule is set."""
+        return POSITIVE_FRACTIONS.get(self.score) if self.rule_is_default else self.positive_fraction
 
     @property
     def rule_is_default(self) -> bool:
@@ -440,7 +455,12 @@ class SelectiveSFTConfig(SFTConfig):
     @property
     def pooling(self) -> str:
         """`score_pooling`, or what it is by default."""
-        return self.score_pooling or ("word" if self.score == "probe" else "token")
+        return self.score_pooling or DEFAULT_POOLINGS.get(self.score, "token")
+
+    @property
+    def pools_words(self) -> bool:
+        """Whether pooling needs to know which tokens make a word."""
+        return self.pooling in WORD_POOLINGS
 
     @property
     def needs_start_logps(self) -> bool:

@@ -46,10 +46,17 @@ from .scoring.weighing import TokenWeigher
 from .selection.excess import ExcessSelector
 from .training import card
 from .training.collator import DataCollatorForSelectiveSFT
-from .training.head import STATS, SelectiveCausalLMOutput, SelectiveHead, toy_forward
+from .training.head import (
+    STATS,
+    UNLIKELY,
+    SelectiveCausalLMOutput,
+    SelectiveHead,
+    spares_the_unlikely,
+    toy_forward,
+)
 from .training.model import Model
 from .training.schedules import forget_weight_at
-from .training.validation import validate_effects, validate_selection
+from .training.validation import validate_effects, validate_prepared, validate_selection
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +176,7 @@ class SelectiveSFTTrainer(SFTTrainer):
                 compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics,
                 quantization_config, peft_config, formatting_func,
             )  # fmt: skip
+        validate_prepared(self)
         given = token_columns(self.train_dataset, args.score)
         self._selective = source is not None or bool(given) or args.score != "influence"
         scored = source is not None or (
@@ -180,6 +188,7 @@ class SelectiveSFTTrainer(SFTTrainer):
         self._step_counts: torch.Tensor | None = None
         self._outputs: list[SelectiveCausalLMOutput] = []  # of the micro-batches since the last log, detached
         self._totals: torch.Tensor | None = None  # of those before, when many steps go by without a log
+        self._looked_for_inertia = False
         validate_effects(self, source, given)
         self._described: dict[str, str] = {}  # the selection, for the model card
         if self._selective:
@@ -353,6 +362,8 @@ class SelectiveSFTTrainer(SFTTrainer):
             if negatives := total["negatives"]:
                 metrics["forget_loss"].append(total["forget_loss"] / negatives)
                 metrics["negative_prob"].append(total["negative_prob"] / negatives)
+                metrics["negative_below_1e-2"].append(total["negatives_unlikely"] / negatives)
+                self._warn_if_inert(total["negatives_unlikely"] / negatives)
                 metrics["negative_below_1e-6"].append(total["negatives_forgotten"] / negatives)
             metrics["negative_fraction"].append(negatives / max(positives + negatives, 1))
             if self._excess is not None:
@@ -361,21 +372,26 @@ class SelectiveSFTTrainer(SFTTrainer):
                 self._candidates = 0
         super().log(logs, start_time)
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """TRL's card with the selection, the data and the results; a run that selects nothing credits no paper."""
-        if not self._selective:
-            self._name, self._paper = SFTTrainer._name, {}
-        super().create_model_card(model_name, dataset_name, tags)
-        if self.is_world_process_zero():
-            path = Path(str(self.args.output_dir), "README.md")
-            rows = f"{len(self.train_dataset):,}" if isinstance(self.train_dataset, Dataset) else "streamed"
-            data = " of ".join(filter(None, (f"{rows} rows", card.public_name(dataset_name))))
-            lines = {"Data": data, **self._described, **card.results(self.state.log_history)}
-            base = card.public_name(get_config_model_id(self.model.config)) or "a model without a name"
-            card.complete(path, base, model_name or path.parent.name, lines)
+    def _warn_if_inert(self, unlikely: float) -> None:
+        """Say once, at the first log after the warm-up, that the objective has hardly a gradient on these negatives.
+        Later they may be unlikely because they are forgotten.
+
+        Args:
+            unlikely: share of the negatives whose probability is below `UNLIKELY`.
+        """
+        args, state = self.args, self.state
+        if self._looked_for_inertia or state.global_step < args.get_warmup_steps(state.max_steps):
+            return
+        self._looked_for_inertia = True
+        if unlikely > 0.9 and args.forget_weight > 0 and spares_the_unlikely(args.forget_objective, args.forget_beta):
+            logger.warning(
+                f"{unlikely:.0%} of the negative tokens have p < {UNLIKELY}, where forget_objective="
+                f"{args.forget_objective!r} has next to no gradient: they are ignored rather than forgotten. "
+                "forget_objective='npo' forgets them, too"
+            )
 
     def _take_stats(self) -> torch.Tensor:
-        """The sums since the last log, `(6,)`. Names the rows whose loss was not finite: here, and not in every step,
+        """The sums since the last log, `(7,)`. Names the rows whose loss was not finite: here, and not in every step,
         since looking waits for the device."""
         stats = torch.stack([cast(torch.Tensor, output.stats) for output in self._outputs]).sum(0)
         stats = stats if self._totals is None else self._totals + stats

@@ -23,7 +23,11 @@ def test_from_scores_to_a_model_and_its_evaluation(options, tmp_path):
     )  # fmt: skip
     again = load_scores(tmp_path / "scored")
     assert again["ref_logps"] == scored["ref_logps"]
-    chosen = select_tokens(scored, tiny.tokenizer(), SelectiveSFTConfig(**settings, negative_threshold=0.1))
+    chosen = select_tokens(
+        scored,
+        tiny.tokenizer(),
+        SelectiveSFTConfig(**settings, negative_threshold=0.1, score_base_weight=1.0, score_pooling="token"),
+    )
     scores = np.concatenate(scored["ref_logps"]) - np.concatenate(scored["base_logps"])
     weights = np.concatenate(chosen["token_weights"])
     special = np.isin(np.concatenate(scored["input_ids"]), tiny.tokenizer().all_special_ids)

@@ -78,7 +78,7 @@ def test_the_users_own_settings_stay(score, options, tmp_path):
         assert args.negative_threshold == changes.get("negative_threshold")
     other = train_settings(options, score="surprisal")
     use_folder(other, tmp_path / "scored")
-    assert other.score == "surprisal" and other.effective_threshold == 4.6
+    assert other.score == "surprisal" and other.effective_fraction == 0.95
 
 
 def test_rows_that_were_fitted_on_count_nowhere(score, tmp_path):
@@ -106,7 +106,7 @@ def test_a_score_like_chance_is_refused(score, options, tmp_path):
         use_folder(train_settings(options), tmp_path / "scored")
     args = train_settings(options, go_on=True)
     use_folder(args, tmp_path / "scored")
-    assert args.score == "surprisal" and args.effective_threshold == 4.6
+    assert args.score == "surprisal" and args.effective_fraction == 0.95
 
 
 def test_a_precision_that_is_not_reached_has_no_default_threshold(score, options, tmp_path):
@@ -133,7 +133,15 @@ def test_without_judged_rows_the_score_is_unverified(score, options, tmp_path, c
     assert read_manifest(tmp_path / "scored")["selection"]["verified"] is False
     args = train_settings(options)
     use_folder(args, tmp_path / "scored")
-    assert "score='surprisal' is unverified" in caplog.text and args.score == "surprisal"
+    assert args.score == "surprisal" and "unverified" not in caplog.text
+    scored = load_scores(tmp_path / "scored")
+    SelectiveSFTTrainer(tiny.llama(), args, train_dataset=scored, processing_class=tiny.tokenizer())
+    said = "score='surprisal' is unverified: no judged rows have chosen a threshold, so the worst 5% of the tokens"
+    assert caplog.text.count(said) == 1
+    caplog.clear()
+    args.positive_fraction = 0.9  # a choice of the user's
+    SelectiveSFTTrainer(tiny.llama(), args, train_dataset=scored, processing_class=tiny.tokenizer())
+    assert "unverified" not in caplog.text
 
 
 def test_a_probe_without_labels_says_so(score, tmp_path):

@@ -29,6 +29,13 @@ from selsft.workflow.run import execute
 from selsft.workflow.stage import RECORD, Stage
 
 ARMS = ("base", "reference", "plain SFT", "ignore negatives", "forget negatives")
+# Whatever the defaults are: the demo's figures were made with these
+RULE = {
+    "score_base_weight": 1.0,
+    "score_pooling": "token",
+    "negative_threshold": 1.0,
+    "forget_objective": "unlikelihood",
+}
 
 
 @dataclass(frozen=True)
@@ -176,7 +183,7 @@ def run_seed(seed: int, config: DemoConfig, folder: Path, echo: Callable[[str], 
     with quiet():
         execute([base, reference], folder, {"seed": seed}, echo=echo)
         models = {stage.name: stage.folder / "model" for stage in (base, reference)}
-        scored = {"reference_model": str(models["reference"])}
+        scored = {"reference_model": str(models["reference"]), **RULE}
         compared = compare_arms(
             models["base"],
             noisy,

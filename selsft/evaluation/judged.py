@@ -86,16 +86,30 @@ def _rows(rows: JudgedRows, badness: np.ndarray, kept: np.ndarray) -> Examples:
     return Examples(sums[chosen] / numbers[chosen], rows.row_wrong[chosen] == 1, chosen)
 
 
-def figures(examples: Examples) -> dict[str, Any] | None:
-    """AUC with its 95 % interval, average precision and counts; `None` where nothing can be told apart."""
+def figures(examples: Examples, groups: np.ndarray | None = None) -> dict[str, Any] | None:
+    """AUC with its 95 % interval, average precision, precision with as many called wrong as are wrong, and counts;
+    `None` where nothing can be told apart.
+
+    Args:
+        groups: `(rows,)` what each row belongs to; adds `auc_within`, the mean AUC of the groups with both kinds, and
+            their number, `n_groups`.
+    """
     if not examples.both:
         return None
     area = auc_interval(examples.badness, examples.wrong, examples.rows, DRAWS)
-    return {
+    worst = np.argsort(-examples.badness, kind="stable")[: int(examples.wrong.sum())]
+    within = {}
+    if groups is not None:
+        of = groups[examples.rows]
+        each = [auc(examples.badness[of == group], examples.wrong[of == group]) for group in np.unique(of)]
+        each = [value for value in each if not np.isnan(value)]
+        within = {"auc_within": float(np.mean(each)) if each else None, "n_groups": len(each)}
+    return within | {
         "auc": area.value,
         "auc_low": area.low,
         "auc_high": area.high,
         "ap": float(average_precision_score(examples.wrong, examples.badness)),
+        "precision_at_share": float(examples.wrong[worst].mean()),
         "n_rows": int(np.unique(examples.rows).size),
         "n_wrong": int(examples.wrong.sum()),
         "n_right": int((~examples.wrong).sum()),
@@ -103,14 +117,18 @@ def figures(examples: Examples) -> dict[str, Any] | None:
 
 
 def judge_scores(
-    rows: JudgedRows, scores: Mapping[str, np.ndarray], words: np.ndarray, keep: np.ndarray | None = None
+    rows: JudgedRows,
+    scores: Mapping[str, np.ndarray],
+    words: np.ndarray,
+    keep: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
 ) -> dict[str, dict[str, Any]]:
     """score -> level -> `figures`; levels at which nothing can be told apart are absent."""
     return {
         name: {
             level: numbers
             for level in LEVELS
-            if (numbers := figures(examples_of(rows, values, words, level, keep))) is not None
+            if (numbers := figures(examples_of(rows, values, words, level, keep), groups)) is not None
         }
         for name, values in scores.items()
     }

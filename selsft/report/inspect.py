@@ -1,7 +1,7 @@
-"""Rows of tokens as a page to look at, select on and mark, and as coloured text on a terminal.
+"""Rows of tokens as a page to read, select on and mark, and as coloured text on a terminal.
 
-The page holds the numbers as they are, so that the counts at its sliders are those of training; its script
-(`templates/inspect`) draws only the rows in view. Rejected: HTML of every token, which a browser needs minutes for;
+The page holds exact numbers, so that the counts at its sliders are those of training; its script
+(`templates/inspect`) draws only the rows in view. Rejected: HTML for every token, which takes a browser minutes;
 scores rounded to 16 bits, which move tokens across a threshold.
 """
 
@@ -28,7 +28,7 @@ _SHOWN, _FACETS = 200, 40
 
 
 def score_names(rows: TokenRows) -> list[str]:
-    """What the rows can be coloured by: the best first; `weights` stands for what they bring, or what has a label."""
+    """What the rows can be coloured by, the best first; `weights` are their own, or 1 for tokens with a label."""
     both = {BASE_LOGPS, REF_LOGPS} <= rows.scores.keys()
     others = sorted(rows.scores.keys() - {BASE_LOGPS, REF_LOGPS}, key=lambda name: (name != TOKEN_SCORES, name))
     logps = [name for name in (BASE_LOGPS, REF_LOGPS) if name in rows.scores]
@@ -45,13 +45,10 @@ def score_of(rows: TokenRows, name: str, base_weight: float = 1.0) -> np.ndarray
     return rows.scores[name]
 
 
-def starting_threshold(rows: TokenRows, name: str, score: np.ndarray) -> float:
-    """A `negative_threshold` to begin with: training's own for influence, if it makes one token in 1,000 negative;
-    else the worst twentieth."""
+def starting_threshold(rows: TokenRows, score: np.ndarray) -> float:
+    """A `negative_threshold` to begin with, at the worst twentieth of the tokens."""
     found = score[(rows.flags & SCORED > 0) & np.isfinite(score)]
-    if not len(found) or (name == INFLUENCE and (found < -1).mean() >= 0.001):
-        return 1.0
-    return round(-float(np.quantile(found, 0.05)), 4)
+    return round(-float(np.quantile(found, 0.05)), 4) if len(found) else 1.0
 
 
 def classes(rows: TokenRows, score: np.ndarray, boundary: float, band: float, protect_special: bool) -> np.ndarray:
@@ -111,7 +108,7 @@ def _short(value: Any) -> Any:
 
 
 def _is_facet(values: list[Any]) -> bool:
-    """Whether a column sorts the rows into a few kinds, as the source that they come from does."""
+    """Whether a column sorts the rows into a few kinds, as their source does."""
     distinct = {value for value in values if not isinstance(value, float)}
     return 2 <= len(distinct) <= _FACETS and len(distinct) <= len(values) / 2
 

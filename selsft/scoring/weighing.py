@@ -22,6 +22,7 @@ from ..config import SelectiveSFTConfig
 from ..data.chunks import TOKENS_PER_CHUNK, data_fingerprint, with_column
 from ..data.columns import BASE_LOGPS, PROBE_SCORES, REF_LOGPS, WEIGHTS
 from ..data.tokenizers import special_ids, tokenizer_sha256
+from ..selection.chosen import warn_unverified
 from ..selection.excess import weigh_batches
 from ..selection.weights import add_token_weights, row_weights, vocabulary
 from ..training.collator import DataCollatorForSelectiveSFT
@@ -63,12 +64,15 @@ class TokenWeigher:
         self.model, self.args, self.accelerator, self.collator = model, args, accelerator, collator
         self.special_ids, self.words = vocabulary(tokenizer, args)
         self._given = given
-        ranked = args.positive_fraction is not None and args.score in ("influence", "surprisal", "probe")
+        if WEIGHTS not in given:
+            warn_unverified(args)
+        ranked = args.effective_fraction is not None and args.score in ("influence", "surprisal", "probe")
         if online and ranked and (args.selection_scope == "global" or collator.padding_free):
+            default = f", the default of score={args.score!r}," if args.rule_is_default else ""
             raise ValueError(
-                f"positive_fraction={args.positive_fraction} ranks the tokens of the whole dataset, which one batch "
-                "cannot show: use negative_threshold, or selection_scope='sequence' without padding_free, or "
-                "precompute_scores=True on data that is not streamed"
+                f"positive_fraction={args.effective_fraction}{default} ranks the tokens of the whole dataset, which "
+                "one batch cannot show: use negative_threshold, or selection_scope='sequence' without padding_free, "
+                "or precompute_scores=True on data that is not streamed"
             )
         compares = (source is not None and args.score == "influence") or args.needs_start_logps
         compares |= args.score == "surprisal"

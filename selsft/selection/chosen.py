@@ -1,8 +1,8 @@
 """The score and the threshold of a scored folder, as its judged rows support them.
 
 `selsft score` writes both into the manifest. Training uses them where the user sets nothing else, and stops where the
-judged rows speak against them: a score no better than chance, or a precision that no threshold reaches. Rejected: a
-default threshold where none was found.
+judged rows speak against them: a score no better than chance, or a precision that no threshold reaches. Without judged
+rows the default rule selects, and the run says so. Rejected: a default threshold where none was found.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import cast
 
 from ..config import SelectiveSFTConfig
 from ..data.scored_folder import is_scored, read_manifest
@@ -55,8 +56,17 @@ def use_folder(args: SelectiveSFTConfig, folder: str | Path) -> None:
             f"dataset_name={str(folder)!r}: {selection['threshold']}. Set negative_threshold or positive_fraction "
             "yourself, or score with a lower target_precision"
         )
-    if not selection["verified"]:
-        logger.warning(
-            f"{folder}: score={args.score!r} is unverified: no judged rows say whether it finds what is wrong "
-            "(`selsft score --judged FILE`)"
-        )
+
+
+def warn_unverified(args: SelectiveSFTConfig) -> None:
+    """Say that the default rule is about to select: nobody has asked whether it finds what is wrong in these rows."""
+    if not args.rule_is_default or args.score in ("random", "oracle", "given"):
+        return
+    if (share := args.effective_fraction) is not None:
+        rule = f"the worst {1 - share:.0%} of the tokens are negative"
+    else:
+        rule = f"tokens with a score below {-cast(float, args.effective_threshold):g} are negative"
+    logger.warning(
+        f"score={args.score!r} is unverified: no judged rows have chosen a threshold, so {rule}, wrong or not. Mark "
+        "the errors of 100 rows and run `selsft score --judged FILE --target_precision 0.6` (docs/scores.md)"
+    )

@@ -73,7 +73,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, args: SelectiveSFTConfig) -> 
     """Ids of the tokens that are never negative, `(k,)` int64, and the words of the tokenizer where scores are pooled
     over them."""
     special = special_ids(tokenizer) if args.protect_special_tokens else np.zeros(0, np.int64)
-    return special, Words(tokenizer) if args.pooling in ("word", "span") else None
+    return special, Words(tokenizer) if args.pools_words else None
 
 
 def pools(args: SelectiveSFTConfig) -> bool:
@@ -93,7 +93,7 @@ def pooled_scores(
     if not pools(args):
         return scores
     numbers = None
-    if args.pooling in ("word", "span"):
+    if args.pools_words:
         if words is None:
             raise ValueError(f"score_pooling={args.pooling!r} needs the tokenizer's words")
         numbers = words.number(input_ids, lengths)
@@ -125,8 +125,8 @@ def token_classes(tokens: ScoredTokens, boundary: float | None, args: SelectiveS
     """
     own: float | np.ndarray | None = boundary
     if own is None:
-        assert args.positive_fraction is not None
-        own = boundaries_by_group(tokens.scores, tokens.rows, args.positive_fraction)
+        assert args.effective_fraction is not None
+        own = boundaries_by_group(tokens.scores, tokens.rows, args.effective_fraction)
     safe = tokens.protected
     if args.gate_reference_prob is not None:
         assert tokens.ref_logps is not None
@@ -147,10 +147,10 @@ def shared_boundary(chunks: Chunks, args: SelectiveSFTConfig, reduce: Reduce | N
         return 0.0  # scores of -1 and 1
     if args.effective_threshold is not None:
         return -args.effective_threshold
-    assert args.positive_fraction is not None
+    assert args.effective_fraction is not None
     if args.selection_scope == "sequence":
         return None
-    return boundary_of_fraction(chunks, args.positive_fraction, reduce)
+    return boundary_of_fraction(chunks, args.effective_fraction, reduce)
 
 
 def add_token_weights(
@@ -167,7 +167,7 @@ def add_token_weights(
             `seq_lengths`.
         special_ids: `(k,)` int64, ids of tokens that are never negative.
         padding_free: whether the documents of a packed row are kept apart.
-        words: of the tokenizer, for `score_pooling` by word or span.
+        words: of the tokenizer, for `score_pooling` by words.
 
     Returns:
         the data set with int8 lists of -1, 0, 1, in a memory-mapped temporary file; 0 for unsupervised tokens
@@ -188,16 +188,18 @@ def add_token_weights(
     read += [REF_LOGPS] if args.gate_reference_prob is not None else []
     boundary = shared_boundary(lambda: (scores for _, _, scores in scored()), args)
     writer = ColumnWriter(WEIGHTS, "int8")
-    lowest, highest = np.inf, -np.inf
+    moved = 0.0  # the largest difference between reference and model
     for chunk, mask, scores in scored("input_ids"):
         weights = np.zeros(mask.size, np.int8)
         weights[mask] = token_classes(_tokens(chunk, mask, scores, special_ids), boundary, args)
         writer.write(weights, chunk.lengths)
-        lowest, highest = scores.min(initial=lowest), scores.max(initial=highest)
-    if args.score == "influence" and 0 <= highest - lowest < 1e-6:
+        if args.score == "influence":
+            differences = np.abs(chunk.columns[REF_LOGPS][mask] - chunk.columns[BASE_LOGPS][mask])
+            moved = float(differences.max(initial=moved))
+    if args.score == "influence" and moved < 1e-6:
         logger.warning(
-            "all tokens have the same score: reference and model agree everywhere, so nothing can be selected. "
-            "Is the reference another checkpoint than the model?"
+            "the reference says what the model says of every token, so the scores compare nothing. Is the reference "
+            "another checkpoint than the model?"
         )
     return with_column(dataset, WEIGHTS, writer.dataset())
 

@@ -10,6 +10,7 @@ without the keyword reach the forward that was there before. Rejected: computing
 from __future__ import annotations
 
 import functools
+import math
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,14 +25,27 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
 from selsft_kernels import linear_logprob, linear_selective_cross_entropy
-from selsft_kernels.objectives import Objective, token_loss
+from selsft_kernels.objectives import FORGET, Objective, token_loss
 
 from .._compat import FusedCausalLMOutput, load_balancing_loss, maybe_gather_lm_head_ctx
 from ..data.columns import shift
 
 # log of the probability under which a negative token counts as forgotten in the metrics
 _FORGOTTEN = -13.815510557964274  # log(1e-6)
-STATS = ("positive_loss", "positives", "forget_loss", "negatives", "negative_prob", "negatives_forgotten")
+# probability under which a gradient proportional to p is all but gone; most human errors lie below it
+UNLIKELY = 0.01
+STATS = (
+    "positive_loss", "positives", "forget_loss", "negatives", "negative_prob", "negatives_unlikely",
+    "negatives_forgotten",
+)  # fmt: skip
+
+
+def spares_the_unlikely(forget: str, beta: float) -> bool:
+    """Whether a forget objective leaves a token of probability `UNLIKELY` as good as alone: dL/dm is below a twentieth
+    there, while the model is where it was at the start of training."""
+    logp = torch.tensor([math.log(UNLIKELY)])
+    _, slope = FORGET[forget].loss(logp - torch.log1p(-logp.exp()), logp, beta)
+    return abs(slope.item()) < 0.05
 
 
 class SelectiveHead:
@@ -85,7 +99,7 @@ class SelectiveCausalLMOutput(FusedCausalLMOutput):
 
     Args:
         loss (`torch.Tensor`): sum over the tokens of |weight| times the objective, not normalised, float32.
-        stats (`torch.Tensor` of shape `(6,)`): sums over this batch, float32, in the order of `STATS`.
+        stats (`torch.Tensor` of shape `(7,)`): sums over this batch, float32, in the order of `STATS`.
         broken_rows (`torch.Tensor` of shape `(batch,)`): whether a token's log-probability in the row is not finite.
     """
 
@@ -278,6 +292,7 @@ def _selective_loss(
             (value * negative).sum(),
             negative.sum().float(),
             (out.logprob.exp() * negative).sum(),
+            ((out.logprob < math.log(UNLIKELY)) & negative).sum().float(),
             ((out.logprob < _FORGOTTEN) & negative).sum().float(),
         ]
     )

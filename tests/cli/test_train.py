@@ -104,7 +104,13 @@ def test_train_without_reference_is_trl_sft(run, models):
 
 
 def test_train_from_yaml_records_what_it_was(run, models, monkeypatch):
-    settings = {"reference_model": str(models / "reference"), "negative_threshold": 0.1, "num_machines": 1}
+    settings = {
+        "reference_model": str(models / "reference"),
+        "negative_threshold": 0.1,
+        "score_base_weight": 1.0,
+        "score_pooling": "token",
+        "num_machines": 1,
+    }
     data = {"datasets": [{"path": "json", "data_files": "data.jsonl"}], "test_split_size": 0.25}
     Path("recipe.yaml").write_text(yaml.safe_dump({**settings, **data, "eval_strategy": "steps", "eval_steps": 3}))
     # As if launched: num_machines in the file is the launcher's
@@ -156,9 +162,15 @@ def test_lora_and_resume(run, models):
 
 @pytest.mark.parametrize("reference", ["reference", "adapter"])
 def test_scored_data_trains_as_the_reference_does(run, models, capsys, reference):
-    selection = {"negative_threshold": 0.05, "forget_schedule": "constant"}
+    selection = {
+        "negative_threshold": 0.05,
+        "score_base_weight": 1.0,
+        "score_pooling": "token",
+        "forget_schedule": "constant",
+    }
     flags = {"dataset_name": "data.jsonl", "reference_model": models / reference}
-    assert run("score", **flags, scored_dir="scored", negative_threshold=0.2) == 0
+    rule = {"negative_threshold": 0.2, "score_base_weight": 1.0, "score_pooling": "token"}
+    assert run("score", **flags, scored_dir="scored", **rule) == 0
     printed = capsys.readouterr().out
     scored = load_scores("scored")
     assert set(scored.column_names) == {"input_ids", "labels", "base_logps", "ref_logps"}
@@ -329,7 +341,13 @@ def test_accelerate_config_by_name():
 def test_two_processes(run, models, monkeypatch):
     """Half the batch on each of two processes is the batch on one."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    flags = {"dataset_name": "data.jsonl", "reference_model": models / "reference", "negative_threshold": 0.05}
+    flags = {
+        "dataset_name": "data.jsonl",
+        "reference_model": models / "reference",
+        "negative_threshold": 0.05,
+        "score_base_weight": 1.0,
+        "score_pooling": "token",
+    }
     flags["scoring_cache_dir"] = "cache"
     assert run("train", **flags, output_dir="one", per_device_train_batch_size=8) == 0
     assert run("train", **flags, output_dir="two", per_device_train_batch_size=4, num_processes=2) == 0

@@ -68,11 +68,27 @@ def test_figures_are_those_of_scikit_learn_with_intervals_over_rows():
     assert found["auc"] == pytest.approx(roc_auc_score(rows.wrong, -scores))
     assert found["ap"] == pytest.approx(average_precision_score(rows.wrong, -scores))
     assert found["auc_low"] < found["auc"] < found["auc_high"]
+    worst = np.sort(scores)[(rows.wrong == 1).sum() - 1]
+    assert found["precision_at_share"] == pytest.approx((rows.wrong[scores <= worst] == 1).mean())
     assert found["n_rows"] == 60 and found["n_wrong"] == (rows.wrong == 1).sum()
     # tokens of a row that stand or fall together make an interval wider than as many tokens by themselves
     copies = rows_of(*[np.repeat(rows.wrong[rows.row == row], 5) for row in range(60)])
     again = figures(examples_of(copies, np.repeat(scores, 5), np.arange(scores.size * 5), "token"))
     assert again["auc_low"] == pytest.approx(found["auc_low"], abs=0.01)
+
+
+def test_auc_within_groups():
+    """Groups that differ in their level: scores that follow the groups alone tell nothing within them."""
+    rows, scores = noisy()
+    groups = np.arange(60) // 4
+    level = 100.0 * (groups % 2)[rows.row]
+    shifted = judge_scores(rows, {"score": scores + level}, np.arange(scores.size), groups=groups)["score"]["token"]
+    wanted = [
+        roc_auc_score(rows.wrong[groups[rows.row] == group], -scores[groups[rows.row] == group]) for group in range(15)
+    ]
+    assert shifted["auc_within"] == pytest.approx(np.mean(wanted), abs=1e-6) and shifted["n_groups"] == 15
+    assert shifted["auc_within"] > shifted["auc"] + 0.05
+    assert "auc_within" not in judge_scores(rows, {"score": scores}, np.arange(scores.size))["score"]["token"]
 
 
 def test_intervals_cover():

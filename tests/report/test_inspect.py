@@ -591,11 +591,9 @@ def test_rows_of_other_tools(tmp_path, capsys):
 def test_where_the_sliders_begin():
     rows = read_rows(scored(sentences(20)), tiny.tokenizer(), 10**6)
     score = score_of(rows, "influence")
-    assert starting_threshold(rows, "influence", score) == 1.0
     mine = score[rows.flags & SCORED > 0]
-    for values, name in ((score / 100, "influence"), (score, "probe")):
-        threshold = starting_threshold(rows, name, values)
-        scale = 100 if name == "influence" else 1
+    for scale in (1, 100):
+        threshold = starting_threshold(rows, score / scale)
         assert (mine / scale < -threshold).mean() == pytest.approx(0.05, abs=0.02)
 
 

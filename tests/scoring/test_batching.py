@@ -275,7 +275,15 @@ def test_the_most_negative_tokens_over_many_blocks(monkeypatch):
         for name in ("base_logps", "ref_logps")
     }
     scored = Dataset.from_dict({**data[:], **columns})
-    args = SelectiveSFTConfig("out", use_cpu=True, bf16=False, negative_threshold=1.5, neutral_band=0.5)
+    args = SelectiveSFTConfig(
+        "out",
+        use_cpu=True,
+        bf16=False,
+        negative_threshold=1.5,
+        score_base_weight=1.0,
+        score_pooling="token",
+        neutral_band=0.5,
+    )
     tokenizer = tiny.tokenizer()
     found = summarize(scored, tokenizer, args, show=15)
     every = [

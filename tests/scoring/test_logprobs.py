@@ -21,7 +21,14 @@ PACKING = {
 
 
 def trainer(options, tmp_path, data=None, peft_config=None, reference=None, **changes):
-    settings = {**options, "scoring_cache_dir": str(tmp_path / "cache"), "negative_threshold": 0.1, **changes}
+    settings = {
+        **options,
+        "scoring_cache_dir": str(tmp_path / "cache"),
+        "negative_threshold": 0.1,
+        "score_base_weight": 1.0,
+        "score_pooling": "token",
+        **changes,
+    }
     return SelectiveSFTTrainer(
         model=tiny.llama(),
         args=SelectiveSFTConfig(**settings),

@@ -9,8 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
-from tests.support import tiny
+from tests.support import tiny, trainers
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
@@ -38,15 +37,9 @@ def adapted(model, seed) -> PeftModel:
     return adapter
 
 
-def make(options, tmp_path, model, reference=None, peft_config=None, **changes):
-    return SelectiveSFTTrainer(
-        model=model,
-        args=SelectiveSFTConfig(**{**options, "scoring_cache_dir": str(tmp_path / "cache"), **changes}),
-        train_dataset=tiny.prompt_data(12),
-        processing_class=tiny.tokenizer(),
-        peft_config=peft_config,
-        reference_model=reference,
-    )
+def make(options, tmp_path, model, reference=None, **changes):
+    cache = {"scoring_cache_dir": str(tmp_path / "cache")}
+    return trainers.make(options, tiny.prompt_data(12), model, reference, **{**cache, **changes})
 
 
 def logps(model, dataset) -> list[np.ndarray]:
@@ -109,15 +102,22 @@ def test_adapter_of_a_model_that_is_trained_in_full(options, tmp_path, folders):
 def test_base_below_a_trained_adapter(precompute, options, tmp_path):
     policy = adapted(tiny.llama(), seed=3)
     if not precompute:
+        changes = {"precompute_scores": False, "negative_threshold": 1.0}
         with pytest.raises(ValueError, match="comes with a trained adapter"):
-            make(options, tmp_path, policy, reference_model="base", precompute_scores=False)
+            make(options, tmp_path, policy, reference_model="base", **changes)
         return
     run = make(options, tmp_path, policy, reference_model="base")
     assert_scores(run, adapted(tiny.llama(), seed=3), tiny.llama())
 
 
 def test_adapter_reference_online(options, tmp_path, folders):
-    changes = {"reference_model": folders["adapter"], "negative_threshold": 0.1, "optim": "sgd"}
+    changes = {
+        "reference_model": folders["adapter"],
+        "negative_threshold": 0.1,
+        "score_base_weight": 1.0,
+        "score_pooling": "token",
+        "optim": "sgd",
+    }
     offline = make(options, tmp_path, tiny.llama(), peft_config=LoraConfig(**LORA), **changes)
     online = make(options, tmp_path, tiny.llama(), peft_config=LoraConfig(**LORA), precompute_scores=False, **changes)
     offline.train(), online.train()

@@ -109,7 +109,12 @@ def test_streamed_rows_give_the_same_bytes_and_go_on(run, missing):
 
 
 def test_training_takes_the_folder_and_refuses_an_unfinished_one(run, models, capsys):
-    selection = {"negative_threshold": 0.05, "forget_schedule": "constant"}
+    selection = {
+        "negative_threshold": 0.05,
+        "score_base_weight": 1.0,
+        "score_pooling": "token",
+        "forget_schedule": "constant",
+    }
     assert run() == 0
     assert run("train", dataset_name="scored", output_dir="a", **selection) == 0
     assert run("train", output_dir="b", reference_model=models / "reference", **selection) == 0
@@ -264,7 +269,7 @@ def test_changed_streamed_data_is_refused(run, capsys):
     assert not run.calls
 
 
-def test_a_foreign_folder_is_left_alone(run, capsys):
+def test_a_foreign_folder_is_not_touched(run, capsys):
     os.mkdir("scored")
     Path("scored/thesis.txt").write_text("keep")
     assert run() == 2 and run(rescore=True) == 2

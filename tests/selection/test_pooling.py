@@ -5,9 +5,9 @@ import pytest
 from datasets import Dataset
 
 from selsft import SelectiveSFTConfig
-from selsft.config import PAPER_2508_04329, TOKEN_CLEANING_2502_01968
+from selsft.config import PAPER_2508_04329, POOLINGS, TOKEN_CLEANING_2502_01968
 from selsft.data.words import Words
-from selsft.selection.pooling import POOLINGS, pool_scores
+from selsft.selection.pooling import pool_scores
 from selsft.selection.weights import add_token_weights, raw_scores, row_weights
 from tests.support import tiny
 
@@ -22,6 +22,7 @@ WORDS = np.array([0, 0, 0, 1, 2, 2])
     [
         ("token", [-1, -5, -2, None, -3, -4]),
         ("word", [-5, -5, -5, None, -4, -4]),
+        ("word_sum", [-8, -8, -8, None, -7, -7]),
         ("span", [-1, -5, -5, None, -3, -4]),
         ("row", [-8 / 3, -8 / 3, -8 / 3, None, -3.5, -3.5]),
     ],
@@ -44,10 +45,11 @@ def test_long_words_and_tokens_that_do_not_count():
     scores, mask = rng.normal(size=50).astype(np.float32), rng.random(50) < 0.8
     words = np.sort(rng.integers(0, 5, 50))
     rows = np.zeros(50, int)
-    span, word = (pool_scores(scores, mask, rows, words, how) for how in ("span", "word"))
+    span, word, total = (pool_scores(scores, mask, rows, words, how) for how in ("span", "word", "word_sum"))
     for token in np.flatnonzero(mask):
         own = (words == words[token]) & mask
         assert word[token] == scores[own].min()
+        assert total[token] == np.float32(scores[own].astype(np.float64).sum())
         assert span[token] == scores[own & (np.arange(50) <= token)].min()
 
 
@@ -61,8 +63,8 @@ def test_formulas():
         "probe_scores": np.float32([-0.9, -0.1]),
     }  # fmt: skip
     for changes, expected in (
-        ({}, [1, -1]),
-        ({"score_base_weight": 0.5}, [0, -3]),
+        ({"score_base_weight": 1.0}, [1, -1]),
+        ({}, [0, -3]),
         ({"score_base_weight": 0.0}, [-1, -5]),
         ({"score": "surprisal"}, [-2, -4]),
         ({"score": "contrast"}, [2, -4]),
@@ -71,8 +73,46 @@ def test_formulas():
         np.testing.assert_allclose(raw_scores(columns, settings_of(**changes)), expected, rtol=1e-6)
 
 
-def test_the_papers_keep_their_base_weight():
-    assert PAPER_2508_04329["score_base_weight"] == TOKEN_CLEANING_2502_01968["score_base_weight"] == 1.0
+def test_the_papers_keep_their_scores():
+    for preset, share in ((PAPER_2508_04329, 0.7), (TOKEN_CLEANING_2502_01968, 0.6)):
+        args = settings_of(reference_model="a", **preset)
+        assert (args.score_base_weight, args.pooling, args.effective_fraction) == (1.0, "token", share)
+
+
+def test_the_rule_by_default():
+    args = settings_of(reference_model="a")
+    found = (args.score_base_weight, args.pooling, args.effective_fraction, args.effective_threshold)
+    assert found == (0.5, "word_sum", 0.95, None)
+    args = settings_of(score="surprisal")
+    assert (args.pooling, args.effective_fraction, args.effective_threshold) == ("word_sum", 0.95, None)
+    args = settings_of(score="probe", probe="a")
+    assert (args.pooling, args.effective_fraction, args.effective_threshold) == ("word", None, 0.5)
+    args = settings_of(reference_model="a", negative_threshold=2.0)
+    assert (args.effective_fraction, args.effective_threshold) == (None, 2.0)
+    args = settings_of(score="contrast")
+    assert (args.pooling, args.effective_fraction, args.effective_threshold) == ("token", None, 1.0)
+
+
+def test_the_worst_words_are_negative_by_default():
+    """Against the definition: sums over words of log p_ref - log p / 2, of which the lowest 5 % are negative."""
+    rng = np.random.default_rng(2)
+    logps = {
+        name: lambda i, row: rng.normal(-3, 2, len(row)).astype(np.float32) for name in ("base_logps", "ref_logps")
+    }
+    data, words = tiny.tokenised_data(40, **logps), Words(tiny.tokenizer())
+    found = add_token_weights(data, settings_of(), np.array([], int), False, words)
+    sums, weights = [], []
+    for row, weighed in zip(data, found, strict=True):
+        ids = np.array(row["input_ids"])
+        number = words.number(ids, np.array([len(ids)]))
+        score = np.array(row["ref_logps"]) - 0.5 * np.array(row["base_logps"])
+        counted = (np.array(row["labels"]) != -100) & (np.arange(len(ids)) > 0)
+        for token in np.flatnonzero(counted):
+            sums.append(score[counted & (number == number[token])].sum())
+            weights.append(weighed["token_weights"][token])
+    sums, negative = np.array(sums), np.array(weights) < 0
+    assert 0 < negative.sum() <= 0.05 * sums.size < negative.sum() + 4  # words are not split
+    assert sums[negative].max() < sums[~negative].min()
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
@@ -104,7 +144,7 @@ def test_a_data_set_and_its_rows_get_the_same_weights(pooling):
         ({"target_precision": 0.0, "judged": "a"}, r"target_precision=0.0 is outside of \(0.0, 1.0\]"),
         ({"score_row_worst": 3}, "only 'row'"),
         ({"score_pooling": "row", "score_row_worst": 0}, "must be at least 1"),
-        ({"score_pooling": "letter"}, "use one of token, word, span, row"),
+        ({"score_pooling": "letter"}, "use one of token, word, word_sum, span, row"),
         ({"score_base_weight": -1.0}, "score_base_weight=-1.0 is outside"),
         ({"score": "oracle", "score_pooling": "word"}, "score_pooling='word' with score='oracle'"),
         ({"score": "probe", "gate_reference_prob": 0.1}, "has no reference"),

@@ -71,8 +71,8 @@ def settings_of(**changes):
     rule = {"negative_threshold": 1.0, "positive_fraction": None, "neutral_band": 0.0, "selection_scope": "global"}
     rule |= {"score": "influence", "gate_reference_prob": None, "max_negative_share": None, "seed": 0}
     rule |= {"score_base_weight": 1.0, "pooling": "token", "score_lookahead": 0.0, "score_row_worst": None}
-    made = SimpleNamespace(**{**rule, "forget_weight": 0.25, **changes})
-    made.effective_threshold = made.negative_threshold
+    made = SimpleNamespace(**{**rule, "pools_words": False, "forget_weight": 0.25, **changes})
+    made.effective_threshold, made.effective_fraction = made.negative_threshold, made.positive_fraction
     return made
 
 

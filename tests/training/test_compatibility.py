@@ -32,7 +32,13 @@ def make(selective, options, data, tmp_path, model=None, **arguments):
             model or tiny.llama(), SFTConfig(**settings), train_dataset=data, processing_class=tiny.tokenizer(),
             **arguments,
         )  # fmt: skip
-    scoring = {"negative_threshold": 0.1, "scoring_cache_dir": str(tmp_path / "cache"), "forget_weight": 1.0}
+    scoring = {
+        "negative_threshold": 0.1,
+        "score_base_weight": 1.0,
+        "score_pooling": "token",
+        "scoring_cache_dir": str(tmp_path / "cache"),
+        "forget_weight": 1.0,
+    }
     return SelectiveSFTTrainer(
         model or tiny.llama(), SelectiveSFTConfig(**{**scoring, **settings}), train_dataset=data,
         processing_class=tiny.tokenizer(), reference_model=tiny.llama(seed=1), **arguments,
@@ -198,7 +204,7 @@ def test_arguments(kind, options, tmp_path, monkeypatch):
         tiny.llama(), args, train_dataset=tiny.prompt_data(), processing_class=tiny.tokenizer(),
         reference_model=tiny.llama(seed=3),
     )  # fmt: skip
-    assert isinstance(run.args, SelectiveSFTConfig) and run.args.effective_threshold == 1.0
+    assert isinstance(run.args, SelectiveSFTConfig) and run.args.effective_fraction == 0.95
     assert run.args.output_dir == ("tiny-SFT" if kind == "none" else options["output_dir"])
     assert (tmp_path / "hub" / "selsft").is_dir()
 

@@ -15,22 +15,13 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from selsft import DataCollatorForSelectiveSFT, SelectiveSFTConfig, SelectiveSFTTrainer
+from selsft import DataCollatorForSelectiveSFT
 from selsft._compat import SUPPORTED, check_versions
 from selsft.data.preparation import truncate_and_pack
 from tests.support import tiny
+from tests.support.trainers import make
 
 pytestmark = pytest.mark.slow
-
-
-def make(options, data, model=None, reference=None, **changes):
-    return SelectiveSFTTrainer(
-        model or tiny.llama(),
-        SelectiveSFTConfig(**{**options, **changes}),
-        train_dataset=data,
-        processing_class=tiny.tokenizer(),
-        reference_model=reference,
-    )
 
 
 def losses(run):
@@ -121,15 +112,15 @@ def test_given_weights_score_nothing(options, monkeypatch):
     """Also on a sharded policy: no copy of it is made when there is nothing to score."""
     run = make(options, tiny.tokenised_data(4, token_weights=alternating))
     run._weigher.models.sharded = True
-    refuse = SimpleNamespace(deepcopy=lambda model: pytest.fail("the policy was copied"))
-    monkeypatch.setattr("selsft.scoring.frozen.copy", refuse)
+    monkeypatch.setattr("selsft.scoring.frozen.copied", lambda model: pytest.fail("the policy was copied"))
     run._weigher.weigh(run.train_dataset)
 
 
 def test_constant_scores_are_reported(options, tmp_path, caplog):
+    settings = {"score_base_weight": 1.0, "scoring_cache_dir": str(tmp_path)}
     with caplog.at_level(logging.WARNING):
-        run = make(options, tiny.prompt_data(), reference=tiny.llama(), scoring_cache_dir=str(tmp_path))
-    assert "all tokens have the same score" in caplog.text
+        run = make(options, tiny.prompt_data(), reference=tiny.llama(), **settings)
+    assert "the reference says what the model says of every token" in caplog.text
     assert all(weight >= 0 for row in run.train_dataset["token_weights"] for weight in row)
 
 
@@ -155,7 +146,8 @@ def replace(source, target, original=os.replace):
 os.replace = replace
 args = SelectiveSFTConfig(
     folder + "/out", use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", logging_steps=1,
-    max_steps=8, save_steps=2, learning_rate=1e-2, negative_threshold=0.1, forget_weight=1.0, disable_tqdm=True,
+    max_steps=8, save_steps=2, learning_rate=1e-2, negative_threshold=0.1,
+    score_base_weight=1.0, score_pooling="token", forget_weight=1.0, disable_tqdm=True,
     per_device_train_batch_size=4, dataloader_pin_memory=False, scoring_cache_dir=folder + "/cache",
 )
 trainer = SelectiveSFTTrainer(

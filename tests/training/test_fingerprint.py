@@ -65,7 +65,15 @@ def test_adapters_on_the_parameters_of_experts():
 def test_lora_on_experts_trains_with_a_reference(options, tmp_path):
     run = SelectiveSFTTrainer(
         tiny.build("qwen3_moe"),
-        SelectiveSFTConfig(**{**options, "scoring_cache_dir": str(tmp_path), "negative_threshold": 0.01}),
+        SelectiveSFTConfig(
+            **{
+                **options,
+                "scoring_cache_dir": str(tmp_path),
+                "negative_threshold": 0.01,
+                "score_base_weight": 1.0,
+                "score_pooling": "token",
+            }
+        ),
         train_dataset=tiny.prompt_data(12),
         processing_class=tiny.tokenizer(),
         peft_config=LoraConfig(**EXPERTS),

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, PromptTuningConfig
 from trl import SFTConfig, SFTTrainer
 
-from selsft import PAPER_2508_04329, SelectiveSFTConfig, SelectiveSFTTrainer
-from tests.support import tiny
+from selsft import PAPER_2508_04329, SelectiveSFTConfig
+from tests.support import tiny, trainers
 from tests.support.oracle import expected_loss
 
 # Of TRL, about what its own loss does with settings that are refused here
@@ -30,15 +30,9 @@ def weighted_data(rows=24):
     return tiny.tokenised_data(rows, token_weights=signed)
 
 
-def make(options, data=None, peft_config=None, reference=None, model=None, **changes):
-    return SelectiveSFTTrainer(
-        model=model or tiny.llama(),
-        args=SelectiveSFTConfig(**{**options, **changes}),
-        train_dataset=data if data is not None else weighted_data(),
-        processing_class=tiny.tokenizer(),
-        peft_config=peft_config,
-        reference_model=reference,
-    )
+def make(options, data=None, peft_config=None, reference=None, **changes):
+    data = data if data is not None else weighted_data()
+    return trainers.make(options, data, peft_config=peft_config, reference=reference, **changes)
 
 
 def steps(trainer):
@@ -128,11 +122,35 @@ def test_metrics_describe_the_tokens(options):
     assert row["positive_loss"] == pytest.approx(float(nll[positive].mean()), rel=1e-5)
     assert row["negative_prob"] == pytest.approx(float((-nll[negative]).exp().mean()), rel=1e-5)
     assert row["forget_loss"] == pytest.approx(float(-torch.log1p(-(-nll[negative]).exp()).mean()), rel=1e-4)
-    assert row["negative_below_1e-6"] == 0
+    below = (-nll[negative] < math.log(0.01)).float().mean()
+    assert row["negative_below_1e-2"] == pytest.approx(float(below)) and row["negative_below_1e-6"] == 0
     assert row["mean_token_accuracy"] == pytest.approx(
         float(((logits.argmax(-1) == labels) & positive).sum() / positive.sum())
     )
     assert [r["forget_weight"] for r in steps(run)] == pytest.approx([0.0, 0.25])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"forget_objective": "unlikelihood"}, True),
+        ({"forget_objective": "unlikelihood", "warmup_steps": 2}, True),
+        ({"forget_objective": "unlikelihood", "warmup_steps": 9}, False),
+        ({"forget_objective": "npo"}, False),
+        ({"forget_objective": "wga", "forget_beta": 0.5}, False),
+        ({"forget_objective": "unlikelihood", "forget_weight": 0.0}, False),
+    ],
+)
+def test_an_objective_without_gradient_is_named_once(changes, said, options, caplog):
+    model = tiny.llama()
+    with torch.no_grad():  # far from uniform: nearly all of these tokens have p < 0.01
+        model.lm_head.weight.mul_(1000)
+    data = tiny.tokenised_data(24, token_weights=lambda i, row: [-1.0 if t % 2 else 1.0 for t in range(len(row))])
+    run = make({**options, "learning_rate": 0.0}, data, model=model, **changes)
+    run.train()
+    if changes.get("forget_weight") != 0.0:
+        assert steps(run)[0]["negative_below_1e-2"] > 0.9
+    assert caplog.text.count("has next to no gradient") == said
 
 
 def test_metrics_are_sums_over_all_steps_between_logs(options, monkeypatch):
@@ -178,7 +196,14 @@ def test_resuming_continues_the_same_trajectory(options, tmp_path):
 @pytest.mark.parametrize("streamed", [False, True], ids=["loaded", "streamed"])
 def test_reference_trains_online(streamed, options, tmp_path):
     """Scoring each step first gives the run that scored everything before."""
-    changes = {"negative_threshold": 0.1, "optim": "sgd", "scoring_cache_dir": str(tmp_path / "c"), "seed": 1}
+    changes = {
+        "negative_threshold": 0.1,
+        "score_base_weight": 1.0,
+        "score_pooling": "token",
+        "optim": "sgd",
+        "scoring_cache_dir": str(tmp_path / "c"),
+        "seed": 1,
+    }
     data = tiny.prompt_data()
     offline = make(options, data, reference=tiny.llama(seed=1), **changes)
     if streamed:
@@ -207,7 +232,8 @@ def test_reference_trains_online(streamed, options, tmp_path):
 )
 def test_adapters_train_selectively(config, options, tmp_path):
     run = make(
-        options, tiny.prompt_data(), config, tiny.llama(seed=1), negative_threshold=0.1, learning_rate=0.1,
+        options, tiny.prompt_data(), config, tiny.llama(seed=1), negative_threshold=0.1,
+        score_base_weight=1.0, score_pooling="token", learning_rate=0.1,
         max_steps=6, scoring_cache_dir=str(tmp_path / "c"), forget_weight=1.0,
     )  # fmt: skip
     before = {name: value.clone() for name, value in run.model.named_parameters() if value.requires_grad}
