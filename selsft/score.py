@@ -352,7 +352,7 @@ class ScoringRun:
             values = self.models.score(chunk, self.models.columns, progress=progress)
         for models, name in self._others:
             with models.ready():
-                values[name] = models.score(chunk, [REF_LOGPS])[REF_LOGPS]
+                values[name] = models.score(chunk, [REF_LOGPS], progress=progress)[REF_LOGPS]
         return values
 
     def score(self, reading: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext) -> None:
@@ -385,6 +385,7 @@ class ScoringRun:
         total = None
         if isinstance(dataset, Dataset):
             total = sum(chunk.size for index, chunk, _, done in shards() if not done and index % world == rank)
+            total *= self.models.passes(self.models.columns) + len(self._others)
         # With sharded weights all processes must agree which shards are missing, and the first to write would make
         # them differ
         accelerator.wait_for_everyone()

@@ -170,6 +170,8 @@ def flags_of(command: str) -> frozenset[str]:
         from selsft.cli.skills import SkillsParser
 
         parsers, more = [SkillsParser()], {"--config"}
+    elif command == "completion":
+        parsers, more = [], {"bash", "zsh"}
     elif command == "demo":
         from selsft.demo.run import make_parser
 

@@ -178,7 +178,7 @@ def with_names(text):
 
 def shell(line, before):
     """Run one line of a block. `...` stands for the flags of the line before it."""
-    words = shlex.split(line, comments=True)
+    words = shlex.split(line.split(" > ")[0], comments=True)
     if not words:
         return before
     if words[0] == "make":

@@ -25,6 +25,7 @@ COMMANDS = {
     "skills": "train a model on random labels of multiple-choice tasks and measure how far it forgets",
     "demo": "the whole method on a toy model, offline, in a few minutes on a CPU",
     "bench": "measure the loss against other implementations on this machine",
+    "completion": "a script for bash or zsh that completes commands and flags",
 }
 USAGE = f"usage: selsft {{{','.join(COMMANDS)}}} [--flag value ...]"
 
@@ -50,6 +51,8 @@ def dispatch(name: str, argv: list[str]) -> int:
     if launched():  # a launcher that is killed must not leave its processes to train on
         end_with_parent()
     try:
+        if sys.stderr.isatty():  # the imports of torch and TRL take seconds
+            print(f"selsft {name}: loading ...", end="\r", file=sys.stderr, flush=True)
         return importlib.import_module(f"{__name__}.{name}").main(argv) or 0
     except InputError as error:
         if os.environ.get("SELSFT_TRACEBACK"):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from ..scoring.batching import BatchBudget
 from ..training.model import Model, frozen
@@ -43,6 +43,7 @@ def greedy_answers(
     Batches hold prompts of similar length, padded on the left, longest first. The model's own sampling settings are
     not used; its end tokens are, beside the tokenizer's.
     """
+    kept = kept or Kept()
     own = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -58,8 +59,17 @@ def greedy_answers(
         for row, i in enumerate(indices):
             ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[row, width - len(prompts[i]) :] = 1
+
+        def count(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            """A criterion that never stops: it is called after each token."""
+            kept.progress(len(input_ids))
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
         out: Any = model.generate(  # type: ignore[operator]
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([count]),  # type: ignore[list-item]
         )
         answers = []
         for tokens in out[:, width:].tolist():
@@ -70,7 +80,8 @@ def greedy_answers(
 
     batches = BatchBudget(batch_tokens).batches(np.array([len(prompt) + max_new_tokens for prompt in prompts]))
     with frozen(model):
-        found = (kept or Kept()).rows("answers", "Generating answers", prompts, batches, work)
+        sizes = [len(indices) * max_new_tokens for indices in batches]
+        found = kept.rows("answers", "Generating answers, tokens", prompts, batches, work, sizes)
     return [Answer(*answer) for answer in found]
 
 

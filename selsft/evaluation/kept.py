@@ -32,9 +32,16 @@ class Kept:
 
     def __init__(self, folder: Path | None = None, identity: Any = None):
         self.folder, self.identity = folder, identity
+        self.progress: Callable[[int], object] = lambda count: None  # moves the bar within a batch
 
     def each(
-        self, name: str, title: str, inputs: Any, batches: Sequence[T], work: Callable[[T], Any]
+        self,
+        name: str,
+        title: str,
+        inputs: Any,
+        batches: Sequence[T],
+        work: Callable[[T], Any],
+        sizes: Sequence[int] | None = None,
     ) -> Iterator[Any]:
         """`work(batch)` for each batch, in order, read where it is there already.
 
@@ -42,24 +49,39 @@ class Kept:
             name: of the measure.
             title: of the progress bar.
             inputs: what the batches are made of, JSON values.
-            work: returns JSON values.
+            work: returns JSON values; may tell `progress` how far it is.
+            sizes: of each batch on the progress bar, 1 by default.
         """
+        sizes = sizes or [1] * len(batches)
+        quiet = bool(os.environ.get("TQDM_DISABLE"))
         file = self._file(name, inputs)
         there = [] if file is None else _read(file)
-        with nullcontext() if file is None else file.open("ab") as handle:
-            for index, batch in enumerate(tqdm(batches, desc=title, disable=bool(os.environ.get("TQDM_DISABLE")))):
+        with (
+            nullcontext() if file is None else file.open("ab") as handle,
+            tqdm(total=sum(sizes), desc=title, disable=quiet) as bar,
+        ):
+            end, self.progress = 0, bar.update
+            for index, batch in enumerate(batches):
                 found = there[index] if index < len(there) else work(batch)
                 if handle is not None and index >= len(there):
                     handle.write(_line(found))
                     handle.flush()
+                end += sizes[index]
+                bar.update(end - bar.n)
                 yield found
 
     def rows(
-        self, name: str, title: str, inputs: Sequence[Any], batches: Sequence[Any], work: Callable[[Any], list[Any]]
+        self,
+        name: str,
+        title: str,
+        inputs: Sequence[Any],
+        batches: Sequence[Any],
+        work: Callable[[Any], list[Any]],
+        sizes: Sequence[int] | None = None,
     ) -> list[Any]:
         """A value for each of `inputs`, in their order; `work` gives those of a batch of indices."""
         found: list[Any] = [None] * len(inputs)
-        values = self.each(name, title, inputs, batches, work)
+        values = self.each(name, title, inputs, batches, work, sizes)
         for indices, batch in zip(batches, values, strict=True):
             for index, value in zip(indices, batch, strict=True):
                 found[index] = value

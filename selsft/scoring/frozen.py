@@ -308,10 +308,16 @@ class FrozenModels:
             with self.start() as model:
                 found |= run(names, lambda x: self.policy_columns(model, x), budget=budget, progress=progress)
         if REF_LOGPS in columns:
-            told = None if found else progress  # a token counts once
             with self.reference() as model:
-                found |= run([REF_LOGPS], lambda x: {REF_LOGPS: self.logps(model, x)}, budget=budget, progress=told)
+                found |= run(
+                    [REF_LOGPS], lambda x: {REF_LOGPS: self.logps(model, x)}, budget=budget, progress=progress
+                )
         return found
+
+    def passes(self, columns: Collection[str]) -> int:
+        """How often `score` tells `progress` of a token: forward passes, or 1 where both sides share one."""
+        sides = sum(name in columns for name in (BASE_LOGPS, REF_LOGPS))
+        return 1 if self._one_pass and sides == 2 else sides
 
     @contextlib.contextmanager
     def start(self) -> Iterator[Model]:
