@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-fast test-compat lint gpu-check clean
+.PHONY: demo test test-fast test-compat lint docs gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/selsft demo
@@ -42,6 +42,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# The site in build/site; a warning is an error. Reading it needs no network either.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # On a machine with a GPU: correctness first, then the benchmarks, then the bars of docs/kernel-log.md.
 gpu-check: $(STAMP)

@@ -1,8 +1,8 @@
-"""Training steps on a GPU: `SelectiveSFTTrainer` against `SFTTrainer`, and against `SFTTrainer` with Liger's layers.
+r"""Training steps on a GPU: `SelectiveSFTTrainer` against `SFTTrainer`, and against `SFTTrainer` with Liger's layers.
 
 Llamas with random weights of about 135M and 1.2B parameters, half of every row a prompt without labels; a fifth of the
-rest is negative for our trainer and a label like any other for the peers. Every case runs in a process of its own, so
-that its peak memory is its own, and the arms of a case follow each other. Arms of ours:
+rest is negative for our trainer and a label like any other for the peers. `gpu_check.py` runs every arm in a process
+of its own, so that its peak memory is its own, and the arms of a case after each other. Arms of ours:
 
     precomputed   weights in a column, as after `selsft score`
     online        a reference adapter, switched in every step (LoRA only)
@@ -10,20 +10,18 @@ that its peak memory is its own, and the arms of a case follow each other. Arms 
 
 Rejected: whole trainings of a real model, in which loading and saving would hide the step.
 
-    python benchmarks/gpu_step.py                      # all cases, on the GPU
-    python benchmarks/gpu_step.py --shape tiny --cpu   # the script itself, anywhere
+    python benchmarks/gpu_check.py --only step
+    python benchmarks/gpu_step.py --lines step.jsonl \
+        --case '{"shape": "135M", "tuning": "lora", "layout": "padded", "arm": "precomputed", "cpu": false}'
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.metadata
 import importlib.util
-import itertools
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,12 +30,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+from gpu_check import UNAVAILABLE
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
-from selsft.bench import records
+from selsft.bench import lines, records
 
 # width, inner width, layers, heads, key-value heads, vocabulary, tied
 SHAPES = {
@@ -47,10 +46,7 @@ SHAPES = {
 }
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ARMS = ("sft", "liger", "precomputed", "online", "excess")
-FIELDS = (
-    "gpu", "driver", "torch", "triton", "sha", "date", "transformers", "trl", "peft", "liger-kernel",
-    "shape", "tuning", "layout", "arm", "repeat", "step_ms", "tokens_per_s", "peak_mib", "loss_ms",
-)  # fmt: skip
+SIZE = {"batch": 8, "length": 1024, "steps": 10, "warm": 3}  # warm: steps before the measured ones
 
 
 def model(shape: str, length: int) -> LlamaForCausalLM:
@@ -193,82 +189,18 @@ def _tokenizer(vocabulary: int):
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="w0", eos_token="w1", unk_token="w2")
 
 
-def table(found: list[dict]) -> str:
-    """Ratios to `SFTTrainer` in the same case, medians over the repeats, as Markdown."""
-    lines = ["| model | tuning | layout | arm | step, ms [range] | time / sft | peak, MiB | memory / sft | loss, ms |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    keys = sorted({(r["shape"], r["tuning"], r["layout"]) for r in found})
-    for key in keys:
-        arms = {}
-        for r in found:
-            if (r["shape"], r["tuning"], r["layout"]) == key:
-                arms.setdefault(r["arm"], []).append(r)
-        for arm, repeats in arms.items():
-            times = [r["step_ms"] for r in repeats]
-            ratio, memory, peak = "", "", repeats[0]["peak_mib"]
-            if "sft" in arms:
-                ratio = f"{statistics.median(times) / statistics.median(r['step_ms'] for r in arms['sft']):.2f}"
-                if peak:
-                    memory = f"{peak / arms['sft'][0]['peak_mib']:.2f}"
-            lines.append(
-                f"| {' | '.join(key)} | {arm} | {statistics.median(times):.1f} [{min(times):.1f}, {max(times):.1f}] | "
-                f"{ratio} | {peak or ''} | {memory} | {repeats[0]['loss_ms'] or ''} |"
-            )
-    return "\n".join(lines)
-
-
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=["135M", "1.2B"])
-    parser.add_argument("--tuning", nargs="+", choices=["lora", "full"], default=["lora", "full"])
-    parser.add_argument("--layout", nargs="+", choices=["packed", "padded"], default=["packed", "padded"])
-    parser.add_argument("--arm", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--warm", type=int, default=3, help="steps before the measured ones")
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--cpu", action="store_true", help="only to try the script: nothing of it is a result")
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--case", type=json.loads, required=True)
+    parser.add_argument("--lines", type=Path, required=True, help="file that the result is appended to")
     options = parser.parse_args(argv)
-    if options.case:
-        print(json.dumps(run_case(json.loads(options.case))))
-        return 0
-    if not options.cpu and not torch.cuda.is_available():
-        print("gpu_step: there is no CUDA device here, so nothing was measured", file=sys.stderr)
-        return 2
-    device = torch.device("cpu" if options.cpu else "cuda")
-    has_liger = not options.cpu and importlib.util.find_spec("liger_kernel") is not None
-    made = records.environment(device)._asdict() | _versions()
-    found = []
-    for shape, tuning, layout in itertools.product(options.shape, options.tuning, options.layout):
-        for repeat, arm in itertools.product(range(options.repeats), options.arm):
-            if (tuning == "full" and arm in ("online", "excess")) or (arm == "liger" and not has_liger):
-                continue
-            case = {
-                "shape": shape, "tuning": tuning, "layout": layout, "arm": arm, "cpu": options.cpu,
-                "batch": options.batch, "length": options.length, "steps": options.steps, "warm": options.warm,
-            }  # fmt: skip
-            command = [sys.executable, __file__, "--case", json.dumps(case)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                print(f"{shape} {tuning} {layout} {arm}: failed\n{done.stderr[-2000:]}", file=sys.stderr)
-                return 1
-            result = json.loads(done.stdout.splitlines()[-1])
-            named = {key: case[key] for key in ("shape", "tuning", "layout", "arm")}
-            found.append({**made, **named, "repeat": repeat, **result})
-            print(f"{shape:5s} {tuning:5s} {layout:7s} {arm:12s} {result}", flush=True)
-    print("\n" + table(found))
-    if options.cpu:
-        return 0
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    stem = records.file_stem(device).replace("kernels", "step")
-    with (options.output_dir / f"{stem}.csv").open("w", newline="") as handle:
-        writer = csv.DictWriter(handle, FIELDS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(found)
-    (options.output_dir / f"{stem}.md").write_text(table(found) + "\n")
+    case = SIZE | options.case
+    if case["arm"] == "liger" and importlib.util.find_spec("liger_kernel") is None:
+        print("liger-kernel is not installed")
+        return UNAVAILABLE
+    where = records.environment(torch.device("cpu" if case["cpu"] else "cuda"))._asdict()
+    named = {key: case[key] for key in ("shape", "tuning", "layout", "arm")}
+    lines.append(options.lines, {"kind": "step", **where, **_versions(), **named, **run_case(case)})
     return 0
 
 

@@ -24,6 +24,7 @@ What is used, where it is, and which versions have it:
   transformers.trainer_callback, 4.42 to 5.23
 - `get_temporary_cache_files_directory`, a folder that goes with the process: datasets.fingerprint, 1.2 to 5.2
 - `find_adapter_config_file`: transformers.utils.peft_utils, 5.0 to 5.23
+- `get_reporting_integration_callbacks`, the callbacks behind `report_to`: transformers.integrations, 4.36 to 5.23
 - `load_balancing_loss_func`, auxiliary loss of Mixture-of-Experts models: transformers.models.mixtral, 4.36 to 5.23
 """
 
@@ -74,8 +75,9 @@ check_versions()
 
 import trl.trainer.sft_trainer as _sft_trainer  # noqa: E402
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model  # noqa: E402
+from transformers.integrations import get_reporting_integration_callbacks as reporting_callbacks  # noqa: E402
 from transformers.utils.peft_utils import find_adapter_config_file  # noqa: E402
-from trl.models.utils import prepare_deepspeed  # noqa: E402
+from trl.models.utils import prepare_deepspeed as _prepare_deepspeed  # noqa: E402
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling  # noqa: E402
 from trl.trainer.utils import (  # noqa: E402
     FusedCausalLMOutput,
@@ -131,6 +133,14 @@ def prepare_fsdp2(model, accelerator):
         plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = own
 
 
+def prepare_deepspeed(model, accelerator):
+    """Give a frozen model to DeepSpeed: on its device, and under ZeRO-3 partitioned, with hooks that gather.
+
+    The model comes back, and not the engine around it: a `PeftModel` must stay one for whoever switches its adapters.
+    """
+    return _prepare_deepspeed(model, accelerator).module
+
+
 def uses_flash_attention(model) -> bool:
     """Whether the model's attention keeps concatenated rows apart at no cost."""
     return "flash" in (getattr(model.config, "_attn_implementation", None) or "")
@@ -156,9 +166,18 @@ __all__ = [
     "pad",
     "prepare_deepspeed",
     "prepare_fsdp2",
+    "reporting_callbacks",
     "use_adapter",
     "uses_flash_attention",
 ]
+
+
+def save_whole_model(trainer, folder: str) -> None:
+    """`Trainer.save_model`, which under FSDP with sharded checkpoints (accelerate's default) saves no model at all."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if trainer.is_fsdp_enabled and plugin is not None:
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(folder)
 
 
 def end_training(trainer) -> None:

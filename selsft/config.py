@@ -196,7 +196,7 @@ class SelectiveSFTConfig(SFTConfig):
         forget_beta (`float`, *optional*, defaults to `1.0`):
             beta of `"npo"` and exponent of `"wga"`.
         forget_floor (`float`, *optional*):
-            Log-probability below which a negative token is left alone.
+            Log-probability below which a negative token is no longer forgotten.
 
     > [!NOTE]
     > `loss_type="dft"` applies to the positive tokens. `label_smoothing_factor` and `compute_loss_func` are refused
@@ -414,7 +414,7 @@ class SelectiveSFTConfig(SFTConfig):
     )
     forget_floor: float | None = field(
         default=None,
-        metadata={"help": "Log-probability below which a negative token is left alone, for example -20."},
+        metadata={"help": "Log-probability below which a negative token is no longer forgotten, for example -20."},
     )
 
     def __post_init__(self):

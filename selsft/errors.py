@@ -32,7 +32,7 @@ def input_errors() -> Iterator[None]:
     except InputError:
         raise
     except (ValueError, OSError, KeyError, ImportError) as error:
-        if isinstance(error, OSError) and failed_write(error):
+        if failed_write(error):  # `records.resumable` names the folder that is being filled
             raise
         text = f"missing key {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(text or type(error).__name__) from error
@@ -64,3 +64,8 @@ def _numbers(text: str) -> list[int]:
 def one_line(error: BaseException) -> str:
     """The message on one line."""
     return " ".join(str(error).split())
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, or the name of an error that has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -98,6 +98,18 @@ def sweep(folder: Path) -> None:
         remove(leftover)
 
 
+def make_writable(folder: Path, field: str) -> None:
+    """Create a folder. Raises `InputError` naming `field` when that, or writing into it, is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{field}={str(folder)!r} cannot be created ({error.strerror}): choose another folder"
+        ) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{field}={str(folder)!r} cannot be written to: choose another folder, or change its mode")
+
+
 @contextlib.contextmanager
 def exclusive(folder: Path, field: str = "output_dir") -> Iterator[None]:
     """Hold `folder`, which is created, against other processes, until this one ends, however it ends.
@@ -105,10 +117,10 @@ def exclusive(folder: Path, field: str = "output_dir") -> Iterator[None]:
     The lock is on the folder itself and leaves no file in it. What a killed process has left half-written there goes.
 
     Raises:
-        `InputError` naming `field` when another process holds it.
+        `InputError` naming `field` when another process holds it, and when it cannot be written to.
     """
     created = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_writable(folder, field)
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -82,7 +82,7 @@ def score_dataset(
         shard_tokens: tokens of a shard: what is in memory at once, and what an interrupt can cost.
         mixed_batches: score policy and reference in one forward pass where both are LoRA adapters of one model.
         rescore: remove the scores in the folder, whatever made them.
-        judged, judged_test, probe_clean: rows (docs/spans.md) in the place of the files that `args` names.
+        judged, judged_test, probe_clean: rows (docs/spans.md) instead of the files that `args` names.
 
     Returns:
         one row per document: `input_ids` and `labels` (int32), and the columns of the score (float32, 0 where nothing
@@ -215,7 +215,7 @@ def row_settings(args: SelectiveSFTConfig, folder: Path) -> SelectiveSFTConfig:
     """Settings of the trainer that prepares the rows: as training sees them, one document each."""
     made = args.without_selection()
     made.output_dir = str(folder)
-    made.eval_strategy, made.push_to_hub = "no", False
+    made.eval_strategy, made.push_to_hub, made.report_to = "no", False, []
     made.max_steps = max(made.max_steps, 1)  # a trainer of streamed rows must know its end
     if made.packing and made.packing_strategy == "bfd" and made.max_length is not None:
         # Truncates and then packs whole documents, which do not see each other: so they are scored unpacked

@@ -44,6 +44,7 @@ from .data.preparation import add_marked_weights, brings_weights, truncate_and_p
 from .data.spans import check_marks, has_marks, join_parts, refuse_late_marks
 from .scoring.weighing import TokenWeigher
 from .selection.excess import ExcessSelector
+from .training import card
 from .training.collator import DataCollatorForSelectiveSFT
 from .training.head import (
     STATS,
@@ -55,7 +56,7 @@ from .training.head import (
 )
 from .training.model import Model
 from .training.schedules import forget_weight_at
-from .training.validation import validate_effects, validate_selection
+from .training.validation import validate_effects, validate_prepared, validate_selection
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +176,7 @@ class SelectiveSFTTrainer(SFTTrainer):
                 compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics,
                 quantization_config, peft_config, formatting_func,
             )  # fmt: skip
+        validate_prepared(self)
         given = token_columns(self.train_dataset, args.score)
         self._selective = source is not None or bool(given) or args.score != "influence"
         scored = source is not None or (
@@ -188,7 +190,11 @@ class SelectiveSFTTrainer(SFTTrainer):
         self._totals: torch.Tensor | None = None  # of those before, when many steps go by without a log
         self._looked_for_inertia = False
         validate_effects(self, source, given)
+        self._described: dict[str, str] = {}  # the selection, for the model card
         if self._selective:
+            name = source if isinstance(source, str) else source and get_config_model_id(source.config)
+            known = card.public_name(name) or ("that of the scored rows" if REF_LOGPS in given else "")
+            self._described = card.describe(args, known, WEIGHTS if WEIGHTS in given else "")
             self._select_tokens(source, given)
 
     def _select_tokens(self, source: str | Model | None, given: list[str]) -> None:

@@ -1,7 +1,6 @@
 """README and docs against the code: links, paths, public names, settings, flags, and figures of benchmarks/results.
 
-Rejected: running every command of the docs, which need models and data of the Hub; a flag that no parser knows is what
-goes stale.
+tests/test_docs_blocks.py runs the blocks of code; here are flags and names in prose and tables too.
 """
 
 import ast
@@ -19,6 +18,7 @@ import pytest
 
 import selsft
 from selsft.cli import COMMANDS
+from selsft_kernels import FORGET_OBJECTIVES
 from tests.test_architecture import MAY_IMPORT
 
 ROOT = Path(__file__).parents[1]
@@ -82,9 +82,19 @@ def test_readme_is_short():
 
 
 @pytest.mark.parametrize("page", DOCS)
-def test_every_page_is_linked_from_readme(page):
-    linked = set(re.findall(r"\]\(([^)#\s]+)", text_of("README.md")))
-    assert page in linked, f"README.md does not link to {page}"
+def test_every_page_is_in_the_navigation(page):
+    listed = re.findall(r": ([\w-]+\.md)$", text_of("mkdocs.yml"), re.MULTILINE)
+    assert listed.count(page.removeprefix("docs/")) == 1
+
+
+@pytest.mark.parametrize("name", FORGET_OBJECTIVES)
+def test_every_objective_is_described(name):
+    assert f"| `{name}`" in text_of("docs/objectives.md")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "selsft" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_described(path):
+    assert f"../selsft/recipes/{path.name}" in text_of("docs/recipes.md")
 
 
 # ------------------------------------------------------------ names
@@ -210,8 +220,8 @@ def literals() -> str:
 
 
 def quoted_errors() -> list[str]:
-    table = text_of("docs/api.md").partition("the error begins with")[2].partition("\n\n")[0]
-    lines = re.findall(r"^selsft \w+: error: (.*)", text_of("docs/cli.md"), re.MULTILINE)
+    table = text_of("docs/errors.md").partition("the error begins with")[2].partition("\n\n")[0]
+    lines = re.findall(r"^selsft \w+: error: (.*)", text_of("docs/errors.md"), re.MULTILINE)
     return re.findall(r"`([^`]+ [^`]+)`", table.replace("`weight`", "")) + lines
 
 

@@ -5,6 +5,7 @@ SIGKILL and SIGTERM, to the parent alone and to the whole group as a terminal do
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import select
@@ -13,6 +14,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,7 +56,7 @@ class Forked:
 
 
 def forked_children() -> None:
-    selsft.workflow.child.subprocess.Popen = Forked  # type: ignore[misc, assignment]
+    selsft.workflow.child.subprocess = SimpleNamespace(Popen=Forked)  # type: ignore[assignment]
 
 
 def session(leader: int) -> list[int]:
@@ -68,6 +70,20 @@ def session(leader: int) -> list[int]:
         if int(number) == leader and state not in "ZX":
             found.append(int(status.parent.name))
     return found
+
+
+def held(folder: Path) -> bool:
+    """Whether a process has locked a folder."""
+    if not folder.exists():
+        return False
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def drain(reader: int, seconds: float) -> bool:
@@ -119,7 +135,7 @@ def test_two_at_once_in_one_folder(inputs, tmp_path, command):
     reader, process = commands.start(argv, folder, forked_children)
     try:
         deadline = time.perf_counter() + 60
-        while not (folder / "out").exists() and time.perf_counter() < deadline:
+        while not held(folder / "out") and time.perf_counter() < deadline:
             time.sleep(0.005)
         os.kill(process, signal.SIGSTOP)  # at work in it, however fast it is
         second = commands.run(argv, folder, forked_children)

@@ -56,7 +56,8 @@ def fold_kernel(
         if HAS_BIAS:
             own += tl.load(bias_ptr + column)
         tl.debug_barrier()
-        tl.store(row_ptr + column, tl.full((), float("inf") if FLIP else float("-inf"), raw_ptr.dtype.element_ty))
+        out = tl.full((), float("inf") if FLIP else float("-inf"), tl.float32)
+        tl.store(row_ptr + column, out.to(raw_ptr.dtype.element_ty))
         tl.debug_barrier()
     tile_largest, tile_total, tile_weighted = statistics(
         row_ptr, bias_ptr, column, width, readable, a, k, HAS_BIAS, HAS_SOFTCAP, FLIP, NVIDIA, ENTROPY, False, LANES,

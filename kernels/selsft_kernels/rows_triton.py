@@ -167,7 +167,7 @@ def write_gradient(
 def write_zeros(row_ptr, readable, LANES: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
     tile = tile_columns(LANES, VEC, ALIGNED)
     for start in range(0, readable, LANES * VEC):
-        zeros = tl.zeros((LANES, VEC), row_ptr.dtype.element_ty)
+        zeros = tl.zeros((LANES, VEC), tl.float32).to(row_ptr.dtype.element_ty)
         tl.store(row_ptr + start + tile, zeros, mask=start + tile < readable)
 
 

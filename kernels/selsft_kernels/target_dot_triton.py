@@ -66,7 +66,8 @@ def target_dot_kernel(
         tl.store(own_ptr + row, tl.load(cell).to(tl.float32) + bias)
         # All threads have read the logit before one overwrites it.
         tl.debug_barrier()
-        tl.store(cell, tl.full((), float("inf") if FLIP else float("-inf"), raw_ptr.dtype.element_ty), mask=inside)
+        out = tl.full((), float("inf") if FLIP else float("-inf"), tl.float32)
+        tl.store(cell, out.to(raw_ptr.dtype.element_ty), mask=inside)
 
 
 def target_logits(

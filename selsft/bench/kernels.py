@@ -1,18 +1,19 @@
 """`selsft bench`: measures the fused loss against other implementations on this machine.
 
-Writes a CSV, a Markdown table and a plot, each named after the GPU. Without a GPU it says so and runs the CPU path at
-a small size, which shows that everything works and nothing about a GPU.
+Appends every measurement to a file of JSON lines, and makes a Markdown table and a plot of all that the file has. All
+three are named after the GPU. Without a GPU it says so and runs the CPU path at a small size, which shows that
+everything works and nothing about a GPU.
 """
 
 import argparse
 import gc
+import itertools
 import sys
 from pathlib import Path
 
 import torch
 
-from ..records import replaced, resumable
-from . import cases, peers, records, report
+from . import cases, lines, peers, records, report
 from .cases import Case
 from .measure import copy_bandwidth, measure
 from .peers import FORWARD, IMPLEMENTATIONS, TRAINING, Unavailable
@@ -29,30 +30,19 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(arguments.threads)
         print("No GPU is used: this runs the CPU path at a small size. Its figures say nothing about a GPU.")
     rows, shapes, ignored = sizes(arguments, device)
-    with resumable(arguments.output_dir, "output_dir", "nothing is kept of what is not finished, start it again"):
-        return _measure(arguments, rows, shapes, ignored, device)
-
-
-def _measure(
-    arguments: argparse.Namespace,
-    rows: tuple[int, ...],
-    shapes: tuple[tuple[int, int], ...],
-    ignored: tuple[int, ...],
-    device: torch.device,
-) -> int:
-    found, notes = run(rows, shapes, ignored, arguments.implementations, device, arguments.seconds)
+    stem = arguments.output_dir / records.file_stem(device)
+    path = stem.with_suffix(".jsonl")
+    notes, _ = run(path, rows, shapes, ignored, arguments.implementations, device, arguments.seconds)
+    found = records.kernel_records(lines.read(path))
     if not found:
         print("selsft bench: error: none of the implementations could run", file=sys.stderr)
         return 1
-    stem = arguments.output_dir / records.file_stem(device)
-    records.write(found, stem.with_suffix(".csv"))
     text = report.markdown(found, notes)
-    with replaced(stem.with_suffix(".md")) as file:
-        file.write(text.encode())
+    stem.with_suffix(".md").write_text(text)
     print("\n" + text)
     bandwidth = copy_bandwidth(device, mib=1024 if device.type == "cuda" else 64)
     plotted = save_plot(found, bandwidth, stem.with_suffix(".png"))
-    print(f"Wrote {stem.with_suffix('.csv')}, {stem.with_suffix('.md')}{plotted}")
+    print(f"Wrote {path}, {stem.with_suffix('.md')}{plotted}")
     return 0
 
 
@@ -96,47 +86,63 @@ def sizes(
 
 
 def run(
+    path: Path,
     rows: tuple[int, ...],
     shapes: tuple[tuple[int, int], ...],
     ignored: tuple[int, ...],
     implementations: list[str],
     device: torch.device,
     seconds: float,
-) -> tuple[list[Record], list[str]]:
-    """`(records, notes)`, a note for every implementation that did not run. The bare products always run, first."""
+    *,
+    states: Path | None = None,
+    resume: bool = False,
+) -> tuple[list[str], bool]:
+    """Measures and appends to `path`. The bare products of a case always run, first.
+
+    states: hidden states of a model (`cases.load_case`), in place of `shapes`.
+    resume: leave out what the file has.
+
+    Returns:
+        `(notes, failed)`: a note for everything that did not run, and whether one of them is an error, and not a
+        missing library or too little memory.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     where = records.environment(device)
-    found: list[Record] = []
+    have = {record.key for record in records.kernel_records(lines.read(path))} if resume else set()
     notes: dict[str, None] = {}
-    todo = [(n, h, v, i) for h, v in shapes for n in rows for i in ignored]
+    failed = False
     names = ["gemm", *(name for name in implementations if name != "gemm")]
-    for number, (n, h, v, percent) in enumerate(todo, 1):
-        case = cases.make_case(n, h, v, percent, device, dtype)
+    for (h, v), n, percent in itertools.product(shapes if states is None else [(0, 0)], rows, ignored):
+        if states is None:
+            case = cases.make_case(n, h, v, percent, device, dtype)
+        else:
+            case = cases.load_case(states, n, percent, device, dtype)
+            n, h, v = case.size
         for pass_, trained in PASSES:
+            head = "trained" if trained else "frozen"
+            title = f"N={n} H={h} V={v} ignored={percent}% {pass_} {head}"
+            todo = [m for m in names if (where.gpu, m, case.data, pass_, head, n, h, v, percent) not in have]
+            if not set(todo) & set(implementations):
+                continue
             floor = None
-            for name in names:
-                if sys.stdout.isatty():
-                    print(
-                        f"\r\033[K[{number}/{len(todo)}] N={n} H={h} V={v} ignored={percent}% {pass_} "
-                        f"{'trained' if trained else 'frozen'} {name}",
-                        end="",
-                        flush=True,
-                    )
+            for name in ["gemm", *(m for m in todo if m != "gemm")]:
+                print(f"{title} {name}", flush=True)
                 try:
                     record = one(case, name, pass_, trained, where, floor, seconds)
                 except Unavailable as error:
                     notes[f"{name}: {error}"] = None
                 except torch.OutOfMemoryError:
-                    notes[f"{name}: out of memory at N={n} H={h} V={v}, {pass_}"] = None
+                    notes[f"{name}: out of memory at {title}"] = None
+                except Exception as error:  # whatever a peer raises must not cost the others
+                    failed = True
+                    notes[f"{name}: {type(error).__name__} at {title}: {str(error)[:200]}"] = None
                 else:
                     floor = record.ms_median if name == "gemm" else floor
-                    found.append(record)
+                    lines.append(path, record.line())
                 gc.collect()
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
-    if sys.stdout.isatty():
-        print("\r\033[K", end="")
-    return found, list(notes)
+    return list(notes), failed
 
 
 def one(
@@ -148,6 +154,7 @@ def one(
     return Record(
         *where,
         implementation=name,
+        data=case.data,
         pass_=pass_,
         head="trained" if trained else "frozen",
         n=n,

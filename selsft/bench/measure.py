@@ -1,9 +1,10 @@
 """Time and memory of one step, on a GPU or a CPU.
 
-On a GPU, CUDA events around each step and the allocator's peak. On a CPU, the processor time of one thread, which
-other programs on the machine hardly change (with several threads, the time by the clock), and the allocations that the
-profiler sees. `torch.utils.benchmark` was
-the alternative; it gives no memory and no quantiles of single steps.
+On a GPU, CUDA events between steps that the host enqueues without waiting, as it does in training, and the allocator's
+peak. On a CPU, the processor time of one thread, which other programs on the machine hardly change (with several
+threads, the time by the clock), and the allocations that the profiler sees. Rejected: `torch.utils.benchmark`, which
+gives no memory and no quantiles of single steps; waiting for the device before every step, which adds the host's
+prologue to whoever has one.
 """
 
 import gc
@@ -11,6 +12,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 _WARMUP = 2
 _LEAST, _MOST = 7, 50
+_ENQUEUED = 4
 
 
 class Measurement(NamedTuple):
@@ -35,22 +38,22 @@ def measure(step: Step, device: torch.device, seconds: float = 1.0) -> Measureme
     """Runs `step` a few times to warm up, then for about `seconds`, at least 7 and at most 50 times."""
     for _ in range(_WARMUP):
         step()
-    clock = _gpu_ms if device.type == "cuda" else _cpu_ms
-    times = [clock(step)]
+    times: list[float] = []
     while len(times) < _LEAST or (sum(times) < 1000 * seconds and len(times) < _MOST):
-        times.append(clock(step))
+        times += _gpu_ms(step) if device.type == "cuda" else [_cpu_ms(step)]
     cuts = statistics.quantiles(times, n=10, method="inclusive")
     peak = _gpu_peak(step) if device.type == "cuda" else _cpu_peak(step)
     return Measurement(statistics.median(times), cuts[1], cuts[7], peak / 2**20)
 
 
-def _gpu_ms(step: Step) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    step()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+def _gpu_ms(step: Step) -> list[float]:
+    """Of some steps, enqueued one after the other; the first one, for which the device waits, is not among them."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(_ENQUEUED + 1)]
+    for event in events:
+        step()
+        event.record()
+    events[-1].synchronize()
+    return [start.elapsed_time(end) for start, end in pairwise(events)]
 
 
 def _cpu_ms(step: Step) -> float:

@@ -6,7 +6,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .cases import MAIN_ROWS, MAIN_SHAPE
+from .cases import MAIN_ROWS, MAIN_SHAPE, SYNTHETIC
 from .peers import NLL_ONLY, TRAINING, products
 from .records import Record
 
@@ -18,6 +18,7 @@ OURS, GEMM, OTHERS = "#c2410c", "#9ca3af", "#475569"
 def save(found: list[Record], bandwidth: float, path: Path) -> None:
     figure = Figure(figsize=(15, 4.8), layout="constrained")
     time, memory, roof = figure.subplots(1, 3)
+    found = [r for r in found if r.gpu == found[0].gpu and r.data == SYNTHETIC]
     n, h, v, ignored = main_case(found)
     for head, hatch in (("frozen", ""), ("trained", "///")):
         chosen = [r for r in found if r.pass_ == TRAINING and r.head == head]

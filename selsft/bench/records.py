@@ -1,21 +1,17 @@
-"""One row of a result file, and reading and writing such files."""
+"""The kernel measurements as lines of a result file, and what they have in common."""
 
-import csv
 import dataclasses
 import datetime
 import importlib
 import importlib.util
-import io
 import platform
 import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-
-from ..records import replaced
 
 
 class Environment(NamedTuple):
@@ -31,11 +27,11 @@ class Environment(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """What was measured, where and with what.
+    """Time and memory of one implementation in one case, where and with what.
 
-    `pass_` is the column `pass`. `tflops` counts the least arithmetic of the pass on the used rows, so that it
-    compares implementations and not how much they recompute. `ratio_to_gemm` is the time over that of the bare
-    products.
+    `pass_` is `pass` in the file. `data` says whose hidden states these were. `tflops` counts the least arithmetic of
+    the pass on the used rows, so that it compares implementations and not how much they recompute. `ratio_to_gemm` is
+    the time over that of the bare products, measured in the same process.
     """
 
     gpu: str
@@ -45,6 +41,7 @@ class Record:
     sha: str
     date: str
     implementation: str
+    data: str
     pass_: str
     head: str
     n: int
@@ -60,32 +57,26 @@ class Record:
 
     @property
     def case(self) -> tuple:
-        return self.pass_, self.head, self.n, self.h, self.v, self.ignored
+        return self.data, self.pass_, self.head, self.n, self.h, self.v, self.ignored
+
+    @property
+    def key(self) -> tuple:
+        """What makes two lines measurements of the same thing."""
+        return self.gpu, self.implementation, *self.case
+
+    def line(self) -> dict[str, Any]:
+        values = {name.rstrip("_"): value for name, value in dataclasses.asdict(self).items()}
+        return {"kind": KERNEL} | {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in values.items()}
 
 
-COLUMNS = [field.name.rstrip("_") for field in dataclasses.fields(Record)]
+KERNEL = "kernel"  # the kind of line that a Record is
 
 
-def write(records: list[Record], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for record in records:
-        values = dataclasses.astuple(record)
-        writer.writerow([f"{v:.4g}" if isinstance(v, float) else v for v in values])
-    with replaced(path) as file:
-        file.write(text.getvalue().encode())
-
-
-def read(path: Path) -> list[Record]:
-    with path.open(newline="") as file:
-        return [_record(row) for row in csv.DictReader(file)]
-
-
-def _record(row: dict[str, str]) -> Record:
-    types = {field.name: field.type for field in dataclasses.fields(Record)}
-    return Record(**{name: types[name](row[name.rstrip("_")]) for name in types})  # type: ignore[operator]
+def kernel_records(lines: list[dict[str, Any]]) -> list[Record]:
+    """The kernel measurements among lines, the last one of each."""
+    names = {field.name.rstrip("_"): field.name for field in dataclasses.fields(Record)}
+    made = (Record(**{names[k]: v for k, v in line.items() if k in names}) for line in lines if line["kind"] == KERNEL)
+    return list({record.key: record for record in made}.values())
 
 
 def environment(device: torch.device) -> Environment:

@@ -2,6 +2,7 @@
 
 from itertools import groupby
 
+from .cases import SYNTHETIC
 from .peers import NLL_ONLY
 from .records import Record
 
@@ -11,26 +12,31 @@ HEADER = (
 
 
 def markdown(found: list[Record], notes: list[str]) -> str:
-    """One table per case, fastest first."""
-    first = found[0]
+    """One section per device, in it one table per case, fastest first."""
     parts = [
-        f"# Kernel benchmark, {first.gpu}",
-        f"torch {first.torch}, triton {first.triton or 'none'}, driver {first.driver or 'none'}, "
-        f"commit {first.sha or 'unknown'}, {first.date}.",
+        "# Kernel benchmark",
         "`gemm` is the bare matrix products of the same pass on the rows that count: the floor. TFLOP/s count those "
         "products' arithmetic for everybody, whatever is recomputed. Peak extra memory includes the returned "
         "gradients. `*`: times plain mean NLL, because it cannot express the forgetting loss on its fast path.",
     ]
-    if first.gpu.startswith("CPU"):
+    for gpu, on_it in groupby(sorted(found, key=lambda r: (r.gpu, r.case)), key=lambda r: r.gpu):
+        records = list(on_it)
+        first = records[0]
         parts.append(
-            "**Measured on a CPU, in fp32: processor time with one thread, time by the clock with more. These figures "
-            "say nothing about a GPU.**"
+            f"## {gpu}\n\ntorch {first.torch}, triton {first.triton or 'none'}, driver {first.driver or 'none'}, "
+            f"commit {first.sha or 'unknown'}, {first.date}."
         )
-    for case, group in groupby(sorted(found, key=lambda r: r.case), key=lambda r: r.case):
-        pass_, head, n, h, v, ignored = case
-        title = "scoring" if pass_ == "forward" else f"{pass_}, {head} head"
-        parts.append(f"## N={n}, H={h}, V={v}, {ignored} % ignored: {title}")
-        parts.append("\n".join([HEADER, *(_line(r) for r in sorted(group, key=lambda r: r.ms_median))]))
+        if gpu.startswith("CPU"):
+            parts.append(
+                "**Measured on a CPU, in fp32: processor time with one thread, time by the clock with more. These "
+                "figures say nothing about a GPU.**"
+            )
+        for case, group in groupby(records, key=lambda r: r.case):
+            data, pass_, head, n, h, v, ignored = case
+            title = "scoring" if pass_ == "forward" else f"{pass_}, {head} head"
+            where = "" if data == SYNTHETIC else f", hidden states of {data}"
+            parts.append(f"### N={n}, H={h}, V={v}, {ignored} % ignored{where}: {title}")
+            parts.append("\n".join([HEADER, *(_line(r) for r in sorted(group, key=lambda r: r.ms_median))]))
     if notes:
         parts.append("## Not measured\n\n" + "\n".join(f"* {note}" for note in notes))
     return "\n\n".join(parts) + "\n"

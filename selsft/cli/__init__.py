@@ -21,7 +21,7 @@ COMMANDS = {
     "score": "score the tokens of a data set with a reference, save them for `train`, and print a summary",
     "inspect": "look at the tokens of a data set: choose a threshold, mark what is wrong",
     "evaluate": "NLL, exact match, EOS rate, KL to the base and more of a trained model on held-out rows",
-    "run": "a recipe from raw data to a report: split, reference, score, select, train, evaluate",
+    "run": "a recipe from raw data to a verdict: split, score, select, train every arm, evaluate",
     "skills": "train a model on random labels of multiple-choice tasks and measure how far it forgets",
     "demo": "the whole method on a toy model, offline, in a few minutes on a CPU",
     "bench": "measure the loss against other implementations on this machine",
@@ -74,5 +74,5 @@ def help_text() -> str:
         f"{USAGE}\n\nSelective supervised fine-tuning: learn the useful tokens, forget the misleading ones.\n\n"
         f"commands:\n{commands}\n\n"
         "  selsft COMMAND --help shows the flags of a command, selsft --version the version.\n"
-        "  With SELSFT_TRACEBACK=1 bad input shows where it was found."
+        "  SELSFT_TRACEBACK=1 shows the traceback of bad input."
     )

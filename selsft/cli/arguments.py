@@ -1,8 +1,8 @@
-"""The flags of `train` and `score`: TRL's dataclasses, `SelectiveSFTConfig` in the place of `SFTConfig`, and YAML.
+"""The flags of `train` and `score`: TRL's dataclasses, with `SelectiveSFTConfig` for `SFTConfig`, and YAML.
 
 `trl.TrlParser` does the work. Added here: errors of one line instead of the usage of 250 flags, no abbreviated flags
-(a misspelt one would set another), a help text that starts with what matters, and recipes that ship with the package.
-Rejected: flags of our own for a better fit, since a command line of `trl sft` must work unchanged.
+(a misspelt one would set another), a help text with the important flags first, and recipes that ship with the package.
+Rejected: new names for TRL's flags, since a command line of `trl sft` must work unchanged.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -23,6 +24,7 @@ from ..errors import InputError, input_errors
 from ..recipes import find_recipe
 from ..secrets import to_environment
 
+MODEL_MISSING = "model_name_or_path is missing: give --model_name_or_path NAME or FOLDER"
 COMMON = (
     "config", "model_name_or_path", "dataset_name", "dataset_train_split", "dataset_test_split", "columns",
     "output_dir", "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size",
@@ -80,19 +82,14 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return f"{action.option_strings[0]} {choices}"
 
 
-class CommandParser(TrlParser):
-    """`TrlParser` for one command.
+class SectionParser(TrlParser):
+    """`TrlParser` with errors of one line and a help text in sections.
 
     Args:
         command: name after `selsft`.
-        extra: dataclass of flags that only this command has.
     """
 
-    def __init__(self, command: str, description: str, examples: str, extra: type | None = None):
-        self._extra = extra
-        types: list[Any] = [DataArguments, SelectiveSFTConfig, ModelConfig, DatasetMixtureConfig]
-        if extra:
-            types.append(extra)
+    def __init__(self, types: list[Any], command: str, description: str, examples: str):
         super().__init__(
             types,
             prog=f"selsft {command}",
@@ -106,6 +103,29 @@ class CommandParser(TrlParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(message.removeprefix("argument "))
 
+    def _format(self, sections: dict[str, list[argparse.Action]]) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        for title, actions in sections.items():
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        return formatter.format_help()
+
+
+class CommandParser(SectionParser):
+    """The parser of one command that trains or scores.
+
+    Args:
+        extra: dataclass of flags that only this command has.
+    """
+
+    def __init__(self, command: str, description: str, examples: str, extra: type | None = None):
+        self._extra = extra
+        types: list[Any] = [DataArguments, SelectiveSFTConfig, ModelConfig, DatasetMixtureConfig]
+        super().__init__([*types, extra] if extra else types, command, description, examples)
+
     def format_help(self) -> str:
         """Own flags, then the common ones; `--help_all` lists the rest."""
         shown = {name: actions for name, actions in self._sections().items() if actions}
@@ -118,16 +138,6 @@ class CommandParser(TrlParser):
 
     def format_help_all(self) -> str:
         return self._format({"all flags": self._actions})
-
-    def _format(self, sections: dict[str, list[argparse.Action]]) -> str:
-        formatter = self._get_formatter()
-        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
-        formatter.add_text(self.description)
-        for title, actions in sections.items():
-            formatter.start_section(title)
-            formatter.add_arguments(actions)
-            formatter.end_section()
-        return formatter.format_help()
 
     def _sections(self) -> dict[str, list[argparse.Action]]:
         by_name = {action.dest: action for action in reversed(self._actions)}
@@ -162,6 +172,11 @@ class CommandParser(TrlParser):
                 )
             except yaml.YAMLError as error:
                 raise InputError(f"--config is not a YAML file: {error}") from error
+            except ValueError as error:
+                # The libraries' settings look at the machine, which means nothing while there is no model
+                if not isinstance(error, InputError) and not self._names_a_model(argv):
+                    raise InputError(MODEL_MISSING) from error
+                raise
         # A sequence of its own: the same string may be a value of ours elsewhere
         own = _without(argv, in_line)
         script, training, model, mixture = parsed[:4]
@@ -170,6 +185,14 @@ class CommandParser(TrlParser):
         launch = [*in_file, *in_line]
         self._check_unknown(launch)
         return Arguments(script, training, model, mixture, launch, own, parsed[4] if self._extra else None)
+
+    @staticmethod
+    def _names_a_model(argv: list[str]) -> bool:
+        if any(part.split("=")[0] == "--model_name_or_path" for part in argv):
+            return True
+        file = argv[argv.index("--config") + 1] if "--config" in argv else None
+        given = yaml.safe_load(Path(file).read_text(encoding="utf-8")) if file else None
+        return isinstance(given, dict) and "model_name_or_path" in given
 
     def _check_unknown(self, launch: list[str]) -> None:
         """Flags that neither we nor `accelerate launch` know are spelling mistakes."""

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 
 def main(argv: list[str]) -> int:
-    from selsft.bench import main as bench
+    from selsft.bench.kernels import main as bench
 
     return bench(argv)

@@ -1,4 +1,4 @@
-"""`selsft evaluate`: what a trained model says, finds likely, and has lost.
+"""`selsft evaluate`: what a trained model answers, finds likely, and has lost.
 
 Takes the flags of `train`, so that one YAML file prepares the rows in the same way. Rejected: evaluating inside
 training, where every model to compare with would have to be in memory.
@@ -21,10 +21,11 @@ from ..errors import InputError, input_errors
 from ..evaluation.kept import FOLDER, Kept
 from ..evaluation.settings import METRICS, ROWS, EvaluateArguments
 from ..records import now, replaced_folder, versions, write_json
+from ..training.preflight import check_model
 from .arguments import Arguments, CommandParser
 from .launch import at_work, launched
 from .manifest import NAME, settings_sha256
-from .train import check_new, init_kwargs, name_missing_model
+from .train import check_new, init_kwargs
 
 DESCRIPTION = (
     "Evaluate a model or adapter on held-out rows: negative log-likelihood, exact match of greedy answers with EOS "
@@ -98,11 +99,8 @@ def _evaluate(arguments: Arguments, has_rows: bool, kept: Kept) -> tuple[dict[st
     tables: dict[str, Any] = {}
     assert name.model_name_or_path is not None
     with input_errors():
-        try:
-            model, tokenizer = load_model(name.model_name_or_path, kwargs, extra.base_model_name_or_path)
-        except OSError as error:
-            name_missing_model("model_name_or_path", name.model_name_or_path, error)
-            raise
+        check_model("model_name_or_path", name.model_name_or_path, name.model_revision)
+        model, tokenizer = load_model(name.model_name_or_path, kwargs, extra.base_model_name_or_path)
         base = None
         if extra.base_model_name_or_path and not hasattr(model, "peft_config"):
             base, _ = load_model(extra.base_model_name_or_path, kwargs)
@@ -183,7 +181,7 @@ def _texts(extra: EvaluateArguments, tokenizer) -> list[str]:
 
 
 def save(folder: Path, metrics: dict[str, Any], tables: dict[str, Any], arguments: Arguments) -> None:
-    """Write the results to a folder that appears when it is whole."""
+    """Write the results to a folder that appears when it is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replaced_folder(folder) as part:
         for name, table in tables.items():

@@ -1,6 +1,6 @@
-"""`selsft inspect`: look at the tokens of a data set, at what a threshold would make of them, and mark what is wrong.
+"""`selsft inspect`: look at the tokens of a data set and at their classes under a threshold, and mark what is wrong.
 
-Reads what `selsft score` writes, and any rows that are tokenised, whoever made them. Rejected: `CommandParser`, whose
+Reads what `selsft score` writes, and any tokenised rows. Rejected: `CommandParser`, whose
 flags load models and train them.
 """
 
@@ -160,7 +160,10 @@ def _read_judged(path: Path) -> list[dict[str, Any]]:
             raise InputError(f"judged={str(path)!r}: line {number} is not a JSON object with a key per column")
         text = row.get("completion", row.get("text"))
         if "corrected" in row and "spans" not in row and isinstance(text, str):
-            texts = [row["corrected"]] if isinstance(row["corrected"], str) else row["corrected"]
-            row["spans"] = spans_of_corrections(text, texts)
+            texts = row["corrected"] if isinstance(row["corrected"], list) else [row["corrected"]]
+            try:
+                row["spans"] = spans_of_corrections(text, texts)
+            except InputError as error:
+                raise InputError(f"judged={str(path)!r}: line {number}: {error}") from error
         rows.append(row)
     return rows

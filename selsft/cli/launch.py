@@ -3,13 +3,17 @@
 As with `trl sft`, flags that are not the command's go to `accelerate launch`. Without such flags, on a machine with at
 most one accelerator and without a default configuration of accelerate, the command runs in this process: one process
 needs no launcher, and importing torch twice takes seconds. Rejected: always launching, as TRL does.
+
+A launcher ends its workers when it is interrupted or terminated, but not when it is killed: they ask the kernel.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,10 +23,21 @@ from pathlib import Path
 from ..errors import InputError
 from ..records import exclusive, resumable
 
+_PR_SET_PDEATHSIG = 1
+
 
 def launched() -> bool:
-    """Whether a launcher (accelerate, torchrun, MPI) has started this process."""
+    """Whether a launcher (accelerate, torchrun, MPI) started this process."""
     return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def end_with_launcher() -> None:
+    """End this process when the launcher that has started it ends, however it ends; on Linux.
+
+    A launcher that is gone before this call leaves workers that find nobody to agree with, and fail.
+    """
+    if launched() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def needs_launch(launch: list[str]) -> bool:
@@ -97,7 +112,7 @@ def _processes(launch: list[str]) -> int:
 
 @contextlib.contextmanager
 def at_work(folder: Path, field: str, resume: str) -> Iterator[None]:
-    """Hold a folder while a command works in it, and say what is kept when it is cut off. Of several processes the
-    launching one alone holds it."""
+    """Lock a folder while a command works in it, and say what is kept when it is interrupted. Of several processes
+    only the launching one locks it."""
     with resumable(folder, field, resume), contextlib.nullcontext() if launched() else exclusive(folder, field):
         yield

@@ -1,6 +1,6 @@
 """`selsft_run.json`: what made a folder of weights or scores.
 
-Written before the work starts, so that a run that was cut off says what it was. Nothing secret goes in: `to_dict`
+Written before the work starts, so that an interrupted run can be identified. Nothing secret goes in: `to_dict`
 hides tokens. Rejected: relying on `training_args.bin`, which is a pickle and says nothing about the data.
 """
 

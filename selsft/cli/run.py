@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,17 +17,22 @@ if TYPE_CHECKING:
 
 HELP = """usage: selsft run RECIPE [--output_dir DIR] [--dry_run] [--from STAGE] [--flag value] [--STAGE.flag value]
 
-Run a recipe: split the data, train a reference, score the tokens, select, train, evaluate, report. A stage whose
-inputs are unchanged is skipped, one that was cut off goes on, and a changed setting makes new folders beside the old
-ones. RECIPE is a YAML file, or the name of one that ships with selsft:
+Run a recipe: split and check the data, train a reference, score the tokens, select, train every arm, evaluate, and say
+which was better. A stage whose inputs are unchanged is skipped, one that was cut off resumes, and a changed setting
+makes new folders beside the old ones. RECIPE is a YAML file, or the name of one that ships with selsft:
 
 {recipes}
 
   --output_dir DIR     folder of the run (default: runs/ and the name of the recipe)
-  --dry_run            print the stages and what would be done
+  --dry_run            print the stages, tokens and estimated times, and do nothing
   --from STAGE         do this stage and all after it anew; the old folders are renamed
   --flag value         a flag of `selsft train`, for all stages that it concerns: --model_name_or_path ...
   --STAGE.flag value   a flag for one stage: --reference.learning_rate 5e-5, --split.eval_size 200
+  --arms LIST          what is trained and compared: plain,ignore,forget (default), random, oracle, or names of your
+                       own with --NAME.flag value
+  --seeds N            trainings of each arm (default: 1)
+  --only_score true    end with the table of scored rows
+  --go_on true         train although the scores give no reason to (exit status 3 otherwise)
 
 examples:
   selsft run demo
@@ -46,10 +52,14 @@ def main(argv: list[str]) -> int:
     dry, rest = "--dry_run" in rest, [part for part in rest if part != "--dry_run"]
     from_stage, rest = _take("--from", rest)
     output, rest = _take("--output_dir", rest)
+    if dry:
+        print("Reading the recipe ...", flush=True)
     from rich.console import Console
 
-    from ..pipeline.plan import Plan
+    from ..pipeline.plan import Plan, Stopped
     from ..pipeline.recipe import load_recipe
+    from ..records import read_json
+    from ..report.run import print_report
     from ..workflow.run import preview
 
     recipe = load_recipe(source, rest)
@@ -59,9 +69,47 @@ def main(argv: list[str]) -> int:
         check_flags(plan)
     if dry:
         preview(plan.stages, f"{recipe.name} in {root}", from_stage, Console())
-    else:
+        _print_costs(plan, from_stage)
+        return 0
+    status = 0
+    try:
         plan.execute(rest, from_stage)
-    return 0
+    except Stopped as stopped:
+        print(f"selsft run: stopped: {stopped}", file=sys.stderr)
+        status = 3
+    print_report(read_json(root / "report.json"))
+    return status
+
+
+def _print_costs(plan: Plan, from_stage: str | None) -> None:
+    """What the stages that would run would cost."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..pipeline.budget import costs, count_tokens, measure
+
+    waiting = [stage for stage in plan.stages if from_stage or stage.state() != "finished"]
+    if "world" in plan.recipe.stages or plan.recipe.get("datasets") or not waiting:
+        return  # whose model or rows are not there yet; or nothing to do
+    tokens = count_tokens(plan)
+    rows = ", ".join(f"{name} {count:,} rows, {size:,} tokens" for name, (count, size) in tokens.items() if count)
+    print(f"About {rows}. Measuring a second of scoring, training and decoding ...", flush=True)
+    count, size = tokens.get("train", (0, 0))
+    speed = measure(plan, size // max(count, 1))
+    table = Table(
+        title=f"Estimated from {speed.scoring:,.0f} tokens a second of scoring, {speed.training:,.0f} of training and "
+        f"{speed.decoding:,.0f} of decoding, measured here"
+    )
+    for name in ("stage", "tokens", "minutes"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    found = costs(plan, tokens, speed)
+    for stage in waiting:
+        if cost := found.get(stage.name):
+            table.add_row(stage.name, f"{cost.tokens:,}", f"{cost.seconds / 60:.1f}")
+    total = sum(found[stage.name].seconds for stage in waiting if stage.name in found)
+    table.add_section()
+    table.add_row("all", "", f"{total / 60:.1f}")
+    Console().print(table)
 
 
 def check_flags(plan: Plan) -> None:

@@ -1,4 +1,4 @@
-"""`selsft score`: the scores of a data set, in a folder for `selsft train`, and a look at the most negative tokens.
+"""`selsft score`: writes the scores of a data set to a folder for `selsft train`, and prints a summary.
 
 Takes the flags of `train`, so that one YAML file serves both; the work is done by `selsft.score`.
 """
@@ -21,14 +21,14 @@ from ..scoring.settings import ScoreArguments
 from .arguments import Arguments, CommandParser
 from .launch import at_work, launch_command, needs_launch
 from .manifest import run_manifest, write_manifest
-from .train import build_trainer, check_model_and_data, check_new, name_missing_model
+from .train import build_trainer, check_model_and_data, check_new
 
 DESCRIPTION = (
     "Score every token of a data set, by default its log-probability under --reference_model minus that under the "
     "model. With --judged, rows whose wrong characters somebody has marked, it says how well the score tells wrong "
     "tokens from right ones, fits a probe (--score probe) and chooses a threshold (--target_precision). Saves the "
-    "rows with their scores as Parquet shards, which `selsft train --dataset_name FOLDER` takes in the place of the "
-    "data and the reference, and prints a summary with the most negative tokens. A run that was cut off resumes when "
+    "rows with their scores as Parquet shards, which `selsft train --dataset_name FOLDER` takes instead of the "
+    "data and the reference, and prints a summary with the most negative tokens. An interrupted run resumes when "
     "the same command is given again."
 )
 EXAMPLES = """examples:
@@ -103,13 +103,9 @@ def prepare(arguments: Arguments, folder: Path) -> ScoringRun:
     data = judged_data(training)
     with adapter_on_lm_head():
         rows = dataclasses.replace(arguments, training=row_settings(training, folder))
-        trainer = build_trainer(rows, evaluate=False, strict=True)
+        trainer = build_trainer(rows, evaluate=False, strict=True, scored=True)
     with input_errors():
-        try:
-            return ScoringRun(
-                trainer, training, folder, reference, base_logps=extra.base_logps, ref_logps=extra.ref_logps,
-                shard_tokens=extra.shard_tokens, mixed_batches=extra.mixed_batches, **data,
-            )  # fmt: skip
-        except OSError as error:
-            name_missing_model("reference_model", reference, error)
-            raise
+        return ScoringRun(
+            trainer, training, folder, reference, base_logps=extra.base_logps, ref_logps=extra.ref_logps,
+            shard_tokens=extra.shard_tokens, mixed_batches=extra.mixed_batches, **data,
+        )  # fmt: skip

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any, NoReturn, cast
 
 import yaml
-from trl import TrlParser
 
 from ..errors import InputError, input_errors
 from ..secrets import to_environment
 from ..skills.config import StudyConfig
-from .arguments import _HelpFormatter, _with_config_path
+from .arguments import SectionParser, _with_config_path
 from .launch import launched
 
 DESCRIPTION = (
@@ -39,38 +37,18 @@ _SECTIONS = {
 }
 
 
-class SkillsParser(TrlParser):
-    """`TrlParser` with errors of one line and a help text in sections."""
-
+class SkillsParser(SectionParser):
     def __init__(self):
-        super().__init__(
-            [cast(Any, StudyConfig)],  # their own annotation
-            prog="selsft skills",
-            usage="selsft skills [--config FILE.yaml] [--flag value ...]",
-            description=DESCRIPTION,
-            epilog=EXAMPLES,
-            formatter_class=_HelpFormatter,
-            allow_abbrev=False,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message.removeprefix("argument "))
+        super().__init__([StudyConfig], "skills", DESCRIPTION, EXAMPLES)
 
     def format_help(self) -> str:
         by_name = {action.dest: action for action in reversed(self._actions)}
-        formatter = self._get_formatter()
-        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
-        formatter.add_text(self.description)
         sections: dict[str, list[argparse.Action]] = {}
         title = ""
         for item in dataclasses.fields(StudyConfig):
             title = _SECTIONS.get(item.name) or title
             sections.setdefault(title, []).append(by_name[item.name])
-        for title, actions in sections.items():
-            formatter.start_section(title)
-            formatter.add_arguments(actions)
-            formatter.end_section()
-        return f"{formatter.format_help()}\nAlso: --config FILE.yaml with flags as keys.\n\n{self.epilog}\n"
+        return f"{self._format(sections)}\nAlso: --config FILE.yaml with flags as keys.\n\n{self.epilog}\n"
 
     def parse(self, argv: list[str]) -> StudyConfig | None:
         """The settings, or `None` after printing help.

@@ -1,7 +1,7 @@
 """`selsft train`: what `trl sft` does, with `SelectiveSFTTrainer`.
 
 Follows `trl/scripts/sft.py` step by step, so that a command line or YAML file of `trl sft` trains the same model here.
-Beyond it: local files and scored folders as data, a record of the run, and no writing into a folder that holds
+In addition: local files and scored folders as data, a record of the run, and no writing into a folder that holds
 something. Rejected: importing TRL's script and swapping the trainer class in it, which a renamed variable would break.
 """
 
@@ -10,19 +10,22 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 from trl import get_peft_config, get_quantization_config
 
-from .._compat import end_training
+from .._compat import end_training, save_whole_model
 from ..data.loading import data_errors, load_splits
-from ..errors import InputError, input_errors
+from ..data.rows import Split
+from ..data.validation import read_model_facts, validate_rows
+from ..errors import InputError, first_line, input_errors
+from ..records import make_writable
 from ..scoring.frozen import BASE
 from ..selection.chosen import use_folder
 from ..trainer import SelectiveSFTTrainer
 from ..training.checkpoints import last_checkpoint
-from .arguments import Arguments, CommandParser
+from ..training.preflight import check_adapter, check_model, check_trackers
+from .arguments import MODEL_MISSING, Arguments, CommandParser
 from .launch import at_work, launch_command, launched, needs_launch
 from .manifest import begun, run_manifest, settings_sha256, write_manifest
 
@@ -46,6 +49,7 @@ def main(argv: list[str]) -> int:
     settings = settings_sha256(arguments)
     resume = check_paths(arguments, settings)
     check_model_and_data(arguments)
+    check_trackers(arguments.training.report_to)
     if arguments.source.name:
         use_folder(arguments.training, arguments.source.name)
     output = Path(str(arguments.training.output_dir))
@@ -99,32 +103,71 @@ def check_new(folder: Path, field: str, remedy: str) -> None:
 
 
 def check_model_and_data(arguments: Arguments) -> None:
-    if not arguments.model.model_name_or_path:
-        raise InputError("model_name_or_path is missing: give --model_name_or_path NAME or FOLDER")
+    """Raise `InputError` for a model, reference, adapter or file that cannot work, before any is loaded."""
+    training, model = arguments.training, arguments.model
+    if not model.model_name_or_path:
+        raise InputError(MODEL_MISSING)
     arguments.source.check()
+    if training.scoring_cache_dir is not None:
+        make_writable(Path(training.scoring_cache_dir), "scoring_cache_dir")
+    given = init_kwargs(arguments)
+    if not {"gguf_file", "subfolder"} & given.keys():
+        check_model("model_name_or_path", model.model_name_or_path, model.model_revision)
+    for field in ("reference_model", "noisy_reference_model"):
+        name = getattr(training, field)
+        options = training.reference_model_init_kwargs
+        if name is not None and name != BASE and not (isinstance(options, dict) and options):
+            check_model(field, name)
+    if (adapter := get_peft_config(model)) is not None:
+        check_adapter(model.model_name_or_path, adapter, model.model_revision, training.trust_remote_code)
 
 
-def build_trainer(arguments: Arguments, evaluate: bool, strict: bool = False) -> SelectiveSFTTrainer:
-    """Data, model and trainer; with a reference, this scores the data. `strict` is that of `load_splits`."""
+def build_trainer(
+    arguments: Arguments, evaluate: bool, strict: bool = False, scored: bool = False
+) -> SelectiveSFTTrainer:
+    """Data, model and trainer; with a reference, this scores the data.
+
+    Args:
+        strict: of `load_splits`.
+        scored: whether the rows will be scored later; they are where training selects.
+    """
     training, model = arguments.training, arguments.model
     test_split = arguments.script.dataset_test_split if evaluate else None
     train, test = load_splits(arguments.source, test_split, training.dataset_text_field, strict)
     training.model_init_kwargs = init_kwargs(arguments)
     assert model.model_name_or_path is not None
     with input_errors(), data_errors(arguments.source):
+        scored |= training.reference_model is not None or training.score != "influence"
+        processor = _validate(arguments, {"the data": train, f"dataset_test_split={test_split!r}": test}, scored)
         try:
             return SelectiveSFTTrainer(
                 model=model.model_name_or_path,
                 args=training,
                 train_dataset=train,
                 eval_dataset=test,
+                processing_class=processor,
                 quantization_config=get_quantization_config(model),
                 peft_config=get_peft_config(model),
             )
-        except OSError as error:
-            name_missing_model("model_name_or_path", model.model_name_or_path, error)
-            name_missing_model("reference_model", training.reference_model, error)
-            raise
+        except RuntimeError as error:
+            if "assistant_only_loss" not in str(error):
+                raise
+            raise InputError(first_line(error)) from error
+
+
+def _validate(arguments: Arguments, splits: dict[str, Split | None], scored: bool) -> Any:
+    """Check the rows against the model that will read them; returns its tokenizer or processor."""
+    training, model, name = arguments.training, arguments.model, arguments.model.model_name_or_path
+    if name is None or {"gguf_file", "subfolder"} & cast(dict, training.model_init_kwargs).keys():
+        return None
+    facts = read_model_facts(
+        name, revision=model.model_revision, trust_remote_code=training.trust_remote_code,
+        chat_template_path=training.chat_template_path,
+    )  # fmt: skip
+    for what, data in splits.items():
+        if data is not None:
+            validate_rows(data, facts, training, what=what, context=scored)
+    return facts.processor
 
 
 def init_kwargs(arguments: Arguments) -> dict[str, Any]:
@@ -140,19 +183,6 @@ def init_kwargs(arguments: Arguments) -> dict[str, Any]:
     }
 
 
-def name_missing_model(field: str, name: str | None, error: OSError) -> None:
-    """The libraries' message about a model that is not there says nothing of the flag, nor always which model."""
-    if name is None or name == BASE or find_adapter_config_file(name) is not None:
-        return
-    try:
-        cached_file(name, CONFIG_NAME)
-    except OSError:
-        raise InputError(
-            f"{field}={name!r} is neither a folder with a model nor the id of one that can be loaded: check the "
-            f"spelling ({str(error).splitlines()[0]})"
-        ) from error
-
-
 def _train(trainer: SelectiveSFTTrainer, arguments: Arguments, resume: str | None, settings: str) -> None:
     training, main_process = arguments.training, trainer.accelerator.is_main_process
     output = str(training.output_dir)
@@ -162,14 +192,17 @@ def _train(trainer: SelectiveSFTTrainer, arguments: Arguments, resume: str | Non
         write_manifest(output, manifest)
     start = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model(output)
+    save_whole_model(trainer, output)
     if main_process:
         manifest["finished"] = {
             "seconds": round(time.perf_counter() - start, 1),
-            "steps": trainer.state.global_step,
+            # Resuming from the last step of all takes another one, with a learning rate of 0
+            "steps": min(trainer.state.global_step, trainer.state.max_steps),
             "metrics": result.metrics,
+            "log": trainer.state.log_history,
         }
         write_manifest(output, manifest)
+    trainer.create_model_card(model_name=Path(output).name, dataset_name=arguments.script.dataset_name)
     trainer.accelerator.print(f"Model saved to {output}.")
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=arguments.script.dataset_name)

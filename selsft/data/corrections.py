@@ -18,6 +18,8 @@ import unicodedata
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 
+from ..errors import InputError
+
 _CJK = "\u2e80-\u2fdf\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _UNIT = re.compile(rf"[{_CJK}]|(?:(?![{_CJK}])\w)+(?:['’](?:(?![{_CJK}])\w)+)*|[^\w\s]")
 
@@ -25,6 +27,8 @@ _UNIT = re.compile(rf"[{_CJK}]|(?:(?![{_CJK}])\w)+(?:['’](?:(?![{_CJK}])\w)+)*
 def spans_of_corrections(text: str, corrections: Sequence[str]) -> list[tuple[int, int, float]]:
     """What `corrections` say about `text`: `(start, end, weight)` in characters, in order, not overlapping; weight -1
     is wrong and 0 unknown."""
+    if wrong := [each for each in corrections if not isinstance(each, str)]:
+        raise InputError(f"corrected: {wrong[0]!r} is not text: give the corrected answer, or a list of them")
     words = _words(text)
     units = [text[start:end] for start, end in words]
     changes, doubts = [0] * len(words), [0] * len(words)

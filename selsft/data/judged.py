@@ -98,7 +98,7 @@ def judged_rows(
             f"the judged sample has the columns {', '.join(get_dataset_column_names(dataset))} and no judgement: add "
             "'spans' (an empty list: judged and clean), 'corrected' or 'weight'"
         )
-    prepared = _prepare(cast(Dataset, join_parts(dataset)), tokenizer, args, chat_template)
+    prepared = tokenize_rows(cast(Dataset, join_parts(dataset)), tokenizer, args, chat_template)
     alignment, special = Alignment(tokenizer), special_ids(tokenizer)
     kept = slice(args.max_length)
     if args.max_length is not None and args.truncation_mode == "keep_end":
@@ -142,11 +142,11 @@ def judged_rows(
     )
 
 
-def _prepare(
+def tokenize_rows(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig, chat_template: str | None
 ) -> Dataset:
-    """The rows as `SFTTrainer` tokenises them, neither truncated nor shuffled. Its method needs no model, and no more
-    of the trainer than is set here."""
+    """The rows as `SFTTrainer` tokenises them, with `input_ids` and `labels`, neither truncated nor shuffled. Its
+    method needs no model, and no more of the trainer than is set here."""
     completion_only = args.completion_only_loss
     if completion_only is None:
         completion_only = {"prompt", "completion"} <= set(dataset.column_names)

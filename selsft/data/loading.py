@@ -10,26 +10,28 @@ import bz2
 import contextlib
 import gzip
 import json
+import logging
 import lzma
 import os
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, Any
 
+import datasets
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from trl import DatasetMixtureConfig, get_dataset
 
-from ..errors import InputError, input_errors
+from ..errors import InputError, failed_write, input_errors
+from ..records import make_writable
+from .rows import Split, check_rows
 from .scored_folder import is_scored, load_scores
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 COMPRESSED = {".gz", ".xz", ".zst", ".bz2"}
-Split: TypeAlias = Dataset | IterableDataset
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class DataSource:
         config: configuration of a data set on the Hub.
         split: the split that is trained on. A single file is one split, whatever its name.
         streaming: whether rows are read while they are used.
-        mixture: TRL's mixture of data sets, in the place of `name`.
+        mixture: TRL's mixture of data sets, instead of `name`.
         columns: new name -> name in the data, for data whose columns are called otherwise (`parse_columns`).
     """
 
@@ -103,10 +105,12 @@ def load_splits(
                 f"choose one of these{hint}"
             )
     train = _renamed(splits[source.split], source.columns)
+    test = None if test_split is None else _renamed(splits[test_split], source.columns)
     with data_errors(source):
-        names = _check_columns(train, text_field)
-        train = _check_rows(train, names, text_field, strict)
-    return train, _renamed(splits[test_split], source.columns) if test_split is not None else None
+        train = check_rows(train, text_field, strict)
+        if test is not None:
+            test = check_rows(test, text_field, what=f"dataset_test_split={test_split!r}")
+    return train, test
 
 
 def parse_columns(text: str | None) -> dict[str, str]:
@@ -154,6 +158,7 @@ def load_rows(source: DataSource, text_field: str = "text") -> Dataset:
 
 
 def _load(source: DataSource) -> DatasetDict | IterableDatasetDict | dict[str, Dataset]:
+    make_writable(Path(datasets.config.HF_DATASETS_CACHE), "HF_DATASETS_CACHE")
     if source.mixture is not None and source.mixture.datasets:
         return get_dataset(source.mixture)
     source.check()
@@ -186,14 +191,21 @@ def _builder(name: str) -> str | None:
 def data_errors(source: DataSource) -> Iterator[None]:
     """While data is read: what cannot be read becomes an `InputError` that names the line, where lines can be counted.
     Streamed data is read late, so this goes around whatever iterates over it."""
+    readers = logging.getLogger("datasets.packaged_modules")  # print an error before they raise it
+    level = readers.level
+    readers.setLevel(logging.CRITICAL)
     try:
         yield
-    except (DatasetsError, ValueError) as error:  # Arrow's errors and those of decoding are of the latter kind
+    except (DatasetsError, ValueError, TypeError) as error:  # Arrow's errors and those of decoding are of these kinds
+        if failed_write(error):
+            raise
         if not (isinstance(error, DatasetsError | pa.ArrowException | UnicodeDecodeError) or _from_reader(error)):
             raise
         name = source.description
         place = _broken_line(Path(name)) if Path(name).is_file() else None
         raise InputError(f"{name!r} cannot be read as data: {place or error.__cause__ or error}") from error
+    finally:
+        readers.setLevel(level)
 
 
 def _from_reader(error: BaseException) -> bool:
@@ -231,89 +243,9 @@ def _starts_with_null(path: Path) -> bool:
             first = next((text for line in lines if (text := line.removeprefix(b"\xef\xbb\xbf").strip())), b"")
         except (OSError, EOFError):  # a damaged archive, which the reader names
             return False
-    return first.startswith(b"null")
+    return first.lstrip(b"[ \t").startswith(b"null")
 
 
 def _open(path: Path) -> IO[bytes]:
     openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     return openers.get(path.suffix, open)(path, "rb")
-
-
-def _check_columns(data: Split, text_field: str) -> list[str]:
-    """The columns that rows are made from. TRL stops with a bare KeyError in a worker when none fits."""
-    names = data.column_names
-    if names is None:  # streamed without features: known from the first row
-        names = list(next(iter(data), {}))
-    if isinstance(data, Dataset) and len(data) == 0:
-        raise InputError("the train split has no rows: there is nothing to learn from")
-    if {"prompt", "completion"} <= set(names):
-        return ["prompt", "completion"]
-    used = [name for name in ("input_ids", "messages", "conversations", text_field) if name in names]
-    if used:
-        return used[:1]
-    pair = next((pair for pair in _PAIRS if set(pair) <= set(names)), None)
-    hint = (
-        f". Give --columns prompt={pair[0]},completion={pair[1]}" if pair else ", or --columns to rename what it has"
-    )
-    raise InputError(
-        f"the data has the columns {', '.join(map(repr, names))} and none that can be trained on: it needs "
-        f"{text_field!r} (see --dataset_text_field), 'messages', 'prompt' and 'completion', or 'input_ids'{hint}"
-    )
-
-
-# Question and answer columns of common formats
-_PAIRS = (
-    ("question", "answer"), ("instruction", "output"), ("instruction", "response"), ("query", "response"),
-    ("input", "output"), ("question", "response"), ("prompt", "response"), ("prompt", "answer"),
-)  # fmt: skip
-
-
-def _check_rows(data: Split, names: list[str], text_field: str, strict: bool) -> Split:
-    """Raise for the first row without a value or with one of a wrong type; with `strict` also for one without tokens
-    or messages."""
-
-    def fault(name: str, value: Any, row: Mapping[str, Any]) -> str | None:
-        others = [other for other in ("messages", "prompt", text_field) if other not in names and row.get(other)]
-        if value is None and others:
-            return f"has {others[0]!r} where others have {name!r}: bring all rows into one form"
-        if value is None:
-            return f"has no {name!r}: repair or remove it"
-        if not isinstance(value, list):
-            if name == "input_ids" or not isinstance(value, str):
-                wanted = "token ids" if name == "input_ids" else "text or messages"
-                return f"holds {value!r} as {name!r}, which is {type(value).__name__}: it needs {wanted}"
-            return None
-        if strict and not value:
-            return f"is empty: {name!r} has no {'tokens' if name == 'input_ids' else 'messages'}: repair or remove it"
-        if name != "input_ids" and not all(isinstance(message, dict) for message in value):
-            return (
-                f"holds a list as {name!r} that is not one of messages (role and content): it needs text or messages"
-            )
-        return None
-
-    def check(example: dict[str, Any], row: int) -> bool:
-        for name in names:
-            if found := fault(name, example.get(name), example):
-                raise InputError(f"row {row} of the data {found}")
-        return True
-
-    if not isinstance(data, Dataset):
-        return data.filter(check, with_indices=True)
-    first = 0
-    for chunk in data.select_columns(names).with_format("arrow").iter(batch_size=10_000):
-        for name in names:
-            column = chunk[name].combine_chunks()
-            column.validate(full=True)  # texts that are not UTF-8 would fail far from here
-            suspect = column.is_null()
-            if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-                wrong_type = not (name == "input_ids" or pa.types.is_struct(column.type.value_type))
-                if strict:
-                    suspect = pc.or_kleene(suspect, pc.equal(pc.list_value_length(column), 0))
-            else:
-                text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-                wrong_type = name == "input_ids" or not text
-            found = 0 if wrong_type and len(column) else pc.index(suspect, True).as_py()
-            if found >= 0:
-                check(data[first + found], first + found)
-        first += len(chunk)
-    return data

@@ -144,7 +144,7 @@ def truncate_and_pack(
             "its document boundaries: bring one document a row, or set packing=False and padding_free=True"
         )
     _check_context(args, packing, columns)
-    _check_lengths(dataset, columns)
+    check_lengths(dataset, columns)
     if args.max_length is not None and not packing:
         kept = slice(-args.max_length, None) if args.truncation_mode == "keep_end" else slice(None, args.max_length)
         dataset = dataset.map(
@@ -184,8 +184,9 @@ def _check_context(args: SFTConfig, packing: bool, columns: list[str]) -> None:
         )
 
 
-def _check_lengths(dataset: Dataset | IterableDataset, columns: list[str]) -> None:
-    """Streamed rows are checked by the collator, as they come."""
+def check_lengths(dataset: Dataset | IterableDataset, columns: list[str]) -> None:
+    """Raise `ValueError` for the first row of which one of `columns` has not one finite value per token, naming it.
+    Streamed rows are checked by the collator, as they come."""
     if isinstance(dataset, IterableDataset):
         return
     start = 0  # first row of the chunk; a Python loop over tokens would take minutes on a large data set
@@ -193,6 +194,13 @@ def _check_lengths(dataset: Dataset | IterableDataset, columns: list[str]) -> No
         tokens = pc.list_value_length(chunk["input_ids"]).to_numpy()
         for name in columns:
             column = chunk[name].combine_chunks()
+            if not pa.types.is_list(column.type) and not pa.types.is_large_list(column.type):
+                raise ValueError(
+                    f"column {name!r} holds {column[0].as_py()!r} in row {start}, or another value that is no list: "
+                    "it needs one number per token"
+                )
+            if not pa.types.is_primitive(column.type.value_type):
+                raise ValueError(f"column {name!r} holds lists of something else than numbers")
             lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy(zero_copy_only=False)
             if (wrong := np.flatnonzero(lengths != tokens)).size:
                 row = int(wrong[0])

@@ -35,7 +35,7 @@ MANIFEST = "selsft_scores.json"
 FORMAT = 2
 _SHARD = re.compile(r"shard-(\d{5,})\.parquet")
 _ROWS = ("input_ids", "labels")
-_REMEDY = "resume with the former settings, choose another scored_dir, or compute everything anew with --rescore true"
+_REMEDY = "resume with the former settings, choose another scored_dir, or compute everything again with --rescore true"
 
 
 class ScoredFolder:
@@ -222,11 +222,11 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{str(file)!r} is damaged ({error}): score the data anew with --rescore true") from error
+        raise ValueError(f"{str(file)!r} is damaged ({error}): score the data again with --rescore true") from error
     if manifest.get("format") != FORMAT:
         raise ValueError(
             f"scored_dir={str(path)!r} has the format {manifest.get('format')}, this version of selsft reads and "
-            f"writes {FORMAT}: choose another scored_dir and score the data anew"
+            f"writes {FORMAT}: choose another scored_dir and score the data again"
         )
     return manifest
 

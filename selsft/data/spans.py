@@ -195,6 +195,26 @@ def check_marks(
         )
 
 
+def without_marks(dataset: Dataset, text_field: str = "text") -> Dataset:
+    """The rows without anything that says which of their tokens count, in columns or in messages."""
+    columns = (*_ROW_KEYS, *TOKEN_COLUMNS, *SCORE_COLUMNS.values())
+    dataset = dataset.remove_columns([name for name in columns if name in dataset.column_names])
+    if not has_marks(dataset, text_field):
+        return dataset
+    return dataset.map(
+        lambda row: {name: _unmarked(row[name]) for name in _CONVERSATIONS if isinstance(row.get(name), list)},
+        desc="Taking marks away",
+    )
+
+
+def _unmarked(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_unmarked(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _unmarked(each) for key, each in value.items() if key not in _MESSAGE_KEYS}
+    return value
+
+
 # Reading rows
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ..records import replaced, resumable, versions, write_json
+from ..records import exclusive, replaced, resumable, versions, write_json
 
 THREADS = 2
 
@@ -71,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.forget_weight is not None:
         config = replace(config, forget_weight=args.forget_weight)
     kept = f"finished models are kept in it, `selsft demo --output {output}` with the same flags resumes from there"
-    with resumable(output, "--output", kept):
-        output.mkdir(parents=True, exist_ok=True)
+    with resumable(output, "--output", kept), exclusive(output, "--output"):
         run(config, range(args.seed, args.seed + args.seeds), output, Console())
     return 0
 

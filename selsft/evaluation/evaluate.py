@@ -18,13 +18,17 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..config import SelectiveSFTConfig
+from ..data.judged import judged_rows
+from ..data.spans import CORRECTED, has_marks, without_marks
 from ..scoring.frozen import use_start
 from ..training.model import Model
 from .generation import exact_match, greedy_answers
 from .kept import Kept
-from .likelihood import answer_nll, kl_to_base, text_perplexity
+from .likelihood import answer_logps, kl_to_base, text_perplexity
 from .load import load_model
-from .rows import HeldOut, prepare
+from .overlap import chrf, word_f1
+from .pairs import pair_margins
+from .rows import ANSWERS, HeldOut, prepare
 
 
 @dataclass
@@ -91,8 +95,8 @@ def evaluate_rows(
     batch_tokens: int = 8192,
     kept: Kept | None = None,
 ) -> Evaluation:
-    """NLL of the answers, exact match by greedy generation with the rate and length of ended answers, and the KL
-    divergence to the base on the prompts.
+    """NLL of the answers, by marks too; preference on minimal pairs; exact match, word F1 and chrF of greedy answers
+    with the rate and length of ended ones; and the KL divergence to the base on the prompts.
 
     Args:
         base: model to compare with; by default the base below an adapter, and none for a full model.
@@ -100,37 +104,65 @@ def evaluate_rows(
         kept: what an evaluation that was cut off has finished.
 
     Returns:
-        `nll` is nats per token over all labels, `nll_row` the mean over rows of their own means. `eos_rate` is the
-        share of answers that ended before `max_new_tokens`, `answer_tokens` their mean length. `kl_to_base` is the
-        mean over rows of the mean over the positions of the prompt. Rows that are one text have neither.
+        `nll` is nats per token over all labels, `nll_row` the mean over rows of their own means. Where rows mark what
+        is wrong in them (docs/spans.md), `nll_right` and `nll_wrong` are over the tokens that are judged right and
+        wrong. `preference` is the share of minimal pairs (`pairs`) whose right text is likelier, `margin` by how many
+        nats. `eos_rate` is the share of answers that ended before `max_new_tokens`, `answer_tokens` their mean length.
+        `kl_to_base` is the mean over rows of the mean over the positions of the prompt. Rows that are one text have
+        neither.
     """
-    held = prepare(model, tokenizer, data, args)
+    marked = has_marks(data, args.dataset_text_field)
+    plain = without_marks(data, args.dataset_text_field) if marked else data
+    if marked and CORRECTED in data.column_names:
+        plain = plain.add_column(CORRECTED, data[CORRECTED])
+    held = prepare(model, tokenizer, plain, args)
     model = held.trainer.model
-    nll = answer_nll(held, batch_tokens, kept)
-    sums, counts = np.array([total for total, _ in nll]), np.array([count for _, count in nll])
+    logps = answer_logps(held, batch_tokens, kept)
+    sums, counts = (
+        np.array(each) for each in zip(*((-np.nansum(row), (~np.isnan(row)).sum()) for row in logps), strict=True)
+    )
     columns: dict[str, Any] = {"row": held.indices, "nll": sums, "tokens": counts}
     scored = counts > 0
     metrics: dict[str, Any] = {
-        "rows": len(nll),
+        "rows": len(logps),
         "rows_without_label": held.skipped,
         "tokens": int(counts.sum()),
         "nll": float(sums.sum() / counts.sum()),
         "nll_row": float((sums[scored] / counts[scored]).mean()),
     }
+    if marked:
+        found = _by_marks(data, held, logps, tokenizer, args)
+        columns |= found
+        for kind in ("right", "wrong"):
+            if total := found[f"{kind}_tokens"].sum():
+                metrics[f"nll_{kind}"] = float(found[f"nll_{kind}"].sum() / total)
+    margins = pair_margins(model, tokenizer, plain, args, batch_tokens, kept)
+    if margins is not None:
+        margins = margins[held.indices]
+        columns |= {"margin": margins, "preference": np.where(np.isnan(margins), np.nan, (np.sign(margins) + 1) / 2)}
+        metrics |= {name: float(np.nanmean(columns[name])) for name in ("preference", "margin")}
+        metrics["pairs"] = int((~np.isnan(margins)).sum())
     if held.has_prompts and max_new_tokens:
         answers = greedy_answers(
             model, tokenizer, held.prompts, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens, kept=kept
         )
-        exact = exact_match(answers, held.references)
+        exact, f1 = exact_match(answers, held.references), word_f1(answers, held.references)
+        character = chrf(answers, held.references)
         columns |= {
+            "question": [str(tokenizer.decode(prompt, skip_special_tokens=True)).strip() for prompt in held.prompts],
             "answer": [answer.text for answer in answers],
             "reference": [accepted[0] if accepted else "" for accepted in held.references],
             "exact_match": exact,
+            "word_f1": f1,
+            **({} if character is None else {"chrf": character}),
             "ended": [answer.ended for answer in answers],
             "answer_tokens": [answer.tokens for answer in answers],
         }
         metrics |= {
             "exact_match": float(np.mean(exact)),
+            "accepts": ANSWERS if ANSWERS in data.column_names else "completion",
+            "word_f1": float(np.mean(f1)),
+            **({} if character is None else {"chrf": float(np.mean(character))}),
             "eos_rate": float(np.mean(columns["ended"])),
             "answer_tokens": float(np.mean(columns["answer_tokens"])),
         }
@@ -139,6 +171,27 @@ def evaluate_rows(
         columns["kl_to_base"] = divergence
         metrics["kl_to_base"] = float(np.mean(divergence))
     return Evaluation(metrics, pa.table(columns))
+
+
+def _by_marks(
+    data: Dataset, held: HeldOut, logps: list[np.ndarray], tokenizer: PreTrainedTokenizerBase, args: SelectiveSFTConfig
+) -> dict[str, np.ndarray]:
+    """Sums of the negative log-likelihood over tokens judged right and wrong, `(rows,)` each, and their numbers."""
+    judged = judged_rows(data, tokenizer, args, held.trainer.chat_template)
+    ends = np.cumsum(judged.lengths)
+    of = {
+        int(row): judged.wrong[end - size : end]
+        for row, end, size in zip(judged.index, ends, judged.lengths, strict=True)
+    }
+    found = {name: np.zeros(len(logps)) for name in ("nll_right", "nll_wrong", "right_tokens", "wrong_tokens")}
+    for index, (row, values) in enumerate(zip(held.indices, logps, strict=True)):
+        wrong = of.get(row, np.zeros(0, np.int8))
+        if len(wrong) != len(values):
+            continue
+        for kind, verdict in (("right", 0), ("wrong", 1)):
+            chosen = values[(wrong == verdict) & ~np.isnan(values)]
+            found[f"nll_{kind}"][index], found[f"{kind}_tokens"][index] = -chosen.sum(), chosen.size
+    return found
 
 
 def _divergence(

@@ -224,10 +224,10 @@ class Judging:
         scores = self._scores(judged, columns["judged"])
         record: dict[str, Any] = {"judged": judge_scores(judged, scores, words, keep, groups=self.groups)}
         level = ROW if kind_of(judged) == ROW else TOKEN
-        found = examples_of(judged, scores[args.score], words, level, keep)
-        if not found.both:
+        examples = examples_of(judged, scores[args.score], words, level, keep)
+        if not examples.both:
             raise InputError(
-                f"the judged sample has {int(found.wrong.sum())} wrong and {int((~found.wrong).sum())} right "
+                f"the judged sample has {int(examples.wrong.sum())} wrong and {int((~examples.wrong).sum())} right "
                 f"{level}s: a score is measured by telling them apart, so both are needed"
             )
         threshold = None
@@ -238,13 +238,13 @@ class Judging:
                     f"target_precision={args.target_precision} with judgements of whole rows, which say nothing about "
                     "single tokens: set score_pooling='row'"
                 )
-            threshold = threshold_for(found, args.target_precision)
+            threshold = threshold_for(examples, args.target_precision)
             record["threshold"] = asdict(threshold)
         record |= {
             "score": args.score,
             "level": level,
             "rows": int(keep.sum()),
-            "by_threshold": by_threshold(found),
+            "by_threshold": by_threshold(examples),
         }
         if self.probe is not None:
             record["probe"] = {
@@ -286,12 +286,12 @@ class Judging:
             "test": judge_scores(test, scores, words, keep, self.test_groups),
             "test_rows_left_out": int((~keep).sum()),
         }
-        found = examples_of(test, scores[args.score], words, level, keep)
-        if threshold is not None and threshold.negative_threshold is not None and found.both:
-            flagged = found.badness > threshold.negative_threshold
+        examples = examples_of(test, scores[args.score], words, level, keep)
+        if threshold is not None and threshold.negative_threshold is not None and examples.both:
+            flagged = examples.badness > threshold.negative_threshold
             record["test_threshold"] = {
-                "precision": float(found.wrong[flagged].mean()) if flagged.any() else None,
-                "recall": float(flagged[found.wrong].mean()),
+                "precision": float(examples.wrong[flagged].mean()) if flagged.any() else None,
+                "recall": float(flagged[examples.wrong].mean()),
                 "flagged": int(flagged.sum()),
             }
         return record
@@ -315,13 +315,13 @@ class Judging:
     def _scores(self, rows: JudgedRows, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The score and its baselines, `(tokens,)` each; all pooled alike but `random`, which pooling would turn into
         a measure of word length."""
-        found = {self.args.score: self._pooled(rows, raw_scores(columns, self.args))}
+        scores = {self.args.score: self._pooled(rows, raw_scores(columns, self.args))}
         if BASE_LOGPS in columns:
-            found.setdefault("surprisal", self._pooled(rows, columns[BASE_LOGPS]))
+            scores.setdefault("surprisal", self._pooled(rows, columns[BASE_LOGPS]))
         if REF_LOGPS in columns:
-            found["reference"] = self._pooled(rows, columns[REF_LOGPS])
+            scores["reference"] = self._pooled(rows, columns[REF_LOGPS])
         drawn = np.random.default_rng(self.args.seed).random(rows.row.size).astype(np.float32)
-        return found | {"random": drawn}
+        return scores | {"random": drawn}
 
     def _pooled(self, rows: JudgedRows, scores: np.ndarray) -> np.ndarray:
         args = copy.copy(self.args)
@@ -349,10 +349,10 @@ def columns_of(models: FrozenModels, rows: JudgedRows, more: Sequence[Other] = (
         more: models with other references.
     """
     chunk = TokenChunk(0, rows.lengths, {"input_ids": rows.input_ids, "labels": rows.labels}, None)
-    found: dict[str, np.ndarray] = {}
+    columns: dict[str, np.ndarray] = {}
     with models.ready():
-        found |= models.score(chunk, models.columns)
+        columns |= models.score(chunk, models.columns)
     for other, name in more:
         with other.ready():
-            found[name] = other.score(chunk, [REF_LOGPS])[REF_LOGPS]
-    return found
+            columns[name] = other.score(chunk, [REF_LOGPS])[REF_LOGPS]
+    return columns

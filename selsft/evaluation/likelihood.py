@@ -27,32 +27,35 @@ from .rows import HeldOut
 _KL_ELEMENTS = 2**26
 
 
-def answer_nll(held: HeldOut, batch_tokens: int = 8192, kept: Kept | None = None) -> list[tuple[float, int]]:
-    """Negative log-likelihood of the labels of each row: `(sum in nats, number of tokens)`."""
+def answer_logps(held: HeldOut, batch_tokens: int = 8192, kept: Kept | None = None) -> list[np.ndarray]:
+    """Log-probability of every token of each row, `(row length,)` float64 in nats; NaN where nothing is predicted or
+    the token has no label."""
     trainer, model = held.trainer, held.trainer.model
     add_selective_head(base_model(model))
     rows = [[row["input_ids"], row.get("labels")] for row in held.prepared]
     lengths = [len(ids) for ids, _ in rows]
 
-    def work(indices) -> list[tuple[float, int]]:
+    def work(indices) -> list[list[float]]:
         inputs = send_to_device(
             trainer.data_collator([held.prepared[int(i)] for i in indices]), trainer.accelerator.device
         )
         with trainer.compute_loss_context_manager():
             logps = forward_logps(model, inputs)
-        trained = inputs["labels"] != -100
-        if logps.size(0) == len(indices):
-            trained[:, 0] = False
-            sums, counts = (logps * trained).double().sum(1).tolist(), trained.sum(1).tolist()
-        else:  # padding-free: one row that holds all, whose documents' first labels are -100 already
-            size = [lengths[i] for i in indices]
-            sums = [float(part.double().sum()) for part in (logps * trained)[0][: sum(size)].split(size)]
-            counts = [int(part.sum()) for part in trained[0][: sum(size)].split(size)]
-        return [(-total, int(count)) for total, count in zip(sums, counts, strict=True)]
+        values = logps.double().masked_fill(inputs["labels"] == -100, torch.nan).cpu().numpy()
+        # Padding-free: one row that holds all, whose documents' first labels are -100 already
+        size = [lengths[i] for i in indices]
+        parts = values if len(values) == len(indices) else np.split(values[0][: sum(size)], np.cumsum(size)[:-1])
+        return [[np.nan, *part[1:count].tolist()] for part, count in zip(parts, size, strict=True)]
 
     batches = BatchBudget(batch_tokens).batches(np.array(lengths))
     with frozen(model):
-        return [(t, n) for t, n in (kept or Kept()).rows("nll", "Held-out likelihood", rows, batches, work)]
+        found = (kept or Kept()).rows("nll", "Held-out likelihood", rows, batches, work)
+    return [np.array(row) for row in found]
+
+
+def answer_nll(held: HeldOut, batch_tokens: int = 8192, kept: Kept | None = None) -> list[tuple[float, int]]:
+    """Negative log-likelihood of the labels of each row: `(sum in nats, number of tokens)`."""
+    return [(-float(np.nansum(row)), int((~np.isnan(row)).sum())) for row in answer_logps(held, batch_tokens, kept)]
 
 
 def text_perplexity(

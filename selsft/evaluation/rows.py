@@ -14,6 +14,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..config import SelectiveSFTConfig
+from ..data.spans import CORRECTED
 from ..trainer import SelectiveSFTTrainer
 from ..training.model import Model
 
@@ -52,8 +53,8 @@ def prepare(model: Model, tokenizer, data: Dataset, args: SelectiveSFTConfig) ->
     Raises:
         `ValueError` when no row has a token to score after truncation.
     """
-    given = list(data[ANSWERS]) if ANSWERS in data.column_names else None
-    rows = data.remove_columns(ANSWERS) if given is not None else data
+    given = accepted_answers(data)
+    rows = data.remove_columns([name for name in (ANSWERS, CORRECTED) if name in data.column_names])
     if "messages" in rows.column_names:
         rows = rows.map(_last_turn, remove_columns=rows.column_names, desc="Splitting conversations")
     args = args.without_selection()
@@ -75,7 +76,8 @@ def prepare(model: Model, tokenizer, data: Dataset, args: SelectiveSFTConfig) ->
         answer = tokenizer.decode(labels[labelled].tolist(), skip_special_tokens=True).strip()
         kept.append(index)
         prompts.append(list(row["input_ids"][:first]))
-        references.append([str(text).strip() for text in given[origin[index]]] if given is not None else [answer])
+        own = None if given is None else given[origin[index]]
+        references.append([answer] if own is None else [str(text).strip() for text in own])
     if not kept:
         raise ValueError(
             f"none of the {len(rows)} rows has a token to score: look at max_length={args.max_length} and at the "
@@ -85,6 +87,16 @@ def prepare(model: Model, tokenizer, data: Dataset, args: SelectiveSFTConfig) ->
         prepared = prepared.select(kept)
     indices = [origin[index] for index in kept]
     return HeldOut(prepared, prompts, references, trainer, len(rows) - len(kept), indices)
+
+
+def accepted_answers(data: Dataset) -> list[list[str] | None] | None:
+    """The answers that rows accept, by their column `answers`, or as corrections of what they say; `None` for a row
+    (or all of them) whose answer is what it says."""
+    if ANSWERS in data.column_names:
+        return list(data[ANSWERS])
+    if CORRECTED in data.column_names:
+        return [[value] if isinstance(value, str) else value or None for value in data[CORRECTED]]
+    return None
 
 
 def _last_turn(row: dict[str, Any]) -> dict[str, Any]:

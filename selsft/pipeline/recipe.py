@@ -24,14 +24,17 @@ import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from ..config import SelectiveSFTConfig
+from ..data.loading import parse_columns
 from ..errors import InputError
 from ..evaluation.settings import EvaluateArguments
 from ..recipes import find_recipe
 from ..scoring.settings import ScoreArguments
 from ..secrets import to_environment
+from .arms import KINDS, Arm, parse_arms
 from .split import SplitSettings
 
-STAGES = ("world", "split", "reference", "score", "select", "train", "evaluate")
+STAGES = ("world", "split", "check", "reference", "score", "select", "train", "evaluate")
+_RESERVED = {*STAGES, "base", "triage"}  # names that no arm can have
 
 
 def _names(*types: Any) -> set[str]:
@@ -39,12 +42,23 @@ def _names(*types: Any) -> set[str]:
 
 
 SFT = _names(SFTConfig)
-DATA = _names(ScriptArguments, DatasetMixtureConfig)
+DATA = _names(ScriptArguments, DatasetMixtureConfig) | {"columns"}
 MODEL = _names(ModelConfig)
 OWN = _names(SelectiveSFTConfig) - SFT
 FORGET = {name for name in OWN if name.startswith("forget_")}
-SCORING = {name for name in OWN if name.startswith("scoring_")} | {"reference_model", "reference_model_init_kwargs"}
-SELECTION = OWN - FORGET - SCORING - {"precompute_scores"}
+# What a scoring pass computes, besides the models
+JUDGING = {"judged", "judged_test", "judged_group", "target_precision", "probe_clean", "probe_corruptions"}
+POOLING = {"score_base_weight", "score_pooling", "score_row_worst", "score_lookahead"}
+SCORING = {
+    *(name for name in OWN if name.startswith("scoring_")), *JUDGING, "score", "probe", "noisy_reference_model",
+    "reference_model", "reference_model_init_kwargs",
+}  # fmt: skip
+# How scores become weights
+SELECTION = {"score", *POOLING} | (OWN - FORGET - SCORING - {"precompute_scores", "go_on"})
+# Rules of which one is set
+RULES = ("negative_threshold", "positive_fraction", "target_precision")
+SCORED = ("influence", "surprisal", "probe", "contrast")
+REFERENCED = ("influence", "contrast", "excess")
 # What decides the tokens of a row and what a model makes of them, of all that SFTConfig has
 ROWS = {
     "max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss", "chat_template_path",
@@ -57,8 +71,31 @@ PEFT = {name for name in MODEL if "lora" in name or "peft" in name or name == "u
 SILENT = {
     "output_dir", "run_name", "report_to", "disable_tqdm", "log_level", "log_on_each_node", "logging_dir",
     "logging_steps", "logging_strategy", "logging_first_step", "push_to_hub", "save_total_limit", "show_tokens",
-    "dataset_num_proc", "dataloader_num_workers", "scoring_cache_dir", "project", "hub_token", "env",
+    "dataset_num_proc", "dataloader_num_workers", "scoring_cache_dir", "project", "hub_token", "env", "go_on",
 }  # fmt: skip
+
+
+@dataclass
+class RunSettings:
+    """Flags of the run itself.
+
+    Args:
+        arms: what is trained and compared (`pipeline.arms`).
+        seeds: trainings of each arm; the first has the seed of the recipe.
+        only_score: whether the run ends with the table of scored rows, and trains nothing.
+        headline: measure that the verdict is about; by default what the held-out rows allow (docs/pipeline.md).
+    """
+
+    arms: Any = None
+    seeds: int = 1
+    only_score: bool = False
+    headline: str | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.seeds, int) or self.seeds < 1:
+            raise InputError(f"seeds={self.seeds!r} must be a number of trainings, at least 1")
+        if not isinstance(self.only_score, bool):
+            raise InputError(f"only_score={self.only_score!r} must be true or false")
 
 
 @dataclass
@@ -67,11 +104,13 @@ class Recipe:
     name: of the file, without its suffix.
     common: flags of all stages.
     stages: what single stages do otherwise.
+    own: what single arms do otherwise, from the command line.
     """
 
     name: str
     common: dict[str, Any]
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    own: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def flags(self, stage: str) -> dict[str, Any]:
         """The flags of a stage: the common ones that concern it, and its own."""
@@ -85,19 +124,50 @@ class Recipe:
         return self.get("score", "influence", "select")
 
     @property
+    def run(self) -> RunSettings:
+        return RunSettings(**{name: self.common[name] for name in _names(RunSettings) if name in self.common})
+
+    @property
+    def arms(self) -> list[Arm]:
+        """The arms; of self-evolving selection, which trains part after part, the recipe's own alone."""
+        forgets = self.get("forget_weight", stage="train") != 0
+        given = self.run.arms
+        if self.split.parts > 1:
+            if given is not None:
+                raise InputError(
+                    f"arms={given!r} with split.parts={self.split.parts}: parts train one model, leave it out"
+                )
+            given = [KINDS[2] if forgets else KINDS[1]]
+        arms = parse_arms(given, self.own, forgets)
+        for arm in arms:
+            if arm.name in _RESERVED:
+                raise InputError(f"arms: {arm.name!r} is the name of a stage or model: choose another")
+            if unknown := sorted(set(arm.changes) - OWN - SFT - MODEL):
+                raise InputError(
+                    f"arms: {arm.name}.{unknown[0]} is no flag of `selsft train`{_close(unknown[0], OWN)}"
+                )
+            if arm.kind == KINDS[2] and arm.changes.get("forget_weight", 1 if forgets else 0) == 0:
+                raise InputError(f"arms: {arm.name!r} with forget_weight=0 is the arm 'ignore': set forget_weight")
+        return arms
+
+    @property
     def split(self) -> SplitSettings:
         settings = dict(self.stages.get("split", {}))
-        if self.get("reference_model", stage="score") or self.score in ("random", "oracle"):
+        if self.score not in REFERENCED and settings.get("parts", 1) == 1:
+            settings |= {"reference_size": 0, "reference_dataset": None}
+        elif self.get("reference_model", stage="score"):
             settings.setdefault("reference_size", 0)
         return SplitSettings(**settings)
 
 
 def _concerns(stage: str, flag: str) -> bool:
-    known = DATA | MODEL | SFT | OWN | _names(EvaluateArguments, ScoreArguments)
+    known = DATA | MODEL | SFT | OWN | _names(EvaluateArguments, ScoreArguments, RunSettings)
     launch = flag not in known and flag != "env"  # of `accelerate launch`
     match stage:
         case "reference":
             return flag in DATA | MODEL | SFT | {"env"} or launch
+        case "check":
+            return flag in ROWS | {"packing", "model_name_or_path", "model_revision"}
         case "score":
             return flag in DATA | (MODEL - PEFT) | ROWS | SCORING | {"env"} or launch or flag in _names(ScoreArguments)
         case "select":
@@ -129,13 +199,29 @@ def load_recipe(source: str, overrides: list[str]) -> Recipe:
     if not isinstance(stages, dict) or not all(isinstance(each, dict | None) for each in stages.values()):
         raise InputError(f"stages of recipe {source!r} must map a stage to its flags")
     recipe = Recipe(path.stem, content, {name: dict(flags or {}) for name, flags in stages.items()})
-    for flag, value in _pairs(overrides):
-        stage, dot, name = flag.rpartition(".")
-        (recipe.stages.setdefault(stage, {}) if dot else recipe.common)[name] = value
+    given = _pairs(overrides)
+    _make_way(recipe, [flag for flag, value in given if value is not None])
+    for flag, value in given:
+        place, dot, name = flag.rpartition(".")
+        if not dot:
+            recipe.common[name] = value
+        else:
+            group = recipe.stages if place in STAGES else recipe.own
+            group.setdefault(place, {})[name] = value
     for flags in (recipe.common, *recipe.stages.values()):
         to_environment(flags)
     _check(recipe)
     return recipe
+
+
+def _make_way(recipe: Recipe, given: list[str]) -> None:
+    """Of rules that exclude each other, the one on the command line replaces the recipe's. `target_precision` may
+    stay where a threshold is given: it belongs to the scores, which another threshold must leave alone."""
+    chosen = {flag.rpartition(".")[2] for flag in given} & set(RULES)
+    for flags in (recipe.common, *recipe.stages.values()):
+        for rule in RULES[:2]:
+            if chosen and rule not in chosen:
+                flags.pop(rule, None)
 
 
 def _pairs(arguments: list[str]) -> list[tuple[str, Any]]:
@@ -161,6 +247,7 @@ def _check(recipe: Recipe) -> None:
         if stage not in STAGES:
             raise InputError(f"stages.{stage} is unknown: the stages are {', '.join(STAGES[1:])}")
         known = {
+            "check": ROWS,
             "world": {"seed", "countries", "epochs"},
             "split": split_flags,
             "evaluate": _names(EvaluateArguments) | DATA | MODEL | SFT,
@@ -169,13 +256,16 @@ def _check(recipe: Recipe) -> None:
         }.get(stage, DATA | MODEL | SFT | OWN)
         for flag in flags:
             if flag not in known:
-                close = difflib.get_close_matches(flag, sorted(known), n=1)
-                hint = (
-                    f"did you mean {close[0]}?"
-                    if close
-                    else f"it is no flag of this stage: {', '.join(sorted(known)[:8])} ..."
-                )
-                raise InputError(f"stages.{stage}.{flag} is unknown: {hint}")
+                hint = _close(flag, known) or f": it is no flag of this stage: {', '.join(sorted(known)[:8])} ..."
+                raise InputError(f"stages.{stage}.{flag} is unknown{hint}")
+    arms = {arm.name for arm in recipe.arms}
+    for name in recipe.own:
+        if name not in arms:
+            raise InputError(
+                f"--{name}.{next(iter(recipe.own[name]))}: {name!r} is neither a stage ({', '.join(STAGES[1:])}) nor "
+                f"an arm ({', '.join(sorted(arms))})"
+            )
+    parse_columns(recipe.get("columns"))
     for flag in recipe.common:
         if flag in split_flags - SFT:
             raise InputError(f"{flag} belongs under `stages: split:`")
@@ -187,3 +277,8 @@ def _check(recipe: Recipe) -> None:
         raise InputError("model_name_or_path is missing: set it in the recipe or give --model_name_or_path")
     if not (recipe.get("dataset_name") or recipe.get("datasets")):
         raise InputError("dataset_name is missing: set it in the recipe or give --dataset_name NAME, FILE or FOLDER")
+
+
+def _close(flag: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(flag, sorted(known), n=1)
+    return f": did you mean {close[0]}?" if close else ""

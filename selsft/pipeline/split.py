@@ -3,13 +3,14 @@
 A reference that has seen the rows it judges finds their errors likely, and an evaluation on rows that training has
 seen measures memory, so the parts must not share questions: rows with the same prompt (or `group_column`) stay
 together. Which side a group falls on depends on a hash of its content and the seed alone, so rows that are added later
-do not reshuffle the others. Rejected: `Dataset.train_test_split`, which knows no groups.
+do not reshuffle the others. Rows that somebody has judged are a part of their own, and so are those among them that
+scores are tested on: what a probe was fitted on says nothing about it. Rejected: `Dataset.train_test_split`, which
+knows no groups.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -18,11 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Value, concatenate_datasets
 
+from ..data.columns import SCORE_COLUMNS
+from ..data.spans import CORRECTED, SPANS, WEIGHT, has_marks, without_marks
 from ..errors import InputError
 from ..records import write_json
 
+LINE, PART, ROWS = "source_row", "part", "rows.parquet"
+"""Columns: number of the row in the user's data, from 0, and the part that it is in; and the file with both."""
+MARKS = (SPANS, CORRECTED, WEIGHT, *SCORE_COLUMNS.values())  # columns that say what is wrong
 TRAINED = ("prompt", "completion", "messages", "conversations", "text", "input_ids", "labels")
 
 
@@ -38,6 +44,9 @@ class SplitSettings:
         replay_dataset: rows that the base already knows, mixed into the reference's, since a reference that forgets
             calls truths negative.
         replay_share: share of these among all rows of the reference.
+        judged_fraction: rows with marks (docs/spans.md) that are kept as a judged sample, likewise, where no file of
+            `judged` rows is given.
+        judged_test_size: rows of the judged sample that nothing is fitted on, likewise.
         parts: parts of the rows to clean, for self-evolving selection.
         group_column: rows with the same value stay together; by default those with the same prompt.
         seed: decides which group falls where.
@@ -49,12 +58,14 @@ class SplitSettings:
     eval_dataset: str | None = None
     replay_dataset: str | None = None
     replay_share: float = 0.2
+    judged_fraction: float = 0.0
+    judged_test_size: float = 0.33
     parts: int = 1
     group_column: str | None = None
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("reference_size", "eval_size"):
+        for name in ("reference_size", "eval_size", "judged_fraction", "judged_test_size"):
             value = getattr(self, name)
             if not _is_number(value) or value < 0 or (value > 1 and value != int(value)):
                 raise InputError(f"split.{name}={value!r} must be a share in [0, 1) or a number of rows")
@@ -76,8 +87,13 @@ def _is_number(value: Any) -> bool:
 def split(data: Dataset, settings: SplitSettings, given: dict[str, Dataset], folder: Path) -> dict[str, Any]:
     """Write `reference.parquet`, `train.parquet` (or `train-1.parquet` ...), `eval.parquet` and `split.json`.
 
+    Where rows say what is wrong in them, only `eval` and the judged parts keep that; `marked.parquet` has the rows of
+    `train.parquet` with it, for whoever may know. With judged rows there are `judged.parquet` and
+    `judged-test.parquet`, and rows of the data with the same prompts are in no other part. Every part has the column
+    `source_row`.
+
     Args:
-        given: `"reference"`, `"eval"` and `"replay"` rows from outside.
+        given: `"reference"`, `"eval"`, `"replay"`, `"judged"` and `"judged-test"` rows from outside.
 
     Returns:
         what `split.json` says: rows of each part, and how many groups.
@@ -85,52 +101,124 @@ def split(data: Dataset, settings: SplitSettings, given: dict[str, Dataset], fol
     Raises:
         `InputError` when a part would be empty, or when given rows lack the columns of the data.
     """
+    marked = _marked(data)
+    if LINE not in data.column_names:
+        data = data.add_column(LINE, list(range(len(data))))
     groups = group_hashes(data, settings.group_column)
-    order = np.argsort(_mixed(groups, settings.seed), kind="stable")
-    starts = np.flatnonzero(np.diff(groups[order], prepend=~groups[order[:1]]) != 0)
-    wanted = {
-        "eval": 0 if "eval" in given else _rows(settings.eval_size, len(data)),
-        "reference": 0 if "reference" in given else _rows(settings.reference_size, len(data)),
-    }
+    keys = _mixed(groups, settings.seed)
+    order = np.argsort(keys, kind="stable")
+    counts: dict[str, Any] = {"groups": len(np.unique(groups))}
+    judged = given.pop("judged", None)
+    if judged is not None:
+        known = group_hashes(judged, settings.group_column) if _comparable(judged, data) else np.zeros(0, np.uint64)
+        taken = np.isin(groups[order], known)
+        counts["judged_in_data"] = int(taken.sum())
+        order = order[~taken]
+    elif settings.judged_fraction:
+        if not marked.any():
+            raise InputError(
+                f"split.judged_fraction={settings.judged_fraction}: no row of the data says what is wrong in it; add "
+                "'spans', 'corrected' or 'weight' (docs/spans.md), or give a file with --judged"
+            )
+        whole = np.isin(groups[order], np.unique(groups[marked]))
+        wanted = _rows(settings.judged_fraction, int(marked.sum()))
+        end = _border(groups[order[whole]], wanted)
+        chosen = order[whole][:end]
+        judged, order = data.select(np.sort(chosen)), order[np.isin(order, chosen, invert=True)]
     cuts, done = {}, 0
-    bounds = np.append(starts, len(order))
-
-    def border(row: float) -> int:
-        """The first group border at or after a row."""
-        return int(bounds[np.searchsorted(bounds, min(row, len(order)))])
-
-    for name, count in wanted.items():
-        end = border(done + count)
+    for name, size in (("eval", settings.eval_size), ("reference", settings.reference_size)):
+        end = done if name in given else done + _border(groups[order[done:]], _rows(size, len(data)))
         cuts[name] = order[done:end]
         done = end
     rest = order[done:]
     if not len(rest):
         raise InputError(
-            f"split leaves no row to train on: {len(data)} rows in {len(starts)} groups, of which evaluation takes "
-            f"{len(cuts['eval'])} and the reference {len(cuts['reference'])}. Lower split.eval_size or "
-            "split.reference_size"
+            f"split leaves no row to train on: {len(data)} rows in {counts['groups']} groups, of which evaluation "
+            f"takes {len(cuts['eval'])}, the reference {len(cuts['reference'])} and the judged sample "
+            f"{len(data) - len(order)}. Lower split.eval_size, split.reference_size or split.judged_fraction"
+            + ("; rows with one prompt stay together: name a split.group_column" if counts["groups"] < 10 else "")
         )
     parts = {name: data.select(np.sort(rows)) for name, rows in cuts.items() if len(rows)}
     parts |= {name: _same_columns(rows, data, name) for name, rows in given.items() if name != "replay"}
-    counts: dict[str, Any] = {"groups": len(starts)}
+    if judged is not None:
+        parts |= _judged_parts(judged, settings, "judged-test" in given)
     if "reference" in parts and "replay" in given and settings.replay_share:
         parts["reference"], counts["replayed"] = _with_replay(
             parts["reference"], _same_columns(given["replay"], data, "replay"), settings
         )
-    ends = [border(done + number * len(rest) / settings.parts) for number in range(settings.parts + 1)]
-    for number, (start, end) in enumerate(itertools.pairwise(ends), start=1):
+    start = 0
+    for number in range(1, settings.parts + 1):
+        end = start + _border(groups[rest[start:]], round(number * len(rest) / settings.parts) - start)
         if start == end:
             raise InputError(
                 f"split.parts={settings.parts} leaves part {number} without a row: the {len(rest)} rows to clean are "
                 "in too few groups, lower it"
             )
         name = f"train-{number}" if settings.parts > 1 else "train"
-        parts[name] = data.select(np.sort(order[start:end]))
+        parts[name] = data.select(np.sort(rest[start:end]))
+        start = end
+    if marked.any() and settings.parts == 1:
+        parts["marked"] = parts["train"]
     for name, rows in parts.items():
-        rows.to_parquet(str(folder / f"{name}.parquet"))
+        (without_marks(rows) if name.startswith(("train", "reference")) else rows).to_parquet(
+            str(folder / f"{name}.parquet")
+        )
         counts[name] = len(rows)
     write_json(folder / "split.json", counts)
+    _write_rows(data, parts, folder)
     return counts
+
+
+def _write_rows(data: Dataset, parts: dict[str, Dataset], folder: Path) -> None:
+    """`rows.parquet`: every row of the data with the columns that are no text to train on, and the part it is in;
+    rows in no part are judged ones that came from outside."""
+    where = np.full(len(data), "judged", object)
+    for name, rows in parts.items():
+        if LINE in rows.column_names and name != "marked":
+            where[np.asarray(rows[LINE], np.int64)] = name
+    simple = [
+        name
+        for name, kind in data.features.items()
+        if name not in (*TRAINED, *MARKS) and isinstance(kind, Value) and name != PART
+    ]
+    data.select_columns(simple).add_column(PART, where.tolist()).to_parquet(str(folder / ROWS))
+
+
+def _marked(data: Dataset) -> np.ndarray:
+    """Which rows say what is wrong in them, `(rows,)` bool."""
+    found = np.zeros(len(data), bool)
+    for name in MARKS:
+        if name in data.column_names:
+            found |= np.array([value is not None for value in data[name]], bool)
+    return found if found.any() or not has_marks(data) else np.ones(len(data), bool)
+
+
+def _comparable(rows: Dataset, data: Dataset) -> bool:
+    """Whether both say in the same columns which question a row is about."""
+    return {"prompt", "text"} & set(rows.column_names) == {"prompt", "text"} & set(data.column_names)
+
+
+def _judged_parts(judged: Dataset, settings: SplitSettings, tested: bool) -> dict[str, Dataset]:
+    """The judged rows that a probe and a threshold may see, and those that only the report sees."""
+    if tested or not settings.judged_test_size:
+        return {"judged": judged}
+    groups = group_hashes(judged, settings.group_column if settings.group_column in judged.column_names else None)
+    order = np.argsort(_mixed(groups, settings.seed + 1), kind="stable")
+    end = _border(groups[order], _rows(settings.judged_test_size, len(judged)))
+    if end >= len(judged):
+        raise InputError(
+            f"split.judged_test_size={settings.judged_test_size} takes all {len(judged)} judged rows: lower it, or "
+            "judge more rows"
+        )
+    return {"judged-test": judged.select(np.sort(order[:end])), "judged": judged.select(np.sort(order[end:]))}
+
+
+def _border(groups: np.ndarray, count: int) -> int:
+    """The first border between groups at or after `count` rows; `groups` has equal values side by side."""
+    if count <= 0 or not len(groups):
+        return 0
+    ends = np.append(np.flatnonzero(groups[1:] != groups[:-1]) + 1, len(groups))
+    return int(ends[np.searchsorted(ends, min(count, len(groups)))])
 
 
 def group_hashes(data: Dataset, group_column: str | None) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Geometry of the charts: plain numbers and texts that a template draws as SVG.
 
-Rejected: matplotlib (a dependency of its size for two charts, and its SVG can neither follow the reader's colours nor
+Rejected: matplotlib (a large dependency for two charts, and its SVG can neither follow the reader's colours nor
 carry a text per cell).
 """
 
@@ -109,13 +109,16 @@ def _tree(linkage: np.ndarray, leaves: list[str], order: list[str], size: float)
 
 
 class Estimate(NamedTuple):
-    """A number with the ends of its interval; NaN with the reason."""
+    """A number with the ends of its interval; NaN with the reason. `group` heads those that follow each other with it,
+    `about` is an id of the page that the label links to."""
 
     label: str
     value: float
     low: float = float("nan")
     high: float = float("nan")
     reason: str = ""
+    group: str = ""
+    about: str = ""
 
 
 class Dot(NamedTuple):
@@ -129,11 +132,13 @@ class Dot(NamedTuple):
     low: float = 0.0
     high: float = 0.0
     cut: bool = False
+    about: str = ""
 
 
 @dataclass(frozen=True)
 class DotPlot:
-    """Estimates with intervals over one axis; `marks` are (x, label, whether it is a reference line)."""
+    """Estimates with intervals over one axis; `marks` are (x, label, whether it is a reference line), `groups` are
+    (y, text)."""
 
     title: str
     width: float
@@ -141,24 +146,118 @@ class DotPlot:
     left: float
     dots: list[Dot]
     marks: list[tuple[float, str, bool]]
+    groups: list[tuple[float, str]]
 
 
 def dot_plot(title: str, estimates: Iterable[Estimate], ticks: list[float]) -> DotPlot:
     """Estimates over an axis from the first to the last tick; ticks at 0 and 1 are drawn as reference lines."""
     estimates, low, high = list(estimates), ticks[0], ticks[-1]
-    left = 16 + LETTER * max((len(each.label) for each in estimates), default=0)
+    left = 16 + LETTER * max((max(len(each.label), 1.15 * len(each.group)) for each in estimates), default=0)
 
     def place(value: float) -> float:
         return round(left + AXIS * (min(max(value, low), high) - low) / (high - low), 1)
 
-    dots = []
-    for i, (label, value, start, end, reason) in enumerate(estimates):
-        y = 40 + 24 * i
+    dots: list[Dot] = []
+    groups: list[tuple[float, str]] = []
+    y, last = 40, ""
+    for label, value, start, end, reason, group, about in estimates:
+        if group != last:
+            groups.append((y, group))
+            y, last = y + 24, group
         if np.isnan(value):
-            dots.append(Dot(y, label, "null", reason))
-            continue
-        text = f"{value:.2f} ({start:.2f} to {end:.2f})"
-        cut = min(start, value) < low or max(end, value) > high
-        dots.append(Dot(y, label, text, f"{label}: {text}", place(value), place(start), place(end), cut))
+            dots.append(Dot(y, label, "null", reason, about=about))
+        else:
+            text = f"{value:.2f} ({start:.2f} to {end:.2f})"
+            cut = min(start, value) < low or max(end, value) > high
+            dots.append(Dot(y, label, text, f"{label}: {text}", place(value), place(start), place(end), cut, about))
+        y += 24
     marks = [(place(tick), f"{tick:g}", tick in (0.0, 1.0)) for tick in ticks]
     return DotPlot(title, round(left + AXIS + 190), 56 + 24 * len(dots), round(left, 1), dots, marks)
+
+
+@dataclass(frozen=True)
+class LineChart:
+    """Lines over steps: `curves` are (name, SVG `points`, y of the end, number among all that were given), `ticks`
+    (y, text), `ends` the first and the last step."""
+
+    title: str
+    width: float
+    height: float
+    left: float
+    curves: list[tuple[str, str, float, int]]
+    ticks: list[tuple[float, str]]
+    ends: tuple[str, str]
+
+
+def lines(title: str, curves: dict[str, list[tuple[float, float]]]) -> LineChart:
+    """Lines of (step, value) points, all over one pair of axes; points that are not finite are left out, and so are
+    lines without a point."""
+    curves = {name: [p for p in points if np.isfinite(p[1])] for name, points in curves.items()}
+    every = [point for points in curves.values() for point in points]
+    first, last = min(x for x, _ in every), max(x for x, _ in every)
+    low, high = min(y for _, y in every), max(y for _, y in every)
+    if high - low < 1e-12:
+        low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
+    left, top, width, height = 58.0, 26.0, 330.0, 140.0
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - first) / (last - first) if last > first else 0.5
+        return round(left + width * across, 1), round(top + height * (high - y) / (high - low), 1)
+
+    drawn = []
+    for number, (name, points) in enumerate(curves.items()):
+        if points:
+            places = [place(*point) for point in points]
+            drawn.append((name, " ".join(f"{x},{y}" for x, y in places), places[-1][1], number))
+    # Names at the ends of their lines, apart from each other
+    drawn.sort(key=lambda curve: curve[2])
+    labels: list[float] = []
+    for _, _, y, _ in drawn:
+        labels.append(max(y, labels[-1] + 14) if labels else y)
+    named = [(name, points, round(y, 1), n) for (name, points, _, n), y in zip(drawn, labels, strict=True)]
+    ticks = [(place(first, value)[1], f"{value:.3g}") for value in np.linspace(low, high, 3)]
+    right = 12 + LETTER * max((len(name) for name, *_ in named), default=0)
+    tall = max([top + height + 24, *(y + 10 for y in labels)])
+    return LineChart(title, round(left + width + right), round(tall), left, named, ticks, (f"{first:g}", f"{last:g}"))
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A histogram: `bars` are (x, y, width, height, title, whether left of the boundary), `boundary` its x."""
+
+    title: str
+    width: float
+    height: float
+    bars: list[tuple[float, float, float, float, str, bool]]
+    boundary: tuple[float, str] | None
+    ticks: list[tuple[float, str]]
+
+
+def bars(title: str, edges: list[float], counts: list[int], boundary: float | None) -> Bars:
+    """A histogram whose heights are square roots of counts, so that a tail of a few tokens is still seen.
+
+    Args:
+        boundary: where tokens become negative; `None` for a rule without one.
+    """
+    low, high = edges[0], edges[-1]
+    if boundary is not None:
+        low, high = min(low, boundary), max(high, boundary)
+    span = (high - low) or 1.0
+    left, top, width, height = 10.0, 26.0, 620.0, 130.0
+
+    def place(value: float) -> float:
+        return round(left + width * (value - low) / span, 1)
+
+    tallest = np.sqrt(max(counts)) or 1.0
+    drawn = []
+    for start, end, count in zip(edges, edges[1:], counts, strict=False):
+        tall = round(height * float(np.sqrt(count)) / tallest, 1)
+        middle = (start + end) / 2
+        text = f"{start:.3g} to {end:.3g}: {count:,} tokens"
+        wide = round(max(place(end) - place(start) - 0.6, 0.6), 1)
+        drawn.append(
+            (place(start), round(top + height - tall, 1), wide, tall, text, boundary is not None and middle < boundary)
+        )
+    line = None if boundary is None else (place(boundary), f"boundary {boundary:.3g}")
+    ticks = [(place(value), f"{value:.3g}") for value in np.linspace(low, high, 5)]
+    return Bars(title, round(left + width + 20), round(top + height + 24), drawn, line, ticks)

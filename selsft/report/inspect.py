@@ -1,7 +1,7 @@
-"""Rows of tokens as a page to look at, select on and mark, and as coloured text on a terminal.
+"""Rows of tokens as a page to read, select on and mark, and as coloured text on a terminal.
 
-The page holds the numbers as they are, so that the counts at its sliders are those of training; its script
-(`templates/inspect`) draws only the rows in view. Rejected: HTML of every token, which a browser needs minutes for;
+The page holds exact numbers, so that the counts at its sliders are those of training; its script
+(`templates/inspect`) draws only the rows in view. Rejected: HTML for every token, which takes a browser minutes;
 scores rounded to 16 bits, which move tokens across a threshold.
 """
 
@@ -28,7 +28,7 @@ _SHOWN, _FACETS = 200, 40
 
 
 def score_names(rows: TokenRows) -> list[str]:
-    """What the rows can be coloured by: the best first; `weights` stands for what they bring, or what has a label."""
+    """What the rows can be coloured by, the best first; `weights` are their own, or 1 for tokens with a label."""
     both = {BASE_LOGPS, REF_LOGPS} <= rows.scores.keys()
     others = sorted(rows.scores.keys() - {BASE_LOGPS, REF_LOGPS}, key=lambda name: (name != TOKEN_SCORES, name))
     logps = [name for name in (BASE_LOGPS, REF_LOGPS) if name in rows.scores]
@@ -108,7 +108,7 @@ def _short(value: Any) -> Any:
 
 
 def _is_facet(values: list[Any]) -> bool:
-    """Whether a column sorts the rows into a few kinds, as the source that they come from does."""
+    """Whether a column sorts the rows into a few kinds, as their source does."""
     distinct = {value for value in values if not isinstance(value, float)}
     return 2 <= len(distinct) <= _FACETS and len(distinct) <= len(values) / 2
 

@@ -1,6 +1,6 @@
-"""One HTML page from a template: a single file without network, and text of a data set that stays text.
+"""One HTML page from a template: a single file that loads nothing, in which text of a data set stays text.
 
-Jinja2 escapes markup. What it leaves alone, `visible` writes as an escape sequence: control characters, which browsers
+Jinja2 escapes markup. What it does not, `visible` writes as escape sequences: control characters, which browsers
 drop or replace, and formatting characters that reorder or hide the text around them. Rejected: removing them, since a
 page about data should show what is in it.
 """
@@ -27,7 +27,8 @@ HIDDEN = re.compile(
 
 
 def visible(text: str) -> str:
-    """`text` with every character that a page would drop, hide or be reordered by written as an escape sequence."""
+    """`text` with every character that a page would drop or hide, or that reorders it, written as an escape
+    sequence."""
     return HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
@@ -51,7 +52,7 @@ def _script(page: str) -> Markup:
 
 
 def _policy(page: str) -> str:
-    """The source expression that allows this script alone to run, whatever else a page may come to hold."""
+    """The source expression that allows this script alone to run, whatever else the page contains."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(_source(page).encode()).digest()).decode()}'"
 
 
@@ -65,7 +66,7 @@ _ENVIRONMENT.globals |= {"script": _script, "policy": _policy}
 
 
 def write_page(path: Path, template: str, content: dict[str, Any]) -> Path:
-    """Render `templates/<template>` with `content` into `path`, which appears when it is whole; returns `path`."""
+    """Render `templates/<template>` with `content` into `path`, which appears when it is complete; returns `path`."""
     html = _ENVIRONMENT.get_template(template).render(content)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as page:

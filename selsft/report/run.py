@@ -1,168 +1,101 @@
-"""The report of a run: one self-contained HTML page, made from the files of the stages alone.
+"""The page of a run: the verdict first, then what it rests on; one file, and the same as JSON and on a terminal.
 
-Differences to the base come with paired bootstrap intervals over the held-out rows: two models answer the same
-questions, and the interval of each mean alone would hide a difference that nearly every row shows. Rejected: plots,
-since there are only two or three models to compare.
+Gets plain values (`pipeline.results`) and draws them. Intervals are of paired differences: two models answer the same
+questions, and the interval of each mean alone would hide a difference that nearly every row shows. Rejected: colours
+for every difference that is not zero; green means here that the whole interval is on the better side.
 """
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
 
-from ..evaluation.intervals import paired
-from ..evaluation.settings import METRICS, ROWS
-from ..records import read_json, write_json
-from ..selection.select import COUNTS
+from ..records import write_json
+from .charts import Estimate, bars, dot_plot, lines
 from .page import write_page
+from .terminal import printable
 
-# name in the tables of the stages -> label, whether more is better, digits
-MEASURES = {
-    "nll": ("negative log-likelihood of the held-out answers, nats a token", False, 3),
-    "exact_match": ("exact match of greedy answers", True, 3),
-    "eos_rate": ("answers that end by themselves", True, 3),
-    "answer_tokens": ("tokens of an answer", None, 1),
-    "kl_to_base": ("KL to the base on the prompts, nats", False, 4),
-    "text_perplexity": ("perplexity of neutral text", False, 2),
-    "options_acc": ("accuracy on options", True, 3),
-    "options_acc_norm": ("accuracy on options, by length", True, 3),
+_LINES = {
+    "loss": "training loss",
+    "positive_loss": "loss of positive tokens, nats",
+    "forget_loss": "forgetting term of negative tokens",
+    "negative_prob": "probability of negative tokens",
+    "forget_weight": "weight of the forgetting term",
 }
-_COLUMNS = {"eos_rate": "ended"}  # where `rows.parquet` has another name
-_SHOWN_TOKENS, _SHOWN_ANSWERS = 30, 12
 
 
-def write_report(root: Path) -> Path:
-    """Write `report.html` and `report.json` from `run.json` and the folders that it names; returns the page's path."""
-    run = json.loads((root / "run.json").read_text(encoding="utf-8"))
-    folders = {name: root / stage["folder"] for name, stage in run["stages"].items()}
-    models = {
-        name.removeprefix("evaluate-"): _evaluation(folder / "evaluation")
-        for name, folder in folders.items()
-        if name.startswith("evaluate-")
-    }
-    selections = {name: read_json(folder / COUNTS) for name, folder in folders.items() if name.startswith("select")}
-    content = {
-        "recipe": run["recipe"],
-        "measures": _table(models),
-        "harness": _harness(models),
-        "answers": _answers(models),
-        "selections": {name: _selection(found) for name, found in selections.items()},
-        "split": read_json(folders["split"] / "split.json") if "split" in folders else {},
-        "stages": [{"name": name, **stage} for name, stage in run["stages"].items()],
-        "flags": run["flags"],
-        "stage_flags": run["stage_flags"],
-        "versions": run["versions"],
-        "written": run["written"],
-        "device": _device(folders),
-    }
+def write_report(root: Path, content: dict[str, Any]) -> Path:
+    """Write `report.html` and `report.json` into the folder of a run; returns the page's path."""
     write_json(root / "report.json", content)
-    return write_page(root / "report.html", "run.html", content)
-
-
-def _evaluation(folder: Path) -> dict[str, Any]:
-    rows = folder / ROWS
-    return {
-        "metrics": read_json(folder / METRICS),
-        "rows": pq.read_table(rows).to_pydict() if rows.is_file() else {},
+    charts = {
+        "arms": [_arms(measure, content["baseline"]) for measure in content["measures"] if _drawn(measure)],
+        "curves": [chart for name, title in _LINES.items() if (chart := _curves(name, title, content["arms"]))],
+        "histogram": _histogram(content["outlook"]),
     }
+    return write_page(root / "report.html", "run.html", {**content, "charts": charts})
 
 
-def _table(models: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    found = []
-    for name, (label, better, digits) in MEASURES.items():
-        values = {model: each["metrics"].get(name) for model, each in models.items()}
-        if all(value is None for value in values.values()):
-            continue
-        differences = {
-            model: paired_difference(models["base"]["rows"], each["rows"], name)
-            for model, each in models.items()
-            if model != "base" and "base" in models
-        }
-        found.append(
-            {
-                "name": name,
-                "label": label,
-                "better": better,
-                "digits": digits,
-                "values": values,
-                "differences": {model: value for model, value in differences.items() if value},
-            }
-        )
-    return found
+def _drawn(measure: dict[str, Any]) -> bool:
+    return any(each["low"] is not None for each in measure["differences"].values())
 
 
-def paired_difference(base: dict[str, list], other: dict[str, list], name: str) -> dict[str, float] | None:
-    """Difference of two models on the rows that both have, with a 95 % percentile bootstrap interval over rows.
+def _arms(measure: dict[str, Any], baseline: str) -> Any:
+    """Differences of all models to the baseline, with their intervals."""
+    estimates = [
+        Estimate(name, each["value"], each["low"], each["high"])
+        for name, each in measure["differences"].items()
+        if each["low"] is not None
+    ]
+    reach = max(max(abs(each.low), abs(each.high)) for each in estimates) or 1.0
+    step = 10 ** math.floor(math.log10(reach))
+    end = math.ceil(reach / step) * step
+    better = {True: " (right is better)", False: " (left is better)", None: ""}[measure["better"]]
+    title = f"{measure['name'].replace('_', ' ')} minus {baseline}{better}"
+    return dot_plot(title, estimates, [-end, -end / 2, 0.0, end / 2, end])
 
-    For `nll` both models are summed over the tokens of a row, and the difference is of the ratios, as in the means.
 
-    Returns:
-        `mean`, `low`, `high` and `rows`; `None` where there is no value per row, or fewer than two rows.
-    """
-    name = _COLUMNS.get(name, name)
-    if name not in base or name not in other:
+def _curves(name: str, title: str, arms: list[dict[str, Any]]) -> Any:
+    drawn = {arm["name"]: [(step["step"], step[name]) for step in arm["curve"] if name in step] for arm in arms}
+    if max(map(len, drawn.values()), default=0) < 2:
         return None
-    of = {row: index for index, row in enumerate(base["row"])}
-    pairs = [(of[row], index) for index, row in enumerate(other["row"]) if row in of]
-    if len(pairs) < 2:
+    return lines(title, drawn)
+
+
+def _histogram(outlook: dict[str, Any] | None) -> Any:
+    if outlook is None or not outlook["counts"]:
         return None
-    left, right = (np.array(pairs).T[side] for side in (0, 1))
-    size = np.array(base["tokens"], float)[left] if name == "nll" else np.ones(len(pairs))
-    with np.errstate(invalid="ignore"):
-        first, second = np.array(base[name], float)[left] / size, np.array(other[name], float)[right] / size
-    found = paired(first, second, size)
-    return {"mean": found.value, "low": found.low, "high": found.high, "rows": len(pairs)}
+    boundary = None if outlook["threshold"] is None else -outlook["threshold"]
+    return bars("scores of supervised tokens", outlook["edges"], outlook["counts"], boundary)
 
 
-def _harness(models: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for model, each in models.items():
-        for task, metrics in (each["metrics"].get("lm_eval") or {}).items():
-            found.setdefault(task, {})[model] = metrics
-    return found
+def print_report(content: dict[str, Any], console: Console | None = None) -> None:
+    """The verdict and the arms on a terminal, a line for each model and measure."""
+    console = console or Console(highlight=False, soft_wrap=True)
+    verdict = content["verdict"]
+    style = {"better": "bold green", "worse": "bold red"}.get(verdict["kind"], "bold")
+    if content["measures"]:
+        table = Table(title=f"Held-out rows, and the difference to {printable(content['baseline'])}, 95 % intervals")
+        for name in ("measure", "model", "value", "difference"):
+            table.add_column(name, justify="left" if name in ("measure", "model") else "right", overflow="fold")
+        for measure in content["measures"]:
+            _add(table, measure)
+        console.print(table)
+    for each in content["warnings"]:
+        console.print(printable(f"{each['cause']}: {' '.join(each['texts'])}"), markup=False)
+    console.print(f"Verdict: {printable(verdict['sentence'])}", style=style, markup=False)
 
 
-def _answers(models: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Held-out rows whose answer training has changed, right ones to wrong ones first."""
-    base, trained = (models.get(name, {}).get("rows", {}) for name in ("base", "trained"))
-    if "answer" not in base or "answer" not in trained:
-        return []
-    of = {row: index for index, row in enumerate(base["row"])}
-    changed = []
-    for index, row in enumerate(trained["row"]):
-        if row in of and trained["answer"][index] != base["answer"][of[row]]:
-            was, now = base["exact_match"][of[row]], trained["exact_match"][index]
-            changed.append(
-                {
-                    "row": row,
-                    "reference": trained["reference"][index],
-                    "base": base["answer"][of[row]],
-                    "trained": trained["answer"][index],
-                    "was": was,
-                    "now": now,
-                }
-            )
-    changed.sort(key=lambda each: (each["now"] - each["was"], each["row"]))
-    half = _SHOWN_ANSWERS // 2
-    return changed if len(changed) <= _SHOWN_ANSWERS else changed[:half] + changed[-half:]
-
-
-def _selection(found: dict[str, Any]) -> dict[str, Any]:
-    trained = max(found["trained"], 1)
-    return {
-        **{key: found[key] for key in ("rows", "tokens", "trained")},
-        "shares": {key: found[key] / trained for key in ("positive", "neutral", "negative")},
-        "worst": found["worst"][:_SHOWN_TOKENS],
-    }
-
-
-def _device(folders: dict[str, Path]) -> str | None:
-    for folder in reversed(list(folders.values())):
-        record = read_json(folder / "model" / "selsft_run.json")
-        if record:
-            return record.get("device")
-    return None
+def _add(table: Table, measure: dict[str, Any]) -> None:
+    digits, names = measure["digits"], list(measure["values"])
+    for name in names:
+        effect = measure["differences"].get(name)
+        text = "" if effect is None else f"{effect['value']:+.{digits}f}"
+        if effect is not None and effect["low"] is not None:
+            text += f" \\[{effect['low']:+.{digits}f}, {effect['high']:+.{digits}f}]"
+        first = measure["label"] if name == names[0] else ""
+        value = f"{measure['values'][name]:.{digits}f}"
+        table.add_row(first, printable(name), value, text, end_section=name == names[-1])

@@ -25,6 +25,10 @@ FEW_TASKS = 10
 FEW_SEEDS = 3
 TEXT = 400
 """Characters of an example that are shown."""
+COLLAPSED, FEW = "◆", "*"
+NAMED = 6
+"""Tasks that a warning names; of more it says the number, and the tables mark them."""
+LEFT_OUT = "Probe left out:"
 
 
 @dataclass(frozen=True)
@@ -48,37 +52,74 @@ def write_report(folder: Path, found: Any) -> Path:
     Returns:
         The path of the page.
     """
-    views, frames = tables(found)
+    areas = _areas(found.manifest)
+    marks = _marks(found)
+    views, frames = tables(found, areas)
+    examples = _examples(found, areas)
+    links = {name: f"questions-{number}" for number, name in enumerate(examples, 1)}
     (folder / "tables").mkdir(exist_ok=True)
     for name, frame in frames.items():
         with replaced(folder / "tables" / f"{name}.csv") as file:
             file.write(frame.to_csv(index=False, lineterminator="\n").encode())
     content = {
         "model": _model(found.manifest),
-        "tasks": sorted(set(found.own["eval_task"])),
+        "areas": _by_area(sorted(set(found.own["eval_task"])), areas),
+        "n_tasks": found.own["eval_task"].nunique(),
+        "links": links,
+        "marks": marks,
         "reference": found.reference,
         "warnings": warnings(found),
         "tables": views,
         "dots": [
-            _dots(found.own, "Forget ratio", "ratio", "ratio_reason", [-0.5, 0.0, 0.5, 1.0, 1.5, 2.0]),
-            _dots(found.own, "Forget gap", "gap", "outcome_reason", [-0.5, -0.25, 0.0, 0.25, 0.5]),
+            _dots(frames["own"], "Forget ratio", "ratio", [-0.5, 0.0, 0.5, 1.0, 1.5, 2.0], links, marks),
+            _dots(frames["own"], "Forget gap", "gap", [-0.5, -0.25, 0.0, 0.25, 0.5], links, marks),
         ]
         if len(found.own)
         else [],
         "maps": [(key, _map(key, matrix)) for key, matrix in found.matrices.items()],
-        "examples": _examples(found),
+        "examples": examples,
         "manifest": json.dumps(found.manifest, indent=2, ensure_ascii=False, sort_keys=True),
     }
     return write_page(folder / "report.html", "skills.html", content)
 
 
-def _dots(own: pd.DataFrame, title: str, name: str, reason: str, ticks: list[float]) -> charts.DotPlot:
+def _dots(
+    own: pd.DataFrame, title: str, name: str, ticks: list[float], links: dict[str, str], marks: dict[str, str]
+) -> charts.DotPlot:
     several = own[["variant", "method"]].drop_duplicates().shape[0] > 1
-    rows = own.to_dict("records")
-    labels = [f"{r['label_task']} ({r['variant']}, {r['method']})" if several else r["label_task"] for r in rows]
-    columns = (name, f"{name}_low", f"{name}_high", reason)
-    found = [charts.Estimate(label, *(r[c] for c in columns)) for label, r in zip(labels, rows, strict=True)]
+    reason = {"ratio": "ratio_reason", "gap": "outcome_reason"}[name]
+    found = []
+    for row in own.to_dict("records"):
+        task = row["label_task"]
+        label = f"{task} ({row['variant']}, {row['method']})" if several else task
+        numbers = row[name], row[f"{name}_low"], row[f"{name}_high"], row[reason]
+        label = " ".join(filter(None, (label, marks.get(task, ""))))
+        found.append(charts.Estimate(label, *numbers, row.get("area", ""), links.get(task, "")))
     return charts.dot_plot(title, found, ticks)
+
+
+def _areas(manifest: dict[str, Any]) -> dict[str, str]:
+    """{task: its area}, where the manifest of a study says so."""
+    tasks = manifest.get("tasks")
+    known = tasks.items() if isinstance(tasks, dict) else []
+    return {str(name): str(notes["area"]) for name, notes in known if isinstance(notes, dict) and notes.get("area")}
+
+
+def _by_area(tasks: list[str], areas: dict[str, str]) -> list[tuple[str, list[str]]]:
+    """Areas and their tasks; those without an area stand last, under an empty name."""
+    names = sorted({areas.get(task, "") for task in tasks}, key=lambda area: (not area, area))
+    return [(area, [task for task in tasks if areas.get(task, "") == area]) for area in names]
+
+
+def _marks(found: Any) -> dict[str, str]:
+    """{task: signs of what to know about its figures}; `warnings` explains them."""
+    few = set(found.own.loc[_few(found.own), "eval_task"])
+    collapsed = set(found.summary.loc[found.summary["collapsed"].astype(bool), "eval_task"])
+    return {task: COLLAPSED * (task in collapsed) + FEW * (task in few) for task in sorted(few | collapsed)}
+
+
+def _few(own: pd.DataFrame) -> pd.Series:
+    return (own["n_examples"] > 0) & (own["n_examples"] < FEW_EXAMPLES)
 
 
 def _map(key: tuple[str, str, str, str], matrix: Any) -> charts.HeatMap:
@@ -97,25 +138,27 @@ def _model(manifest: dict[str, Any]) -> str:
 
 
 def warnings(found: Any) -> list[str]:
-    """What a reader must know before the figures, the gravest first."""
+    """What a reader must know before the figures, one line for each kind; the tables mark the tasks."""
     lines = []
-    bad = found.summary[found.summary["collapsed"]]
-    for row in bad.to_dict("records"):
-        stage = "base" if row["stage"] == "base" else f"{row['stage']} {row['method']} ({row['label_task']})".strip()
+    bad = found.summary[found.summary["collapsed"].astype(bool)]
+    if len(bad):
         lines.append(
-            f"Collapse: {row['run']}, {stage}, answers {row['top_share']:.0%} of {row['eval_task']} with the same "
-            f"option ({row['top_label']}). Its accuracy of {row['accuracy']:.2f} is about that answer, not about the "
-            f"skill: AUC within options, between questions, is {row['auc_within']:.2f} (0.5: it tells nothing)."
+            f"{COLLAPSED} Collapse: {_count(len(bad), 'evaluation')} of {_listed(bad['eval_task'])} gave nearly "
+            "always the same answer. Such an accuracy is about that answer, not about the skill: see the collapse "
+            "check, whose AUC within options tells whether the knowledge is still there (0.5: it is not)."
         )
-    for row in found.own.to_dict("records"):
-        who = f"{row['label_task']} ({row['variant']}, {row['method']})"
-        if pd.isna(row["ratio"]):
-            lines.append(f"No forget ratio for {who}: {row['ratio_reason']}.")
-        elif pd.isna(row["outcome"]):
-            lines.append(f"No outcome for {who}: {row['outcome_reason']}.")
-    small = found.own[(found.own["n_examples"] > 0) & (found.own["n_examples"] < FEW_EXAMPLES)]
-    for task, n in sorted(dict(zip(small["eval_task"], small["n_examples"], strict=True)).items()):
-        lines.append(f"Few examples: {task} has {n} test questions; its intervals are wide.")
+    for column, what in (("ratio", "forget ratio"), ("outcome", "outcome")):
+        null = found.own[found.own[column].isna() & (found.own["ratio"].notna() | (column == "ratio"))]
+        if len(null):
+            reasons = sorted(set(null[f"{column}_reason"].dropna()))
+            why = f": {reasons[0]}" if len(reasons) == 1 else ", each with its reason in the table"
+            lines.append(f"No {what} for {_listed(null['label_task'])}{why}.")
+    small = found.own[_few(found.own)].drop_duplicates("eval_task").sort_values("eval_task")
+    if len(small):
+        lines.append(
+            f"{FEW} Few examples: {_listed(small['eval_task'])}; with {small['n_examples'].min()} to "
+            f"{small['n_examples'].max()} test questions the intervals are wide."
+        )
     seeds = int(found.own["n_seeds"].max()) if len(found.own) else 0
     if seeds == 1:
         lines.append("One seed: the intervals are about questions only; another seed may give other figures.")
@@ -126,18 +169,48 @@ def warnings(found: Any) -> list[str]:
         lines.append(
             f"Predictors: {tasks} tasks with a value; a rank correlation over fewer than {FEW_TASKS} says little."
         )
-    return lines + found.notes
+    probes = [note for note in found.notes if note.startswith(LEFT_OUT)]
+    notes = [note for note in found.notes if note not in probes]
+    if len(probes) > 1:
+        notes.append(f"{LEFT_OUT} {len(probes)} times, first {probes[0].removeprefix(LEFT_OUT).strip()}")
+    else:
+        notes += probes
+    return lines + notes
 
 
-def tables(found: Any) -> tuple[dict[str, Table], dict[str, pd.DataFrame]]:
-    """The tables of the page, and the frames of the CSV files under the same names (and some that are not shown)."""
-    own = [*_WHO, *_SIZES, *_STAGES, *_LEFT]
+def _listed(tasks: pd.Series) -> str:
+    """The names of tasks, or their number where a line would not hold them."""
+    names = sorted(set(tasks))
+    return ", ".join(names) if len(names) <= NAMED else f"{len(names)} tasks"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def tables(found: Any, areas: dict[str, str]) -> tuple[dict[str, Table], dict[str, pd.DataFrame]]:
+    """The tables of the page, and the frames of the CSV files under the same names (and some that are not shown).
+
+    Those of single tasks are in the order of areas.
+    """
+
+    def by_area(frame: pd.DataFrame) -> pd.DataFrame:
+        if not areas:
+            return frame
+        frame = frame.assign(area=[areas.get(task, "") for task in frame["label_task"]])
+        last = (frame["area"] == "").rename("last")  # those without an area
+        order = pd.concat([frame[["variant", "method", "area", "label_task"]], last], axis=1)
+        order = order.sort_values(["last", "area", "label_task", "variant", "method"]).index
+        return frame.loc[order].reset_index(drop=True)
+
+    area: list[Column] = [("area", "of the suite", "area")] if areas else []
+    own = [*area, *_WHO, *_SIZES, *_STAGES, *_LEFT]
     if (found.own["method"] == "flip").any():
         own.append(("flipped ratio", "drop over that to 1 − fine-tuned", "flipped_ratio"))
     plan: dict[str, tuple[pd.DataFrame, list[Column]]] = {
-        "own": (found.own, [*own, _COLLAPSED]),
-        "own-train": (found.own_train, own),
-        "own-per-character": (found.own_per_character, own),
+        "own": (by_area(found.own), [*own, _COLLAPSED]),
+        "own-train": (by_area(found.own_train), own),
+        "own-per-character": (by_area(found.own_per_character), own),
         "collapse": (found.summary, [*_MODEL, *_COLLAPSE]),
         "agreement": (found.agreement, [*_MODEL, *_AGREEMENT]),
         "transitions": (found.transitions, [*_WHO, *_TRANSITIONS]),
@@ -300,8 +373,9 @@ def _long(found: Any) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
-def _examples(found: Any) -> list[dict[str, Any]]:
-    """The shown examples with their texts, by task; texts are None where they must not be shown or are not there."""
+def _examples(found: Any, areas: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
+    """{task: its shown examples with their texts, by setting}, in the order of areas; texts are None where they must
+    not be shown or are not there."""
     texts = {}
     if found.examples is not None:
         test = found.examples[found.examples["split"] == "test"]
@@ -318,7 +392,8 @@ def _examples(found: Any) -> list[dict[str, Any]]:
         group[row["kind"]].append(
             {"id": row["example_id"], "prompt": prompt, "options": options, "confidences": confidences}
         )
-    return list(groups.values())
+    tasks = [task for _, members in _by_area(sorted({key[2] for key in groups}), areas) for task in members]
+    return {task: [group for key, group in groups.items() if key[2] == task] for task in tasks}
 
 
 def _short(text: str) -> str:

@@ -1,7 +1,7 @@
-"""What `selsft score` shows: how many tokens, how the scores are spread, and the most negative tokens in context.
+"""What `selsft score` prints: counts of tokens, quantiles of the scores, and the most negative tokens in context.
 
-Text of a data set reaches the terminal escaped: a control character in it could move the cursor or recolour the
-screen, and rich's markup is not interpreted. One pass over memory-mapped rows, in bounded memory: quantiles come from
+Text of a data set is printed escaped: a control character in it could move the cursor or recolour the
+screen; rich's markup is not interpreted. One pass over memory-mapped rows, in bounded memory: quantiles come from
 a histogram whose bins are 1/2048 of the score wide (the ends are exact), the most negative tokens from a running list.
 Rejected: an average score per row, which hides the token to blame; a sample, which misses the tails.
 """
@@ -49,6 +49,14 @@ class ScoreHistogram:
         self.counts += np.bincount(ordered_bits(scores) >> 12, minlength=len(self.counts))
         self.lowest, self.highest = scores.min(initial=self.lowest), scores.max(initial=self.highest)
         self.total, self.sum = self.total + len(scores), self.sum + float(scores.sum(dtype=np.float64))
+
+    def below(self, score: float) -> float:
+        """Share of the scores below `score`, to the bin; exact beyond both ends."""
+        if not self.total or score <= self.lowest:
+            return 0.0
+        if score > self.highest:
+            return 1.0
+        return float(self.counts[: ordered_bits(np.array([score], np.float32))[0] >> 12].sum() / self.total)
 
     def quantile(self, q: float) -> float:
         """The score at rank `q * (total - 1)`, rounded down, to 1/4096 of its size; exact at 0 and 1."""
@@ -104,11 +112,11 @@ def _probability(logp: float | None) -> str:
 
 
 def print_judged(record: dict[str, Any] | None, selection: dict[str, Any], console: Console | None = None) -> None:
-    """What judged rows say of a score and its baselines.
+    """Print what judged rows say about a score and its baselines.
 
     Args:
         record: content of `judged.json`; `None` without judged rows.
-        selection: what the folder will say of its selection (`ScoringRun.selection`).
+        selection: the selection that the folder will record (`ScoringRun.selection`).
     """
     console = console or Console(highlight=False, soft_wrap=True)
     if record is None:

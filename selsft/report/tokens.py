@@ -1,7 +1,7 @@
-"""Rows of tokens as a page or a terminal shows them: their texts, what each token is, and the numbers that it has.
+"""Rows of tokens as a page or a terminal shows them: text, kind and numbers of each token.
 
-Any float column with one value per token is a score. A token's text is what it adds when it is decoded behind another
-one, so that the texts of a row joined are the row's text; where several tokens make one character, the first has it
+Any float column with one value per token is a score. A token's text is what it adds when it is decoded after another
+one, so that the joined texts of a row are the row's text; where several tokens make one character, the first has it
 and the others are empty. Rejected: the offsets of a tokenizer, since a folder of scores holds token ids and no text.
 """
 
@@ -118,7 +118,7 @@ def _tables(data: Dataset, names: list[str]) -> Iterator[pa.Table]:
 
 
 def _lengths(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    return pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int64)
+    return pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def _wide(kind: pa.DataType) -> pa.DataType:
@@ -214,7 +214,7 @@ def _runs(broken: np.ndarray, offsets: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def _characters(run: list[int], decode) -> list[str]:
-    """Texts of a run: each character, or what is left of one, goes to the first of its tokens."""
+    """Texts of a run: each character, or part of one, goes to the first of its tokens."""
     texts: list[str] = []
     while run:
         size = next((n for n in range(1, len(run) + 1) if _BROKEN not in decode(run[:n])), len(run))

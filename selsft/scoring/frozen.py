@@ -14,7 +14,6 @@ a second pass. On batches of 2,000 tokens it was 5 % slower than two passes, on 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import logging
 import os
@@ -43,7 +42,7 @@ from ..data.chunks import TokenChunk
 from ..data.columns import BASE_LOGPS, REF_LOGPS
 from ..training.fingerprint import model_fingerprint
 from ..training.head import add_selective_head, read_lm_head
-from ..training.model import Model, base_model, frozen
+from ..training.model import Model, base_model, copied, frozen, whole, whole_shape
 from .batching import BatchBudget
 from .logprobs import forward_logps, hidden_states, score_chunk
 
@@ -148,18 +147,14 @@ class FrozenModels:
     # ------------------------------------------------------------ loading
 
     def _check(self, source: str | Model, online: bool) -> None:
-        """Everything that a reference is refused for before it is loaded, whichever command asks."""
+        """Raise for a reference that cannot be used, before it is loaded, whichever command asks."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         plain = not isinstance(self.policy, PeftModel)
         adapter = isinstance(source, str) and source != BASE and find_adapter_config_file(source) is not None
         starts = BASE_LOGPS in self.columns
-        copied = starts and not self.at_base if online else starts or adapter or source == BASE
-        partitioned = any(hasattr(parameter, "ds_id") for parameter in self.policy.parameters())
         reasons = [
             (self.sharded and plugin is not None and plugin.fsdp_version == 1,
              "fsdp_version=1 cannot switch adapters or hold a reference: set fsdp_version: 2"),
-            (copied and partitioned, "ZeRO-3 has partitioned the model, which cannot be copied for scoring: use "
-             "ZeRO-2, or run `selsft score` without DeepSpeed and train on its folder"),
             (source is self.policy, "reference_model is the model that is trained: all scores would be 0. Pass "
              "another model, or reference_model='base' to compare with the base below an adapter"),
             (source == BASE and plain, "reference_model='base' needs a model with a PEFT adapter: without one the "
@@ -211,10 +206,10 @@ class FrozenModels:
 
     def _keep_start(self, online: bool) -> None:
         if online and BASE_LOGPS in self.columns and not self.at_base:
-            self._start = self._prepare(copy.deepcopy(self.policy))
+            self._start = self._prepare(copied(self.policy))
 
     def release(self) -> None:
-        """Take the reference out of memory and leave the policy as it was."""
+        """Free the reference's memory and restore the policy."""
         if self.adapter is not None and not self.injected:
             with same_trainable(self.policy):
                 cast(PeftModel, self.policy).delete_adapter(self.adapter)
@@ -244,7 +239,7 @@ class FrozenModels:
         return self.policy_sha256 if column == BASE_LOGPS else self.reference_sha256
 
     def precision(self, column: str) -> dict[str, str]:
-        """What of the numbers of a column is decided by dtypes: that of the weights, and that of the forward pass."""
+        """The dtypes that decide the numbers of a column: that of the weights, and that of the forward pass."""
         model = self.own if column == REF_LOGPS and self.own is not None else self.policy
         return {
             "dtype": str(base_model(model).dtype).removeprefix("torch."),
@@ -262,20 +257,20 @@ class FrozenModels:
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        """Inside, `score` can be called. A policy that training will shard is stood in for by a sharded copy, and an
+        """Inside, `score` can be called. A policy that training will shard is replaced by a sharded copy, and an
         adapter of the reference is put into a plain policy, for this long."""
         model = self.policy
         with contextlib.ExitStack() as stack:
-            copied = self.sharded and (BASE_LOGPS in self.columns or self.own is None)
-            if copied:
-                model = copy.deepcopy(model)
+            stands_in = self.sharded and (BASE_LOGPS in self.columns or self.own is None)
+            if stands_in:
+                model = copied(model)
             if self.injected:
                 model = (
                     _inject(model, self.name, self._adapter_name)
-                    if copied
+                    if stands_in
                     else stack.enter_context(_with_adapter(model, self.name, self._adapter_name))
                 )
-            self._live = self._start = self._prepare(model) if copied else model
+            self._live = self._start = self._prepare(model) if stands_in else model
             reason = self._mixed and self._cannot_mix()
             if reason:
                 logger.warning(f"base and reference are scored in two forward passes: {reason}")
@@ -451,12 +446,12 @@ def starts_at_base(policy: Model) -> bool:
         return True
     if config.peft_type != PeftType.LORA:
         return False
-    ups = [
-        parameter
-        for name, parameter in policy.named_parameters()
-        if ("lora_B." in name or "lora_embedding_B." in name) and policy.active_adapter in name.split(".")
-    ]
-    return bool(ups) and all(not parameter.detach().any() for parameter in ups)
+    ups = []
+    for name, parameter in policy.named_parameters():
+        if ("lora_B." in name or "lora_embedding_B." in name) and policy.active_adapter in name.split("."):
+            with whole(parameter) as full:
+                ups.append(bool(full.detach().any()))
+    return bool(ups) and not any(ups)
 
 
 def _same_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase, init_kwargs: dict[str, Any]) -> bool:
@@ -479,7 +474,7 @@ def _same_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase, init_kwargs
 
 def _check_embeddings(policy: Model, reference: Model, name: str) -> None:
     ours, theirs = (
-        cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0] for model in (policy, reference)
+        whole_shape(cast(torch.nn.Embedding, model.get_input_embeddings()).weight)[0] for model in (policy, reference)
     )
     if ours != theirs:
         raise ValueError(

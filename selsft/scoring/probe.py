@@ -464,10 +464,10 @@ def load_probe(folder: str | Path, model_sha256: str, tokenizer_sha256: str) -> 
     if facts.get("format") != FORMAT or facts.get("kind") not in _LOSS_FEATURES:
         raise InputError(
             f"probe={str(folder)!r} has the format {facts.get('format')!r}, and this version of selsft reads "
-            f"{FORMAT}: fit it anew"
+            f"{FORMAT}: fit it again"
         )
     if facts.get("sha256") != sha256:
-        raise InputError(f"probe={str(folder)!r}: {_WEIGHTS} is not the file that {_FACTS} names: fit it anew")
+        raise InputError(f"probe={str(folder)!r}: {_WEIGHTS} is not the file that {_FACTS} names: fit it again")
     for what, name, now in (
         ("a model with other weights (or of another dtype)", "model_sha256", model_sha256),
         ("another tokenizer", "tokenizer_sha256", tokenizer_sha256),
@@ -475,7 +475,7 @@ def load_probe(folder: str | Path, model_sha256: str, tokenizer_sha256: str) -> 
         if facts.get(name) != now:
             raise InputError(
                 f"probe={str(folder)!r} was fitted on {what} ({name} {str(facts.get(name))[:12]}, this run has "
-                f"{now[:12]}): fit it anew with --judged"
+                f"{now[:12]}): fit it again with --judged"
             )
     weights = {int(name.split(".")[1]): tensor for name, tensor in tensors.items() if name.startswith("layer.")}
     kind = facts["kind"]

@@ -44,7 +44,7 @@ def weigh_batches(
     Args:
         batches: with the columns of the score. Under `selection_scope="batch"` all of them are one ranking, else each
             is its own.
-        compared: log-probabilities in the place of each batch's `base_logps`, `(batch, seq_len)` each, nats.
+        compared: log-probabilities that take the place of each batch's `base_logps`, `(batch, seq_len)` each, nats.
         reduce: see `boundary_of_fraction`.
         words: of the tokenizer, for `score_pooling` by word or span.
 

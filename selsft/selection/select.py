@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..config import SelectiveSFTConfig
 from ..data.chunks import supervised_mask, token_chunks
 from ..data.columns import BASE_LOGPS, TOKEN_COLUMNS, WEIGHTS
+from ..data.scored_folder import load_scores
 from ..errors import input_errors
 from ..records import write_json
 from .chosen import warn_unverified
@@ -47,22 +48,34 @@ def select_tokens(
     return add_token_weights(scored, args, special, padding_free=False, words=words)
 
 
+def selection_args(scored: Path, options: dict[str, Any]) -> SelectiveSFTConfig:
+    """Settings of a selection: those given, and what the folder of scores was given by judged rows (`chosen`)."""
+    args = SelectiveSFTConfig("unused", use_cpu=True, bf16=False, go_on=True, **options)
+    use_folder(args, scored)
+    return args
+
+
 def select(
-    scored: Dataset, model: str, options: dict[str, Any], folder: Path, trust_remote_code: bool = False
+    scored: Path,
+    model: str,
+    options: dict[str, Any],
+    folder: Path,
+    start_logps: bool = False,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Write `selected.parquet` (`input_ids`, `labels`, `token_weights`, and `base_logps` for `npo`) and
-    `selection.json`.
+    """Write `selected.parquet` (`input_ids`, `labels`, `token_weights`) and `selection.json`.
 
     Args:
-        scored: rows with `base_logps` and `ref_logps`, as `selsft score` saves them.
+        scored: folder of `selsft score`.
         model: folder or id, for its tokenizer.
-        options: selection settings of `SelectiveSFTConfig`, with `forget_weight` and `forget_objective`.
+        options: selection settings of `SelectiveSFTConfig`.
+        start_logps: whether `base_logps` goes into the file, for `npo`.
 
     Returns:
         what `selection.json` says: tokens, shares, boundary, and the most negative tokens.
     """
     with input_errors():
-        args = SelectiveSFTConfig(output_dir=str(folder), use_cpu=True, bf16=False, **options)
+        args = selection_args(scored, options)
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
         warn_unverified(args)
         weighted = select_tokens(scored, tokenizer, args)
@@ -79,7 +92,7 @@ def select(
         raw = raw_scores(chunk.columns, args)
         worst.add(chunk, mask, pooled_scores(raw, chunk.columns["input_ids"], chunk.lengths, mask, args, words))
     counts["neutral"] = counts["trained"] - counts["positive"] - counts["negative"]
-    columns = ["input_ids", "labels", WEIGHTS] + ([BASE_LOGPS] if args.needs_start_logps else [])
+    columns = ["input_ids", "labels", WEIGHTS] + ([BASE_LOGPS] if start_logps else [])
     weighted.select_columns(columns).to_parquet(str(folder / SELECTED))
     shown = [
         {"score": each.score, "row": each.row, "before": each.before, "text": each.token, "after": each.after}

@@ -106,7 +106,7 @@ class StudyConfig:
         "always scored on all.",
         choices=["own", "all"],
     )
-    score_steps: int = _flag(0, "Score the training questions every so many steps, for learning curves. 0: never.")
+    score_steps: int = _flag(0, "Score the training questions every this many steps, for learning curves. 0: never.")
     hidden_states: str = _flag(
         "own",
         "Hidden states that are kept: none, those of the base model and of the task that was trained on, or all.",

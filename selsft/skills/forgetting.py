@@ -1,4 +1,4 @@
-"""What forgetting did: each forgotten model against the fine-tuned and the base model of its seed.
+"""The effect of forgetting: each forgotten model against the fine-tuned and the base model of its seed.
 
 The formulas are those of Zhang, Choshen and Andreas 2024 (arXiv 2409.02228), with the choices that the paper leaves
 open as arguments. Rejected: ratios of accuracies that were averaged over seeds and examples beforehand, which have no
@@ -19,7 +19,7 @@ from ..evaluation.intervals import Interval
 from .table import ALL_TASKS, CELL, END, MODEL, Model
 
 Reference = Literal["per_task", "parent", "shared"]
-"""Which fine-tuned model a forgotten model is held against, when the labels of task i were forgotten and task j is
+"""Which fine-tuned model a forgotten model is compared with, when the labels of task i were forgotten and task j is
 evaluated: the one trained on j (`per_task`), the one that the forgotten model comes from (`parent`: trained on i, or
 on all tasks), or the one trained on all tasks (`shared`). The paper writes acc_ft(j) and does not say which."""
 UNFORGOTTEN, PARTLY, TO_CHANCE = "unforgotten", "partly forgotten", "down to chance"
@@ -201,7 +201,7 @@ COLUMNS = [
 def _without_reference(
     ends: Ends, models: list[Model], eval_task: str, split: str, reference: str, c: float, draws: int, seed: int
 ) -> dict:
-    """What can be said without a fine-tuned model: accuracy and gap."""
+    """The columns that need no fine-tuned model: accuracy and gap."""
     [values] = ends.stack([(model,) for model in models], eval_task, split, "correct") or []
     left, _ = _accuracy(values, intervals.draw(values.shape[0], values.shape[1], draws, seed))
     reason = f"no fine-tuned model ({reference}) of the same seed was evaluated here"
@@ -254,7 +254,7 @@ def _compare(stages: list[np.ndarray], c: float, margin: float, flipped: bool, w
 
 
 def transitions(ends: Ends, reference: Reference = "parent") -> pd.DataFrame:
-    """How single examples went from base to fine-tuned to forgotten.
+    """How answers to single examples changed from base to fine-tuned to forgotten.
 
     Returns:
         One row per (variant, method, label_task, eval_task, split, base, finetuned, forgotten), the last three bool
@@ -281,7 +281,7 @@ def transitions(ends: Ends, reference: Reference = "parent") -> pd.DataFrame:
 
 
 def agreement(found: pd.DataFrame, ends: Ends) -> pd.DataFrame:
-    """Whether a model learned the labels that it was given, beside what is left of the gold ones.
+    """How far a model learned the labels that it was given, and how far it still gives the gold ones.
 
     Returns:
         One row per forgotten model and split with assigned labels (at the end of the stage, on its own task): `MODEL`,

@@ -1,7 +1,7 @@
-"""What of the base model foretells how far a skill is forgotten: its confidence and the spread of its hidden states.
+"""Properties of the base model that may predict forgetting: its confidence and the spread of its hidden states.
 
 The paper (section "predictors") finds both weak at the level of tasks and absent at the level of examples, so each
-coefficient comes with n, an interval and a permutation p; a handful of tasks rarely says anything. Rejected: a
+coefficient comes with n, an interval and a permutation p; a handful of tasks rarely shows anything. Rejected: a
 regression on several predictors (more coefficients than a study has tasks).
 """
 
@@ -51,7 +51,7 @@ def spearman(x: np.ndarray, y: np.ndarray, permutations: int = 5000, seed: int =
     rho = float(np.clip(a @ b, -1.0, 1.0))
     rng = np.random.default_rng(seed)
     extreme = 0
-    for start in range(0, permutations, 500):  # In blocks: (500, n) of memory.
+    for start in range(0, permutations, 500):  # in chunks, (500, n) in memory
         shuffled = rng.permuted(np.tile(b, (min(500, permutations - start), 1)), axis=1)
         extreme += int((np.abs(shuffled @ a) >= abs(rho) - 1e-12).sum())
     half = stats.norm.ppf(0.975) * np.sqrt((1 + rho**2 / 2) / (n - 3))
@@ -72,7 +72,7 @@ def spread(states: np.ndarray) -> np.ndarray:
 
 
 def by_task(table: pd.DataFrame, hidden: Iterable[Hidden] = ()) -> pd.DataFrame:
-    """One row per (variant, method, task) forgotten on itself: predictors and what they should foretell.
+    """One row per (variant, method, task) forgotten on itself: predictors and what they should predict.
 
     Args:
         table: rows of `forgetting.forgetting` on the test split.

@@ -1,8 +1,8 @@
 """Labels for the forgetting stage: which option of each training question is called right.
 
 `uniform` is the draw of Zhang et al. (arXiv 2409.02228): any option, the right one included, so that about 1/k of the
-labels stay right. `flip` is their other variant. `uniform_wrong` and `shuffle` tell apart what the draw does: the
-first never keeps a right label, the second keeps how often each label occurs. Rejected: one generator for all of them,
+labels stay right. `flip` is their other variant. `uniform_wrong` and `shuffle` separate the effects of the draw: the
+first never keeps a right label, the second keeps the frequency of each label. Rejected: one generator for all of them,
 with which leaving out one example would change the labels of the others.
 """
 
@@ -25,7 +25,7 @@ def assign_labels(
 
     Args:
         mode: `"uniform"`: each option equally likely. `"flip"`: the other option of two, the next one (cyclically) of
-            more. `"uniform_wrong"`: each wrong option equally likely. `"shuffle"`: the labels of the task dealt out
+            more. `"uniform_wrong"`: each wrong option equally likely. `"shuffle"`: the labels of the task distributed
             anew among the questions with as many options; a label is a text where all questions choose from the same
             ones (yes/no), else the option's place.
         seed: with the example's id it decides the draw, whatever other examples there are (not so for `"shuffle"`).

@@ -44,7 +44,7 @@ def read_bigbench(path: Path, name: str | None = None, test_fraction: float = 0.
     canary is kept in `source` and out of every prompt.
 
     Raises:
-        `ValueError` when the file is no multiple-choice task of BIG-bench.
+        `ValueError` when the file is not a multiple-choice task of BIG-bench.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

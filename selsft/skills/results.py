@@ -258,7 +258,7 @@ def _shown(ends: Ends) -> pd.DataFrame:
         confidence = ends.stack(pairs, task, "test", "confidence")
         if correct is None or confidence is None:
             continue
-        after = correct[1].mean(axis=0)  # NaN where a seed lacks the example: never selected.
+        after = correct[1].mean(axis=0)  # NaN where a seed lacks the example: never selected
         before, left = (values.mean(axis=0) for values in confidence)
         learned = correct[0].mean(axis=0) == 1
         frame = pd.DataFrame({"example_id": ends.ids[task, "test"], "finetuned_confidence": before})

@@ -1,8 +1,8 @@
 """The study: base -> fine-tuned -> forgotten for each task, method and seed, everything scored on everything.
 
-Each model is a stage of `workflow.run`. A stage that was cut off starts anew: seeds belong to the stage and weights
-pass from one to the next through the disk, so the tables come out the same. Where a finished stage of other settings
-is there, a study asks for `recompute`, since a changed flag can cost hours; the old folder stays in any case.
+Each model is a stage of `workflow.run`. An interrupted stage starts anew: seeds belong to the stage and weights pass
+from one to the next through the disk, so the tables are the same. Where there is a finished stage of other settings, a
+study asks for `recompute`, since a changed flag can cost hours; the old folder stays in any case.
 
     study.json                   settings, versions, tasks, model, stages
     examples.parquet             the questions
@@ -12,7 +12,7 @@ is there, a study asks for `recompute`, since a changed flag can cost hours; the
     models/<model>/              its weights, while a stage to come starts from them
     tables/, report.html         made from all of it
 
-Rejected: checkpoints inside of a stage, which is minutes long.
+Rejected: checkpoints within a stage, which takes minutes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ MANIFEST = "study.json"
 
 
 class Study:
-    """Tasks, tokenizer and stages of a study; `run` does what is not done yet.
+    """Tasks, tokenizer and stages of a study; `run` does what is left to do.
 
     Args:
         echo: shows a line.
@@ -130,7 +130,7 @@ class Study:
         self.echo(f"In all about {totals[0]:,} tokens of training and {totals[1]:,} of scoring.")
 
     def run(self) -> None:
-        """Do all stages that are not finished and write the report.
+        """Run all unfinished stages and write the report.
 
         Raises:
             `InputError` when the folder holds finished stages of other settings (unless `recompute`), or when another
@@ -144,7 +144,7 @@ class Study:
         execute(stages, self.path, self._about(), manifest=MANIFEST, report=self._report, echo=self.echo)
 
     def _report(self, folder: Path) -> Path:
-        """The report of the models of this study alone, not of others that an earlier one has left in the folder."""
+        """The report of this study's models only, not of those that an earlier study left in the folder."""
         from ..report.skills import write_report
         from .results import compute
 
@@ -195,7 +195,7 @@ class Study:
             return training.load_model(config), {}, []
         start = None if parent.kind == "base" else self._weights(parent)
         if start is not None and not self._has_weights(parent):
-            self._make_model(parent)  # they were cleaned away: the same seeds make the same ones
+            self._make_model(parent)  # they were removed: the same seeds make the same weights
             _free()
         labels: list[int] | None = None
         notes: dict[str, Any] = {}
@@ -256,7 +256,7 @@ class Study:
         return read_json(self._weights(model) / "selsft_stage.json").get("key") == self._weights_key(model)
 
     def _keep_models(self, waiting: set[StudyModel | None]) -> None:
-        """Remove the weights that no stage will start from any more."""
+        """Remove the weights that no remaining stage starts from."""
         if not self.config.keep_models:
             for model in self.models:
                 if model not in waiting:
@@ -266,15 +266,15 @@ class Study:
         earlier = stage.earlier()
         if not earlier or stage.state() == "finished":
             return
-        found, wanted = _flat(earlier["settings"]), _flat(stage.settings)
-        changed = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
+        old, new = _flat(earlier["settings"]), _flat(stage.settings)
+        changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
         if not changed:  # the base model, of which every stage is made
-            found, wanted, changed = earlier["inputs"], {"model": self.source}, ["model"]
+            old, new, changed = earlier["inputs"], {"model": self.source}, ["model"]
         # a setting says more than the hash of what came of it
         name = min(changed, key=lambda key: ("data" in key, "parent" in key, key))
         raise InputError(
             f"output_dir={self.config.output_dir!r} holds the stage {stage.name} made with other settings: {name} was "
-            f"{found.get(name)!r} and is {wanted.get(name)!r} now. Choose another folder, go back to the old setting, "
+            f"{old.get(name)!r} and is {new.get(name)!r} now. Choose another folder, go back to the old setting, "
             "or compute the changed stages too with --recompute"
         )
 

@@ -1,4 +1,4 @@
-"""The named suite, and from the names of a command line to tasks.
+"""The named suite, and tasks by their names on the command line.
 
 `skills21` is a suite of the paper's shape (21 tasks, five areas) with documented choices in `suite.yaml`; the paper's
 own list was not readable in full, so no list here is called the paper's.
@@ -48,7 +48,7 @@ def task_names(text: str) -> list[str]:
         raise ValueError("no task is named: give one or more, with commas between them")
     for name in names:
         if not _NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no name of a task: letters, digits, '_', '-' and '.' only")
+            raise ValueError(f"{name!r} is not the name of a task: letters, digits, '_', '-' and '.' only")
     return list(dict.fromkeys(names))
 
 

@@ -1,9 +1,9 @@
 """From the questions of a data set to the train and test rows of a study.
 
-The order is fixed: options that coincide, duplicates, overlap, balance and size, two options. Every row that is lost
-on the way is counted under a reason. The draws of an example (its distractor, its label, the place of the right
-answer) come from a hash of the seed and its id, so that they stay whatever else is in the file. Rejected: one
-generator for a whole task, with which a row more at the top of a file would change every draw below it.
+The order is fixed: options that coincide, duplicates, overlap, balance and size, two options. Every dropped row
+is counted under a reason. The draws of an example (its distractor, its label, the place of the right
+answer) come from a hash of the seed and its id, so that they do not depend on other rows. Rejected: one
+generator for a whole task, with which an extra row at the top of a file would change every draw below it.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def normalize(text: str) -> str:
 
 
 def question_key(example: MultipleChoiceExample) -> Hashable:
-    """What two rows share that ask the same: normalised prompt and options, in any order."""
+    """Equal for rows that ask the same question: normalised prompt and options, in any order."""
     return normalize(example.prompt), tuple(sorted(normalize(option) for option in example.options))
 
 

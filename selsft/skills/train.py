@@ -1,8 +1,8 @@
 """Training of a stage: rows of questions and labels, through `SelectiveSFTTrainer`.
 
 Both stages are plain prompt-completion fine-tuning with the loss on the answer alone; a token objective is the same
-with weight -1 on the tokens of the right answers. So nothing here knows how to forget: the trainer does. Rejected: a
-loop of our own, which would be smaller, and prove nothing about the trainer that users have.
+with weight -1 on the tokens of the right answers. So all forgetting is done by the trainer. Rejected: a
+training loop of its own, which would be smaller and prove nothing about the trainer that users have.
 """
 
 from __future__ import annotations

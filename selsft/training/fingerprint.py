@@ -8,15 +8,13 @@ memory.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Iterator
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from torch.distributed.tensor import DTensor
 
-from .model import Model
+from .model import Model, whole
 
 # The trainer aligns these with the tokenizer, or they say where a model came from
 _NOT_IN_HASH = (
@@ -44,11 +42,11 @@ def model_fingerprint(model: Model, adapter: str | None = "*") -> str:
         config.pop(key, None)
     digest.update(repr(sorted((key, value) for key, value in config.items() if not key.startswith("_"))).encode())
     for name, tensor in sorted(_weights(model, adapter), key=lambda item: item[0]):
-        with _whole(tensor) as whole:
-            if whole.is_meta:
+        with whole(tensor) as full:
+            if full.is_meta:
                 raise ValueError(f"weight {name!r} is on the meta device: a model without weights has no hash")
-            flat = whole.detach().cpu().contiguous().view(-1)
-            digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
+            flat = full.detach().cpu().contiguous().view(-1)
+            digest.update(f"{name} {full.dtype} {tuple(full.shape)}".encode())
             digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     return digest.hexdigest()
 
@@ -65,17 +63,3 @@ def _weights(model: Model, adapter: str | None) -> Iterator[tuple[str, torch.Ten
             yield ".".join(part for part in parts if part not in _WRAPPERS), tensor
         elif adapter == "*" or adapter in parts:
             yield ".".join(parts), tensor
-
-
-@contextlib.contextmanager
-def _whole(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The full tensor where it is sharded: by FSDP2 as a DTensor, by ZeRO-3 behind a parameter of no size."""
-    if isinstance(tensor, DTensor):
-        yield tensor.full_tensor()
-    elif hasattr(tensor, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([tensor]):
-            yield tensor
-    else:
-        yield tensor

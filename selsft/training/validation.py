@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from trl.data_utils import get_dataset_column_names
 
 from .._compat import DataCollatorForLanguageModeling
 from ..data.columns import BASE_LOGPS, NOISY_LOGPS, PROBE_SCORES, READ_COLUMNS, REF_LOGPS, SCORE_COLUMNS, WEIGHTS
+from ..errors import InputError
 from .collator import DataCollatorForSelectiveSFT
 from .model import Model
 
@@ -28,6 +29,16 @@ _RULES = (
 _FORGETTING = (
     "forget_objective", "forget_weight", "forget_schedule", "forget_normalization", "forget_beta", "forget_floor",
 )  # fmt: skip
+
+
+def validate_prepared(trainer: SelectiveSFTTrainer) -> None:
+    """Raise `InputError` when no prepared row is left to train on."""
+    dataset, args = trainer.train_dataset, trainer.args
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise InputError(
+            f"max_length={args.max_length} (truncation_mode={args.truncation_mode!r}) leaves no row with a supervised "
+            "token: raise max_length, or bring rows with shorter prompts"
+        )
 
 
 def validate_effects(trainer: SelectiveSFTTrainer, source: str | Model | None, given: list[str]) -> None:

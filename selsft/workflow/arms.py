@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,13 +41,13 @@ from .stage import Stage, model_source
 
 Measure = Callable[[Model, PreTrainedTokenizerBase, Dataset, SelectiveSFTConfig], Mapping[str, ArrayLike]]
 _ROWS, _NOTES = "rows.parquet", "arm.json"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
 # What arms share, or there would be nothing to compare
-_SHARED = {
+SHARED = {
     "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length",
     "packing", "padding_free", "train_sampling_strategy", "model_init_kwargs",
 }  # fmt: skip
-_SET_HERE = {"output_dir", "seed", "data_seed"}
+SET_HERE = {"output_dir", "seed", "data_seed"}
 _PATHS = {"reference_model", "scoring_cache_dir"}  # known by their content, or of no weight
 
 
@@ -62,6 +62,8 @@ class ArmComparison:
             where a measure does not apply to a row. `(1, rows)` for models that were not trained here.
         groups: `(rows,)` held-out rows with equal values are resampled together; `None` for each row alone.
         folders: name -> the folder of each seed, with its values, notes and, where kept, its model.
+        sizes: measure -> `(rows,)` weight of each row in a mean, for instance its tokens; equal where a measure has
+            none.
     """
 
     baseline: str
@@ -69,16 +71,19 @@ class ArmComparison:
     values: dict[str, dict[str, np.ndarray]]
     groups: np.ndarray | None
     folders: dict[str, list[Path]]
+    sizes: dict[str, np.ndarray] = field(default_factory=dict)
 
     def mean(self, name: str, measure: str) -> float:
-        """Mean over seeds of the means over rows."""
-        return float(np.nanmean(self.values[name][measure], axis=1).mean())
+        """Mean over seeds of the (weighted) means over rows."""
+        values = self.values[name][measure]
+        size = np.where(np.isnan(values), np.nan, self.sizes.get(measure, 1.0))
+        return float((np.nansum(values * size, axis=1) / np.nansum(size, axis=1)).mean())
 
     def difference(self, name: str, measure: str, baseline: str | None = None) -> Interval:
         """Mean of `name` minus that of `baseline` with its 95 % interval over rows and seeds, on the rows that both
         have (`evaluation.intervals`)."""
         first = self.values[baseline or self.baseline][measure]
-        return paired(first, self.values[name][measure], groups=self.groups)
+        return paired(first, self.values[name][measure], self.sizes.get(measure), self.groups)
 
     def __str__(self) -> str:
         lines = []
@@ -261,14 +266,14 @@ def _check(
 ) -> None:
     if not arms or not seeds or len(set(seeds)) < len(seeds):
         raise InputError(f"arms={list(arms)}, seeds={list(seeds)}: give at least one of each, and each seed once")
-    if bad := [name for name in names if not _NAME.fullmatch(name) or names.count(name) > 1]:
+    if bad := [name for name in names if not NAME.fullmatch(name) or names.count(name) > 1]:
         raise InputError(f"arms: {bad[0]!r} must be a name of letters, digits, '_' and '.', and given once")
     if baseline not in arms:
         raise InputError(f"baseline={baseline!r} is none of the arms: {', '.join(arms)}")
-    if taken := sorted(_SET_HERE & set(shared)):
+    if taken := sorted(SET_HERE & set(shared)):
         raise InputError(f"settings: {taken[0]!r} is set for each arm; use output_dir and seeds")
     for name, changes in arms.items():
-        if own := sorted((_SHARED | _SET_HERE) & set(changes)):
+        if own := sorted((SHARED | SET_HERE) & set(changes)):
             raise InputError(f"arms: {own[0]!r} of {name!r} would change rows, order or steps: move it to settings")
         for column in filter(None, dict(changes.get("columns", {})).values()):
             if column not in train.column_names:

@@ -1,7 +1,7 @@
 """Child processes that end with their parent, however it ends.
 
-A run that is killed must leave nothing that holds memory, a device or files. Linux signals the child by itself
-(`PR_SET_PDEATHSIG`) when the parent had no chance to. Rejected: a thread in the child that polls its parent, which the
+A killed run must leave nothing behind that holds memory, a device or files. Linux itself signals the child
+(`PR_SET_PDEATHSIG`) when the parent cannot. Rejected: a thread in the child that polls its parent, which the
 workers of a launcher would inherit.
 """
 

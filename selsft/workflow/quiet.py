@@ -1,4 +1,4 @@
-"""Training many small models: silence for the libraries, whose bars and remarks would bury our own output."""
+"""Silences the libraries while many small models train, since their bars and remarks would bury our own output."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUIET: dict[str, Any] = {
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No bars, warnings and log lines of datasets and transformers inside; afterwards as it was."""
+    """No bars, warnings and log lines of datasets and transformers inside; afterwards all is as before."""
     verbosity = logging.get_verbosity()
     bars, model_bars = datasets.is_progress_bar_enabled(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -43,7 +43,7 @@ def quiet() -> Iterator[None]:
 
 
 def train_quietly(trainer: Trainer, description: str, checkpoint: str | None = None) -> None:
-    """Train behind one bar that goes away when it is full.
+    """Train behind one bar, which is cleared at the end.
 
     Args:
         checkpoint: to resume from.

@@ -34,19 +34,21 @@ def execute(
     from_stage: str | None = None,
     report: Callable[[Path], Path] | None = None,
     echo: Callable[[str], None] = print,
+    after: Callable[[Stage], None] | None = None,
 ) -> None:
-    """Run all stages that are not finished, and write the report.
+    """Run all unfinished stages, and write the report.
 
     Args:
         stages: in an order in which each reads from earlier ones only.
         about: what the run is; goes into its manifest.
         manifest: file name of the manifest, which also marks `root` as a run's folder.
-        from_stage: this stage and all after it are done anew; their old folders are renamed, not removed.
+        from_stage: this stage and all after it run again; their old folders are renamed, not removed.
         report: writes the report from the run's folder and returns its path.
         echo: shows a line.
+        after: looks at every stage that is finished or skipped; what it raises ends the run.
 
     Raises:
-        `InputError` when the folder is something else's or another process runs in it, or when a stage fails.
+        `InputError` when the folder holds something else or another process runs in it, or when a stage fails.
     """
     check_folder(root, manifest)
     first = _position(stages, from_stage)
@@ -72,11 +74,14 @@ def execute(
                     echo(f"  {stage.run()}")
                 except InputError as error:
                     raise InputError(
-                        f"stage {stage.name}: {error}. What was finished is kept: put it right and run the same "
+                        f"stage {stage.name}: {error}. What was finished is kept: correct it and run the same "
                         "command again"
                     ) from error
                 states[stage.name] = "finished"
             stage.link()
+            if after is not None:
+                write_json(root / manifest, _record(stages, states, about))
+                after(stage)
         write_json(root / manifest, {**_record(stages, states, about), "finished": now()})
         if report is not None:
             echo(f"Report: {report(root)}")
@@ -109,7 +114,7 @@ def _position(stages: Sequence[Stage], from_stage: str | None) -> int:
 
 
 def check_folder(root: Path, manifest: str = RUN) -> None:
-    """Refuse a folder that holds something else, or a run of a version whose stages had no keys.
+    """Raise for a folder that holds something else, or a run of a version whose stages had no keys.
 
     Raises:
         `InputError` naming the folder and the remedy.
@@ -131,7 +136,7 @@ def _visible(path: Path) -> bool:
 
 
 def _record(stages: Sequence[Stage], states: dict[str, str], about: dict[str, Any]) -> dict[str, Any]:
-    found = {
+    record = {
         stage.name: {
             "folder": f"stages/{stage.folder.name}",
             "state": states[stage.name],
@@ -140,4 +145,4 @@ def _record(stages: Sequence[Stage], states: dict[str, str], about: dict[str, An
         }
         for stage in stages
     }
-    return {**about, "written": now(), "finished": None, "versions": versions(), "stages": found}
+    return {**about, "written": now(), "finished": None, "versions": versions(), "stages": record}

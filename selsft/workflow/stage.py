@@ -1,8 +1,8 @@
-"""A stage: one step of a run, in a folder that is named after everything that decides what is in it.
+"""A stage: one step of a run, in a folder named after everything that decides its content.
 
 The key of a stage is a hash of its settings, of the keys of the stages it reads from, and of the content of the files
-it reads. So a stage whose inputs are unchanged is found again, a changed setting makes a new folder beside the old one
-and loses nothing, and going back to an earlier setting costs nothing. Rejected: comparing times of files as `make`
+it reads. So a stage whose inputs are unchanged is reused, a changed setting makes a new folder beside the old one
+and loses nothing, and returning to an earlier setting costs nothing. Rejected: comparing times of files as `make`
 does, which takes a copied folder for a new one and a changed setting for none.
 """
 
@@ -24,7 +24,7 @@ from ..records import file_sha256, now, read_json, sweep, versions, write_json
 
 RECORD = "stage.json"
 _KEY = 12  # hexadecimal digits
-# Above this, a local folder is known by names, sizes and times of its files: hashing takes a second for each GB
+# Above this, a local folder is identified by names, sizes and times of its files: hashing takes a second per GB
 _HASHED_BYTES = 50e9
 _NO_MODEL = "{!r} is neither a folder with a model nor the id of one that can be loaded: check the spelling"
 
@@ -37,7 +37,7 @@ class Stage:
         name: unique within the run; its part before the first `-` is what `--from` takes.
         settings: what decides the result, besides the inputs. Must be JSON.
         inputs: what it reads: other stages, or fingerprints of files and models from outside.
-        work: fills the folder, and returns a remark to show. Called again on a folder that an interrupted run has left
+        work: fills the folder, and returns a remark to show. Called again on a folder that an interrupted run left
             behind.
         links: where the run's folder shows this stage: path there -> path within the stage's folder. By default the
             whole folder under the stage's name.
@@ -66,7 +66,7 @@ class Stage:
         return read_json(self.folder / RECORD)
 
     def state(self) -> str:
-        """`"finished"`, `"interrupted"`, `"changed"` (finished, but a file of it is not what it was) or `"new"`."""
+        """`"finished"`, `"interrupted"`, `"changed"` (finished, but a file has changed since) or `"new"`."""
         record = self.record
         if not record:
             return "interrupted" if self.folder.is_dir() and any(self.folder.iterdir()) else "new"
@@ -77,11 +77,12 @@ class Stage:
     def earlier(self) -> dict[str, Any]:
         """The record of the last finished stage of this name, of whatever key; empty when there is none."""
         folders = (self.root / "stages").glob(f"{self.name}-{'[0-9a-f]' * _KEY}")
-        finished = [found for folder in folders if (found := read_json(folder / RECORD)).get("status") == "finished"]
+        records = [read_json(folder / RECORD) for folder in folders]
+        finished = [record for record in records if record.get("status") == "finished"]
         return max(finished, key=lambda record: record["started"], default={})
 
     def run(self) -> str:
-        """Do the work; returns seconds and remark. The record says `running` until the folder is whole."""
+        """Do the work; returns seconds and remark. The record says `running` until the folder is complete."""
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder)
         before = self.record
@@ -118,7 +119,7 @@ class Stage:
             os.replace(temporary, link)
 
     def unlink(self) -> None:
-        """Take away the links, which show an earlier stage while this one is not finished."""
+        """Remove the links, which show an earlier stage while this one is not finished."""
         for link in (self.root / name for name in self._links):
             if link.is_symlink():
                 link.unlink()
@@ -172,7 +173,7 @@ def file_fingerprint(path: str | Path) -> str:
 
 
 def model_source(name: str, revision: str | None = None) -> str:
-    """What a model or adapter is known by: the content of its folder, or its id and commit on the Hub."""
+    """What identifies a model or adapter: the content of its folder, or its id and commit on the Hub."""
     if Path(name).is_dir():
         return file_fingerprint(name)
     from transformers.utils import cached_file
@@ -180,17 +181,17 @@ def model_source(name: str, revision: str | None = None) -> str:
 
     for file in ("config.json", "adapter_config.json"):
         try:
-            found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+            path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
         except (OSError, ValueError) as error:
             raise InputError(f"{_NO_MODEL.format(name)} ({str(error).splitlines()[0]})") from error
-        if found is not None:
-            return f"{name}@{extract_commit_hash(found, None)}"
+        if path is not None:
+            return f"{name}@{extract_commit_hash(path, None)}"
     raise InputError(_NO_MODEL.format(name))
 
 
 def data_source(name: str) -> str:
-    """What a data set is known by: the content of a file or folder; on the Hub its name alone, so that a new version
-    there is read only when asked for (`--from split`)."""
+    """What identifies a data set: the content of a file or folder; on the Hub its name alone, so that a new version
+    there is read only on request (`--from split`)."""
     if Path(name).exists():
         return file_fingerprint(name)
     if Path(name).suffix in BUILDERS:

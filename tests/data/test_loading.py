@@ -23,13 +23,13 @@ def write(path, rows):
             "row 0 of the data holds 42 as 'completion', which is int: it needs",
         ),
         ([{"text": 1.5}], "row 0 of the data holds 1.5 as 'text', which is float"),
-        ([{"text": ["a", "b"]}], "row 0 of the data holds a list as 'text' that is not one of messages"),
+        ([{"text": ["a", "b"]}], r"row 0 of the data holds \['a', 'b'\] as 'text', which is list: it needs text"),
         ([{"input_ids": "abc"}], "row 0 of the data holds 'abc' as 'input_ids', which is str: it needs token ids"),
         ([{"text": "a"}, {"text": None}], "row 1 of the data has no 'text': repair or remove it"),
         (
             [{"messages": TURNS}, {"text": "plain"}],
             # datasets before 5 does not load such rows
-            "row 1 of the data has 'text' where others have 'messages': bring all rows into one form|missing key",
+            "row 1 of the data has 'text', row 0 has 'messages': bring all rows into one form|missing key",
         ),
         (
             [{"question": "a", "answer": "b"}],
@@ -39,7 +39,7 @@ def write(path, rows):
             [{"instruction": "a", "input": "", "output": "b"}],
             "Give --columns prompt=instruction,completion=output",
         ),
-        ([{"words": "a"}], "or --columns to rename what it has"),
+        ([{"words": "a"}], "or --columns to rename one"),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from selsft import DataCollatorForSelectiveSFT, SelectiveSFTConfig, SelectiveSFTTrainer
+from selsft import DataCollatorForSelectiveSFT
 from selsft.data.columns import shift
 from selsft.data.preparation import message_token_weights
 from tests.support import tiny
+from tests.support.trainers import make
 
 MODES = {
     "padded": {},
@@ -20,15 +21,6 @@ MODES = {
     "multiple_of": {"pad_to_multiple_of": 8},
     "shuffled": {"shuffle_dataset": True},
 }
-
-
-def make(options, data, **changes):
-    return SelectiveSFTTrainer(
-        model=tiny.llama(),
-        args=SelectiveSFTConfig(**{**options, **changes}),
-        train_dataset=data,
-        processing_class=tiny.tokenizer(),
-    )
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["loaded", "streamed"])

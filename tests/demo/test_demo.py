@@ -277,7 +277,7 @@ def test_the_whole_flow_runs(tiny, tmp_path):
     assert len(set(probabilities)) == 3  # three different models came out of one start
 
     before = (tmp_path / "results.csv").read_text(encoding="utf-8")
-    (tmp_path / "results.json").unlink()  # cut off before its end: everything that was trained is found again
+    (tmp_path / "results.json").unlink()  # interrupted before its end: everything that was trained is reused
     screen.truncate(0)
     run(tiny, [1], tmp_path, Console(file=screen, width=110))
     lines = [line for line in screen.getvalue().splitlines() if line.startswith("[")]

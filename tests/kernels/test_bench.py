@@ -1,13 +1,12 @@
 """The benchmark: what it writes, what it says about what it could not measure, and that peers do the same task."""
 
-import csv
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from selsft.bench import cases, kernels, peers, records
+from selsft.bench import cases, kernels, lines, peers, records
 from selsft.bench.bars import bars, table
 from selsft.bench.measure import _cpu_ms, measure
 from selsft.bench.peers import FORWARD, TRAINING
@@ -29,10 +28,9 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_columns(result: Path) -> None:
-    with (result / "kernels-cpu.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = lines.read(result / "kernels-cpu.jsonl")
     assert ",".join(rows[0]) == (
-        "gpu,driver,torch,triton,sha,date,implementation,pass,head,n,h,v,ignored,"
+        "kind,gpu,driver,torch,triton,sha,date,implementation,data,pass,head,n,h,v,ignored,"
         "ms_median,ms_p20,ms_p80,peak_mib,tflops,ratio_to_gemm"
     )
     assert {(r["pass"], r["head"]) for r in rows} == {
@@ -52,7 +50,7 @@ def test_what_did_not_run_is_named(result: Path) -> None:
 
 
 def test_bars_without_a_measurement_are_not_passed(result: Path) -> None:
-    found = bars(records.read(result / "kernels-cpu.csv"), {})
+    found = bars(records.kernel_records(lines.read(result / "kernels-cpu.jsonl")), {}, {})
     assert {bar.verdict for bar in found} == {"not measured"}
     assert "pass" not in table(found)
 
@@ -60,10 +58,57 @@ def test_bars_without_a_measurement_are_not_passed(result: Path) -> None:
 def test_a_bar_is_passed_or_missed_by_its_figure() -> None:
     verdicts = {
         bar.what: bar.verdict
-        for bar in bars([], {"gradient_ratio": 1.2, "logprob_ratio": 0.3})
+        for bar in bars([], {"gradient_ratio": 1.2, "logprob_ratio": 0.3}, {})
         if bar.figure is not None
     }
     assert sorted(verdicts.values()) == ["MISS", "pass"]
+
+
+def test_a_peer_that_fails_costs_the_others_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(kernels.IMPLEMENTATIONS, "trl", broken)
+    path = tmp_path / "lines.jsonl"
+
+    def run(names: list[str], resume: bool) -> tuple[list[str], bool]:
+        return kernels.run(path, (8,), ((4, 12),), (0,), names, CPU, 0.0, resume=resume)
+
+    notes, failed = run(["trl", "selsft"], False)
+    assert failed and notes[0].startswith("trl: RuntimeError at N=8 H=4 V=12")
+    assert [line["implementation"] for line in lines.read(path)] == ["gemm", "selsft"] * 3
+    # What is there is not measured again.
+    monkeypatch.setitem(kernels.IMPLEMENTATIONS, "selsft", broken)
+    assert run(["selsft"], True) == ([], False) and run(["selsft"], False)[1]
+
+
+def test_real_hidden_states_come_back(tmp_path: Path) -> None:
+    hidden, weight = torch.randn(9, 8), torch.randn(30, 8)
+    target = torch.arange(9)
+    path = tmp_path / "states.safetensors"
+    cases.save_states(path, "a model", hidden, weight, target)
+    case = cases.load_case(path, 6, 50, CPU, torch.float32)
+    assert case.size == (6, 8, 30) and case.data == "a model" and case.rows.numel() == 3
+    assert torch.allclose(case.hidden, hidden[:6], atol=0.02) and torch.allclose(case.weight, weight, atol=0.02)
+    assert torch.equal(case.target[case.rows], target[:6][case.rows])
+    with pytest.raises(ValueError, match="has 9 rows, not 10"):
+        cases.load_case(path, 10, 0, CPU, torch.float32)
+
+
+def test_the_bar_about_cce_is_one_about_real_hidden_states() -> None:
+    where = {"gpu": "x", "driver": "", "torch": "", "triton": "", "sha": "", "date": "", "pass_": TRAINING}
+    size = {"head": "frozen", "n": 8192, "h": 4096, "v": 128256, "ignored": 0}
+    time = {"ms_p20": 1.0, "ms_p80": 1.0, "peak_mib": 1.0, "tflops": 1.0, "ratio_to_gemm": 1.0}
+
+    def made(name: str, data: str, ms: float) -> records.Record:
+        return records.Record(**where, **size, **time, implementation=name, data=data, ms_median=ms)
+
+    found = [made("selsft-statistics", cases.SYNTHETIC, 9.0), made("cce", cases.SYNTHETIC, 1.0)]
+    (bar,) = [bar for bar in bars(found, {}, {}) if "CCE" in bar.what]
+    assert bar.verdict == "not measured"
+    found += [made("selsft-statistics", "a model", 2.0), made("cce", "a model", 3.2)]
+    (bar,) = [bar for bar in bars(found, {}, {}) if "CCE" in bar.what]
+    assert bar.figure == pytest.approx(1.6) and bar.verdict == "pass"
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -1,6 +1,5 @@
 """`selsft run`: which flag decides which stage, what is skipped, what survives a kill, and one run from end to end."""
 
-import importlib
 import json
 import os
 import random
@@ -20,10 +19,8 @@ from safetensors.torch import load_file
 from selsft.cli import main
 from selsft.cli.run import check_flags
 from selsft.errors import InputError
-from selsft.pipeline.plan import Plan
-from selsft.pipeline.recipe import load_recipe
-from selsft.report.run import paired_difference
 from tests.support import tiny
+from tests.support.recipe import RECIPE, plan, run_here
 
 pytestmark = pytest.mark.slow
 
@@ -86,7 +83,9 @@ def changed(*overrides):
     return [name for name in before if before[name] != after[name]]
 
 
-AFTER_SCORE = ["select", "train", "evaluate-trained"]
+TRAINED = [f"train-{arm}-seed42" for arm in ("plain", "ignore", "forget")]
+EVALUATED = [f"evaluate-{arm}-seed42" for arm in ("plain", "ignore", "forget")]
+AFTER_SCORE = ["select", "triage", *TRAINED[1:], *EVALUATED[1:]]
 
 
 @pytest.mark.parametrize(
@@ -94,18 +93,18 @@ AFTER_SCORE = ["select", "train", "evaluate-trained"]
     [
         (["--negative_threshold", "2.0"], AFTER_SCORE),
         (["--neutral_band", "0.1"], AFTER_SCORE),
-        (["--forget_weight", "0.5"], AFTER_SCORE[1:]),
-        (["--forget_weight", "0.0"], AFTER_SCORE),  # negatives become neutral
+        (["--forget_weight", "0.5"], [TRAINED[2], EVALUATED[2]]),
         (["--forget_objective", "npo"], AFTER_SCORE),  # which needs the log-probabilities of the start
-        (["--forget_objective", "wga"], AFTER_SCORE[1:]),
-        (["--train.learning_rate", "0.5"], AFTER_SCORE[1:]),
-        (["--learning_rate", "0.5"], AFTER_SCORE[1:]),  # the reference has its own
-        (["--evaluate.max_new_tokens", "5"], ["evaluate-base", "evaluate-reference", "evaluate-trained"]),
+        (["--forget_objective", "wga"], [TRAINED[2], EVALUATED[2]]),
+        (["--train.learning_rate", "0.5"], [*TRAINED, *EVALUATED]),
+        (["--learning_rate", "0.5"], [*TRAINED, *EVALUATED]),  # the reference has its own
+        (["--evaluate.max_new_tokens", "5"], ["evaluate-base", "evaluate-reference", *EVALUATED]),
         (["--logging_steps", "3"], []),
         (["--save_total_limit", "2"], []),
+        (["--go_on", "true"], []),
         (
             ["--reference.learning_rate", "0.5"],
-            ["reference", "score", *AFTER_SCORE[:2], "evaluate-reference", "evaluate-trained"],
+            ["reference", "score", *AFTER_SCORE[:4], "evaluate-reference", *EVALUATED[1:]],
         ),
         (["--scoring_batch_size", "2"], ["score", *AFTER_SCORE]),
     ],
@@ -169,7 +168,7 @@ def test_from_data_to_report_and_again(folder):
 
     first = plan(run=run)
     first.execute([])
-    assert commands == ["train", "score", "train", "evaluate", "evaluate", "evaluate"]
+    assert commands == ["train", "score", *["train"] * 3, *["evaluate"] * 5]
     train = Path("run/train/model")
     assert (train / "adapter_model.safetensors").is_file() and Path("run/report.html").is_file()
     selected = pq.read_table("run/select/selected.parquet").to_pydict()
@@ -180,18 +179,19 @@ def test_from_data_to_report_and_again(folder):
     config = yaml.safe_load(Path("run/train/config.yaml").read_text())
     assert config["dataset_name"].endswith("selected.parquet") and "reference_model" not in config
     report = json.loads(Path("run/report.json").read_text())
-    assert {row["name"] for row in report["measures"]} >= {"nll", "exact_match", "eos_rate", "kl_to_base"}
+    assert {row["name"] for row in report["measures"]} >= {"nll", "kl_to_base"}
+    assert {row["name"] for row in report["left_out"]} >= {"exact_match", "eos_rate"}
 
     before = outputs("run")
     commands.clear()
     plan(run=run).execute([])
     assert commands == []
     plan("--negative_threshold", "0.02", run=run).execute([])  # no model for the selection
-    assert commands == ["train", "evaluate"]
-    assert len(list(Path("run/stages").glob("train-*"))) == 2
+    assert commands == ["train", "train", "evaluate", "evaluate"]  # plain training knows no threshold
+    assert len(list(Path("run/stages").glob("train-*"))) == 5
     plan(run=run).execute([])  # going back finds the old one
     assert (
-        commands == ["train", "evaluate"]
+        commands == ["train", "train", "evaluate", "evaluate"]
         and {k: v for k, v in outputs("run").items() if k in before}.keys() == before.keys()
     )
 
@@ -202,7 +202,7 @@ def test_from_data_to_report_and_again(folder):
     assert len(list(Path("run/stages").glob("select-*.1"))) == 1
 
     plan(run=run).execute([], "train")
-    assert commands == ["train", "evaluate", "evaluate", "evaluate"]
+    assert commands == [*["train"] * 3, *["evaluate"] * 5]
     kept = outputs("run")
     for name, value in before.items():
         if name.startswith("stages/train"):
@@ -221,11 +221,12 @@ def test_the_selected_run_is_training_with_the_reference(folder):
         "output_dir": "direct",
         "negative_threshold": 0.02,
         "lora_dropout": 0.0,
+        "data_seed": 42,
     }
     Path("direct.yaml").write_text(yaml.safe_dump(flags))
     assert main(["train", "--config", "direct.yaml"]) == 0
     direct = load_file("direct/adapter_model.safetensors")
-    staged = load_file(stages["train"] / "model" / "adapter_model.safetensors")
+    staged = load_file(stages["train-forget-seed42"] / "model" / "adapter_model.safetensors")
     for name, value in direct.items():
         torch.testing.assert_close(staged[name], value, rtol=0, atol=1e-5)
     start = load_file(stages["reference"] / "model" / "adapter_model.safetensors")
@@ -319,8 +320,8 @@ def test_self_evolving_moves_the_reference(folder):
     overrides = ["--split.parts", "3", "--split.reference_size", "0", "--forget_weight", "0.0"]
     evolving = plan(*overrides, run=run)
     names = [stage.name for stage in evolving.stages]
-    assert names == ["split", "train-1", "score-2", "select-2", "train-2", "score-3", "select-3", "train-3",
-                     "evaluate-base", "evaluate-trained"]  # fmt: skip
+    assert names == ["split", "check", "train-1", "score-2", "select-2", "train-2", "score-3", "select-3", "train-3",
+                     "evaluate-base", "evaluate-3"]  # fmt: skip
     evolving.execute([])
     folders = {stage.name: stage.folder for stage in evolving.stages}
     configs = [config for command, config in commands if command != "evaluate"]
@@ -363,7 +364,7 @@ def test_a_failed_stage_keeps_the_others_and_names_itself(folder):
     with pytest.raises(InputError, match=r"stage score: no such thing\. What was finished is kept"):
         plan(run=run).execute([])
     plan(run=run).execute([])
-    assert calls == ["train", "score", "score", "train", "evaluate", "evaluate", "evaluate"]
+    assert calls == ["train", "score", "score", *["train"] * 3, *["evaluate"] * 5]
 
 
 def cli(*argv):
@@ -376,10 +377,18 @@ def cli(*argv):
         (["nothing"], "recipe 'nothing': no such file (recipes that ship with selsft: demo, domain-lora"),
         (["recipe.yaml", "--learning_rat", "1"], "unknown argument --learning_rat: did you mean --learning_rate?"),
         (["recipe.yaml", "--split.eval_sise", "1"], "stages.split.eval_sise is unknown: did you mean eval_size?"),
-        (["recipe.yaml", "--from", "nowhere"], "--from nowhere: the stages of this run are split, reference"),
+        (["recipe.yaml", "--from", "nowhere"], "--from nowhere: the stages of this run are split, check, reference"),
         (["recipe.yaml", "--dataset_name", "none.jsonl", "--dry_run"], "dataset_name='none.jsonl': no such file"),
         (["recipe.yaml", "--model_name_or_path", "no-model"], "'no-model' is neither a folder with a model nor"),
-        (["recipe.yaml", "--positive_fraction", "0.5"], "exclude each other"),
+        (["recipe.yaml", "--positive_fraction", "0.5", "--negative_threshold", "1"], "exclude each other"),
+        (["recipe.yaml", "--arms", "plain,plain"], "arms: 'plain' is named twice"),
+        (["recipe.yaml", "--arms", "plain,better"], "arms: 'better' is none of plain, ignore, forget, random, oracle"),
+        (["recipe.yaml", "--arms", "plain,base", "--base.forget_weight", "1"], "'base' is the name of a stage"),
+        (["recipe.yaml", "--better.forget_weight", "1"], "'better' is neither a stage"),
+        (["recipe.yaml", "--forget.max_steps", "1"], "would change rows, order or steps"),
+        (["recipe.yaml", "--forget.forget_wait", "1"], "is no flag of `selsft train`: did you mean forget_weight?"),
+        (["recipe.yaml", "--headline", "bleu"], "headline='bleu' is none of the measures: exact_match, preference"),
+        (["recipe.yaml", "--seeds", "0"], "seeds=0 must be a number of trainings"),
         (["recipe.yaml", "--eval_size", "3"], "eval_size belongs under `stages: split:`"),
         (["recipe.yaml", "--output_dir", "model"], "exists, is not empty and holds no run.json"),
         (["recipe.yaml", "stray"], "unexpected argument 'stray'"),
@@ -402,22 +411,28 @@ def test_dry_run_says_what_would_be_done(folder, capsys):
     plan().execute([])
     capsys.readouterr()
     assert cli("recipe.yaml", "--output_dir", "run", "--dry_run", "--negative_threshold", "2.0") == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "skip" in line or " run" in line]
+    printed = capsys.readouterr().out
+    assert "train 28 rows, 417 tokens" in printed and "measured here" in printed  # as the stage `check` counted
+    lines = [line for line in printed.splitlines() if "skip" in line or " run" in line]
     told = {line.split("│")[1].strip(): line.split("│")[4].strip() for line in lines if "│" in line}
-    assert told["score"] == "skip" and told["select"] == told["train"] == "run"
+    assert told["score"] == "skip" and told["select"] == told["train-forget-seed42"] == "run"
     assert cli("recipe.yaml", "--output_dir", "run", "--dry_run", "--from", "score") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "run anew" in line]
-    assert len(lines) == 6
+    assert len(lines) == 11
 
 
-@pytest.mark.parametrize("name", ["domain-lora", "forgetting-2508.04329", "rho-1", "token-cleaning", "self-evolving"])
+@pytest.mark.parametrize(
+    "name",
+    ["domain-lora", "judged-lora", "spans", "forgetting-2508.04329", "rho-1", "token-cleaning", "self-evolving"],
+)
 def test_shipped_recipes_parse_and_plan(folder, name):
     flags = ["--model_name_or_path", "model", "--dataset_name", "rows.jsonl", "--use_cpu", "true", "--bf16", "false"]
     found = plan(*flags, source=name)
     check_flags(found)
     stages = [stage.name for stage in found.stages]
-    assert stages[0] == "split" and stages[-1] == "evaluate-trained"
-    assert ("score" in stages) == (name not in ("rho-1", "self-evolving"))
+    assert stages[0] == "split" and stages[-1].startswith("evaluate-")
+    assert ("score" in stages) == (name not in ("rho-1", "self-evolving", "spans"))
+    assert ("reference" in stages) == (name not in ("judged-lora", "spans", "self-evolving"))
 
 
 def test_report_escapes_the_text_of_the_data(folder):
@@ -431,30 +446,20 @@ def test_report_escapes_the_text_of_the_data(folder):
     assert "http://" not in page and "https://" not in page
 
 
-def test_paired_difference_is_of_the_same_rows():
-    base = {"row": [0, 1, 2, 3], "tokens": [1, 1, 2, 4], "nll": [1.0, 2.0, 3.0, 4.0], "exact_match": [0, 1, 0, 1]}
-    other = {"row": [3, 2, 0], "tokens": [4, 2, 1], "nll": [2.0, 3.5, 1.0], "exact_match": [1, 1, 0]}
-    found = paired_difference(base, other, "nll")
-    assert found["mean"] == pytest.approx((-2.0 + 0.5 + 0.0) / 7) and found["rows"] == 3
-    assert found["low"] < found["mean"] < found["high"]
-    assert paired_difference(base, other, "exact_match")["mean"] == pytest.approx(1 / 3)
-    assert paired_difference(base, {**other, "row": [9, 8, 7]}, "nll") is None
-
-
 @pytest.mark.parametrize(
     ("flags", "stages"),
     [
-        (["--score", "excess", "--selection_scope", "batch"], ["split", "reference", "train"]),
-        (["--score", "random"], ["split", "train"]),
+        (["--score", "excess", "--selection_scope", "batch"], ["split", "check", "reference", *TRAINED]),
+        (["--score", "random"], ["split", "check", *TRAINED]),
         (
             ["--selection_scope", "sequence", "--max_negative_share", "0.2"],
-            ["split", "reference", "score", "select", "train"],
+            ["split", "check", "reference", "score", "select", "triage", *TRAINED],
         ),
         (["--gate_reference_prob", "0.5", "--reference_model", "base"], None),
     ],
 )  # fmt: skip
 def test_every_scheme_runs(folder, flags, stages):
-    share = ["--negative_threshold", "null", "--positive_fraction", "0.6", "--logging_steps", "1"]
+    share = ["--positive_fraction", "0.6", "--logging_steps", "1"]
     if stages is None:
         with pytest.raises(InputError, match="stage score: reference_model='base' needs a model with a PEFT adapter"):
             plan(*share, *flags).execute([])
@@ -464,7 +469,7 @@ def test_every_scheme_runs(folder, flags, stages):
     assert [stage.name for stage in found.stages if not stage.name.startswith("evaluate")] == stages
     found.execute([])
     folders = {stage.name: stage.folder for stage in found.stages}
-    state = json.loads((folders["train"] / "model" / "checkpoint-3" / "trainer_state.json").read_text())
+    state = json.loads((folders[TRAINED[2]] / "model" / "checkpoint-3" / "trainer_state.json").read_text())
     shares = [log["negative_fraction"] for log in state["log_history"] if "negative_fraction" in log]
     assert shares and 0 < max(shares) <= (0.21 if "select" in stages else 0.61)
 
@@ -472,6 +477,6 @@ def test_every_scheme_runs(folder, flags, stages):
 def test_gated_selection_needs_no_other_flag(folder):
     plan("--gate_reference_prob", "1.0").execute([])
     open_gate = json.loads(Path("run/select/selection.json").read_text())
-    plan("--gate_reference_prob", "0.000001").execute([])
+    plan("--gate_reference_prob", "0.000001", "--go_on", "true").execute([])
     shut = json.loads(Path("run/select/selection.json").read_text())
     assert open_gate["negative"] > 0 == shut["negative"]

@@ -12,7 +12,9 @@ from selsft.pipeline.split import SplitSettings, group_hashes, split
 def split_rows(data, tmp_path, given=None, **settings):
     counts = split(data, SplitSettings(**settings), given or {}, tmp_path)
     parts = {
-        path.stem: load_dataset("parquet", data_files=str(path), split="train") for path in tmp_path.glob("*.parquet")
+        path.stem: load_dataset("parquet", data_files=str(path), split="train")
+        for path in tmp_path.glob("*.parquet")
+        if path.stem != "rows"
     }
     return counts, parts
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -48,7 +49,8 @@ def test_hostile_text_is_escaped(text, page):
 def test_nothing_comes_from_outside(text, page):
     # aria-label and titles may hold any text; these attributes may not refer to anything but the page itself.
     for tag, name, value in page.attributes:
-        assert name not in ("src", "href", "xlink:href", "srcset", "action", "data"), (tag, name, value)
+        assert name not in ("src", "xlink:href", "srcset", "action", "data"), (tag, name, value)
+        assert name != "href" or re.fullmatch(r"#questions-\d+", value), (tag, name, value)
         assert not name.startswith("on"), (tag, name)
         if value and "url(" in value:
             assert re.fullmatch(r"url\(#hatch-\w+\)", value)
@@ -70,7 +72,11 @@ def test_every_table_is_its_csv(study, page):
     head = shown[0]
     for row, values in zip(shown[1:], own.to_dict("records"), strict=True):
         found = dict(zip(head, row, strict=True))
-        assert found["task"] == values["label_task"] and found["outcome"] == values["outcome"]
+        assert (
+            found["task"].split() == [values["label_task"]]
+            and found["area"] == values["area"]
+            and found["outcome"] == values["outcome"]
+        )
         wanted = f"{values['ratio']:.2f} ({values['ratio_low']:.2f} to {values['ratio_high']:.2f})"
         assert found["ratio"] == wanted
         assert found["forgotten"].startswith(f"{values['forgotten']:.2f} (") and found["collapsed"] == "no"
@@ -119,7 +125,7 @@ def test_which_tasks_are_sensitive():
 
 
 def test_warnings_stand_first(text, page):
-    assert text.index('class="warnings"') < text.index("<h2>How far")
+    assert text.index('class="warnings"') < text.index("<h2>Across tasks") < text.index("<h2>How far")
     assert any(line.startswith("2 seeds: the intervals") for line in page.texts)
     assert any("Predictors: 6 tasks" in line for line in page.texts)
     assert "Unfinished" not in text
@@ -160,13 +166,12 @@ def test_collapse_and_lack_of_data_are_warned_of(tmp_path):
     write_report(simple(tmp_path, collapsed=True))
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     texts = " ".join(page.texts)
-    assert re.search(
-        r"Collapse: x-seed0, forgotten uniform \(a\), answers 100% of a with the same option \(0\)", texts
-    )
+    assert "◆ Collapse: 1 evaluation of a gave nearly always the same answer." in texts
     assert "One seed: the intervals are about questions only" in texts
     assert "No examples.parquet" in texts and "No hidden states were stored" in texts
     assert "One task only: nothing to compare." in texts
-    assert page.tables["own.csv"][1][-1] == "1 of 1 seeds"
+    shown = dict(zip(*page.tables["own.csv"][:2], strict=True))
+    assert shown["collapsed"] == "1 of 1 seeds" and shown["task"].split() == ["a", "◆"]
     collapse = pd.read_csv(tmp_path / "tables" / "collapse.csv")
     assert list(collapse[collapse["collapsed"]]["stage"]) == ["forgotten"]
     assert (tmp_path / "tables" / "probes.csv").read_text().count("\n") == 1  # A heading, no rows.
@@ -179,8 +184,9 @@ def test_null_is_hatched_and_says_why(tmp_path):
     page = Page(text)
     nulls = [data for data in page.titles if "is not 0.05 above chance" in data]
     assert len(nulls) >= 4 and text.count('fill="url(#hatch-m1)" class="null"') == 4
-    assert any(line.startswith("No forget ratio for a (x, uniform): fine-tuned accuracy 0.52") for line in page.texts)
-    assert any(line.startswith("Few examples: a has 60 test questions") for line in page.texts)
+    assert any(line.startswith("No forget ratio for a, b: fine-tuned accuracy 0.52") for line in page.texts)
+    assert any(line.startswith("* Few examples: a, b; with 60 to 60 test questions") for line in page.texts)
+    assert page.tables["own.csv"][1][2].split() == ["a", "*"]
     shown = dict(zip(*page.tables["own.csv"][:2], strict=True))
     assert shown["ratio"].startswith("null: fine-tuned accuracy") and shown["outcome"].startswith("null: ")
 
@@ -205,10 +211,7 @@ def test_a_missing_stage(tmp_path):
     (folder / "study.json").write_text('{"stages": ["base-a", "finetuned-a", "forgotten-a"]}', encoding="utf-8")
     write_report(folder)
     texts = " ".join(Page((folder / "report.html").read_text(encoding="utf-8")).texts)
-    assert (
-        "No forget ratio for a (x, uniform): no fine-tuned model (per_task) of the same seed was evaluated here."
-        in texts
-    )
+    assert "No forget ratio for a: no fine-tuned model (per_task) of the same seed was evaluated here." in texts
 
 
 def test_only_a_base_model(tmp_path):
@@ -260,6 +263,31 @@ def test_colours():
 def _luminance(colour):
     rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
     return float(np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
+
+
+def test_many_warnings_of_a_kind_are_one_line():
+    n = 21
+    tasks = [f"t{i:02}" for i in range(n)]
+    own = pd.DataFrame({"eval_task": tasks, "label_task": tasks, "n_examples": 50, "n_seeds": 3, "ratio": np.nan})
+    own = own.assign(ratio_reason=[f"near chance {i}" for i in range(n)], outcome=None, outcome_reason="near chance")
+    summary = pd.DataFrame({"eval_task": tasks, "collapsed": True})
+    notes = [f"Probe left out: {task}." for task in tasks]
+    found = SimpleNamespace(own=own, summary=summary, notes=notes, task_correlations=pd.DataFrame())
+    lines = report.warnings(found)
+    assert len(lines) == 5 and max(map(len, lines)) < 330
+    assert lines[1] == "No forget ratio for 21 tasks, each with its reason in the table."
+    assert lines[-1].startswith("Probe left out: 21 times, first t00")
+
+
+def test_a_task_is_linked_to_its_questions(study, text, page):
+    ids = [value for _, name, value in page.attributes if name == "id" and value.startswith("questions-")]
+    links = {value for _, name, value in page.attributes if name == "href"}
+    assert len(ids) == len(set(ids)) == len(CLUSTERS) and links == {f"#{each}" for each in ids}
+    heads = re.findall(r"<details><summary>(\w+)</summary>\n<div id=\"questions-\d+\">", text)
+    # banyan is of another area than the others, which come first
+    assert heads == [*sorted(set(CLUSTERS) - {"banyan"}), "banyan"]
+    plot = re.search(r'aria-label="Forget ratio with.*?</svg>', text, re.DOTALL).group(0)
+    assert re.findall(r'class="group">([^<]+)<', plot) == ["commonsense", "toxicity"]
 
 
 def test_dots_stay_on_their_axis():

@@ -108,7 +108,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(job):
         assert shards(folder) == whole
         assert read_manifest(folder) == read_manifest("peace")
         assert not list(Path(folder).glob(".shard-*"))
-        assert passes <= job.forwards() <= passes + 2 * lost  # a kill costs the shard at work and no other
+        assert passes <= job.forwards() <= passes + 2 * lost  # a kill costs the current shard and no other
         shutil.rmtree(folder)
     assert later >= 12  # the kills came in the middle of the work, not before it
 

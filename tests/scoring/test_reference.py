@@ -9,8 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
-from tests.support import tiny
+from tests.support import tiny, trainers
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
@@ -38,15 +37,9 @@ def adapted(model, seed) -> PeftModel:
     return adapter
 
 
-def make(options, tmp_path, model, reference=None, peft_config=None, **changes):
-    return SelectiveSFTTrainer(
-        model=model,
-        args=SelectiveSFTConfig(**{**options, "scoring_cache_dir": str(tmp_path / "cache"), **changes}),
-        train_dataset=tiny.prompt_data(12),
-        processing_class=tiny.tokenizer(),
-        peft_config=peft_config,
-        reference_model=reference,
-    )
+def make(options, tmp_path, model, reference=None, **changes):
+    cache = {"scoring_cache_dir": str(tmp_path / "cache")}
+    return trainers.make(options, tiny.prompt_data(12), model, reference, **{**cache, **changes})
 
 
 def logps(model, dataset) -> list[np.ndarray]:

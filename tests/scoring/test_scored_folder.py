@@ -269,7 +269,7 @@ def test_changed_streamed_data_is_refused(run, capsys):
     assert not run.calls
 
 
-def test_a_foreign_folder_is_left_alone(run, capsys):
+def test_a_foreign_folder_is_not_touched(run, capsys):
     os.mkdir("scored")
     Path("scored/thesis.txt").write_text("keep")
     assert run() == 2 and run(rescore=True) == 2

@@ -10,8 +10,8 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 import selsft.training.head
-from selsft import PAPER_2508_04329, SelectiveSFTConfig, SelectiveSFTTrainer
-from tests.support import tiny
+from selsft import PAPER_2508_04329
+from tests.support import tiny, trainers
 from tests.support.oracle import expected_loss, plain_logps
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:forget_objective='gradient_ascent'")]
@@ -20,14 +20,8 @@ EOS = 1
 
 def make(options, data=None, reference=True, model=None, **changes):
     rule = {} if reference else {"positive_fraction": None}  # given weights leave a rule nothing to do
-    settings = {**options, "train_sampling_strategy": "sequential", **PAPER_2508_04329, **rule, **changes}
-    return SelectiveSFTTrainer(
-        model or tiny.llama(),
-        SelectiveSFTConfig(**settings),
-        train_dataset=data if data is not None else tiny.tokenised_data(),
-        processing_class=tiny.tokenizer(),
-        reference_model=tiny.llama(seed=1) if reference else None,
-    )
+    settings = {"train_sampling_strategy": "sequential", **PAPER_2508_04329, **rule, **changes}
+    return trainers.make(options, data, model, tiny.llama(seed=1) if reference else None, **settings)
 
 
 @pytest.fixture

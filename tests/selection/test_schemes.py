@@ -1,15 +1,16 @@
 """Every scheme by name through the trainer: its labels and its loss against ordinary logits in float64."""
 
 import copy
+import functools
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
+from selsft import SelectiveSFTConfig
 from selsft.config import TOKEN_CLEANING_2502_01968
-from tests.support import tiny
+from tests.support import tiny, trainers
 from tests.support.oracle import plain_logps
 
 pytestmark = pytest.mark.slow
@@ -19,15 +20,7 @@ KEYS = ("loss", "grad_norm", "positive_loss", "negative_fraction")
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
 
-def make(options, data=None, peft_config=None, reference=None, model=None, **changes):
-    return SelectiveSFTTrainer(
-        model=model or tiny.llama(),
-        args=SelectiveSFTConfig(**{**options, "train_sampling_strategy": "sequential", **changes}),
-        train_dataset=data if data is not None else tiny.tokenised_data(),
-        processing_class=tiny.tokenizer(),
-        peft_config=peft_config,
-        reference_model=reference,
-    )
+make = functools.partial(trainers.make, train_sampling_strategy="sequential")
 
 
 def steps(trainer):

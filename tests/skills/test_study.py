@@ -1,4 +1,4 @@
-"""The study on skills whose answer is known, from the flags to the tables; and what happens when it is cut off.
+"""The study on skills whose answer is known, from the flags to the tables; and how it resumes.
 
 Thresholds come from five seeds of this very world (see `test_uniform_labels_leave_nothing_on_train`).
 """
@@ -253,7 +253,7 @@ def test_lora_curves_and_labels_that_are_drawn_in_each_epoch(data, tmp_path):
     assert accuracy(found, method="uniform", split="train") < 0.9
 
 
-# Cut off, gone on, changed
+# Interrupted, resumed, changed
 
 
 SMALL = {"tasks": "hot_yes,size", "label_tasks": "hot_yes", "methods": "uniform", "forget_num_train_epochs": 2.0}
@@ -273,7 +273,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
-def test_a_study_that_was_killed_goes_on_to_the_same_tables(data, whole, tmp_path):
+def test_a_killed_study_resumes_to_the_same_tables(data, whole, tmp_path):
     folder = tmp_path / "run"
     flags = {**SETTINGS, **SMALL, **data, "output_dir": str(folder)}
     argv = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
@@ -437,7 +437,7 @@ def test_bad_input_is_one_line_and_status_2(data, tmp_path, capsys, changes, say
     assert not (tmp_path / "run" / "scores").exists()
 
 
-def test_a_folder_with_something_else_is_left_alone(data, tmp_path, capsys):
+def test_a_folder_with_other_content_is_not_touched(data, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert main(["skills", *argv(data, tmp_path)]) == 2
     assert "is not empty and holds no study.json" in capsys.readouterr().err

@@ -233,8 +233,8 @@ def test_the_suite_names_tasks_that_the_harness_has():
 
 
 @pytest.mark.parametrize("text", ["", " , ", "a/b", "../x"])
-def test_names_that_are_no_names_are_refused(text):
-    with pytest.raises(ValueError, match=r"no task is named|is no name of a task"):
+def test_invalid_task_names_are_refused(text):
+    with pytest.raises(ValueError, match=r"no task is named|is not the name of a task"):
         task_names(text)
 
 
@@ -335,6 +335,6 @@ def test_fixed_labels_are_balanced():
 
 
 @pytest.mark.parametrize(("field", "value"), [("options", "three"), ("max_train", 1), ("max_test", 0)])
-def test_settings_that_mean_nothing_are_refused(field, value):
+def test_meaningless_settings_are_refused(field, value):
     with pytest.raises(ValueError, match=f"^{field}="):
         TaskSettings(**{field: value})

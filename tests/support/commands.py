@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +179,7 @@ def enter(argv: list[str], folder: Path, before: Callable[[], object] = lambda: 
         for reference in logging._handlerList:  # those of the libraries write where stderr was when they were made
             if type(handler := reference()) is logging.StreamHandler:
                 handler.stream = sys.stderr
+        warnings.resetwarnings()  # which the tests make errors
         os.chdir(folder)
         (folder / "tmp").mkdir(exist_ok=True)
         tempfile.tempdir = str(folder / "tmp")

@@ -1,5 +1,7 @@
 """One process of the distributed tests: trains every case and writes what it got. Started by `accelerate launch`."""
 
+import dataclasses
+import functools
 import json
 import os
 import sys
@@ -9,9 +11,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
+from selsft._compat import save_whole_model
 from selsft.training.fingerprint import model_fingerprint
 from tests.support import tiny
 
@@ -50,6 +53,11 @@ CASES = {
 }
 
 
+# Evaluated in every step, cut off after the second and resumed, saved at the end
+WHOLE = {
+    "whole": {"reference": True, "packing": True, "max_length": 14},
+    "whole_lora": {"reference": True, "precompute_scores": False, "lora": True},
+}
 # Models that are loaded from a folder, which processes may do in different ways
 LOADED = {
     "loaded": {"loaded": True, "reference": "folder"},
@@ -81,16 +89,24 @@ def saved_adapter(folder: Path) -> str:
     return str(path)
 
 
+class StopAfter(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = state.global_step == self.step
+
+
 def train(
-    case: str, folder: Path, batch_size: int, sharded: bool = False
+    case: str, folder: Path, batch_size: int, kind: str = "single"
 ) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """Three SGD steps over the same 8 rows, whatever the number of processes; the logs and the final weights."""
-    settings = dict((CASES | LOADED)[case])
+    settings = dict((CASES | WHOLE | LOADED)[case])
     weights, lora, reference, loaded = (settings.pop(k, None) for k in ("weights", "lora", "reference", "loaded"))
     if reference == "adapter":
         reference = saved_adapter(folder)
     elif reference is not None:
-        reference = saved_model(folder, 1) if loaded else tiny.llama(seed=1)
+        reference = saved_model(folder, 1) if loaded else True
     accumulation = settings.pop("gradient_accumulation_steps", 1)
     rule = (
         {}
@@ -98,32 +114,53 @@ def train(
         else {"negative_threshold": 0.1, "score_base_weight": 1.0, "score_pooling": "token"}
     )
     args = SelectiveSFTConfig(
-        str(folder / f"{case}-out"), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+        str(folder / f"{case}-out"), use_cpu=not kind.startswith("zero"), bf16=False, report_to="none",
+        gradient_checkpointing=False,
         save_strategy="no", logging_steps=1, max_steps=3, learning_rate=0.2, optim="sgd", disable_tqdm=True,
         dataloader_pin_memory=False, train_sampling_strategy="sequential", forget_weight=1.0,
-        forget_schedule="constant", scoring_cache_dir=str(folder / "cache"),
+        forget_schedule="constant", scoring_cache_dir=str(folder / f"{case}-cache"),
         per_device_train_batch_size=batch_size // accumulation, gradient_accumulation_steps=accumulation,
         scoring_batch_size=2, **rule, **settings,
     )  # fmt: skip
+    if case in WHOLE:
+        whole = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 1}
+        whole |= {} if kind == "single" else {"save_strategy": "steps", "save_steps": 2}
+        args = dataclasses.replace(args, **whole)
     columns = {"token_weights": weights} if weights else {}
-    trainer = SelectiveSFTTrainer(
-        saved_model(folder, 0) if loaded else tiny.llama(tie_word_embeddings=False),
-        args,
+    made = functools.partial(
+        SelectiveSFTTrainer,
         train_dataset=tiny.tokenised_data(8, **columns),
+        eval_dataset=tiny.tokenised_data(4) if case in WHOLE else None,
         processing_class=tiny.tokenizer(),
         peft_config=LoraConfig(**LORA) if lora else None,
-        reference_model=reference,
     )
+
+    def new() -> SelectiveSFTTrainer:
+        model = saved_model(folder, 0) if loaded else tiny.llama(tie_word_embeddings=False)
+        own = dataclasses.replace(args)  # a trainer takes the state of accelerate that its arguments have made
+        if kind == "zero3":  # partition every parameter, however small
+            own.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return made(model, own, reference_model=tiny.llama(seed=1) if reference is True else reference)
+
+    trainer = new()
     if lora:  # B = 0 gives the factors A no gradient in the first step
         with torch.no_grad():
             for name, parameter in trainer.model.named_parameters():
                 if "lora_B" in name and not reference:
                     parameter.fill_(0.01)
-    trainer.train()
-    assert sharded == any(isinstance(parameter, DTensor) for parameter in trainer.model_wrapped.parameters())
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped if sharded else trainer.model)
+    if case in WHOLE and kind != "single":
+        trainer.add_callback(StopAfter(2))
+        trainer.train()
+        trainer = new()
+    trainer.train(resume_from_checkpoint=case in WHOLE and kind != "single")
+    if case in WHOLE:
+        save_whole_model(trainer, str(folder / f"{case}-saved"))
+    parameters = list(trainer.model_wrapped.parameters())
+    assert kind.startswith("fsdp") == any(isinstance(parameter, DTensor) for parameter in parameters)
+    assert (kind == "zero3") == any(hasattr(parameter, "ds_id") for parameter in parameters)
+    state = trainer.accelerator.get_state_dict(trainer.model if kind in ("single", "ddp") else trainer.model_wrapped)
     (folder / f"{case}-{os.environ.get('RANK', '0')}.sha256").write_text(model_fingerprint(trainer.model))
-    return [row for row in trainer.state.log_history if "grad_norm" in row], state
+    return [row for row in trainer.state.log_history if "grad_norm" in row or "eval_loss" in row], state
 
 
 def shard_on_cpu() -> None:
@@ -156,9 +193,21 @@ def leave_weights_empty() -> None:
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)
 
 
+def run_deepspeed_on_cpu() -> None:
+    """DeepSpeed compiles an operator for shared memory when it starts on a CPU: half a minute, and gloo needs none."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed.comm.torch
+    from accelerate.state import DistributedType, PartialState
+
+    deepspeed.comm.torch.build_shm_op = lambda: None
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)
+
+
 def prepare_process(kind: str) -> None:
-    if kind != "ddp":
+    if kind.startswith("fsdp"):
         shard_on_cpu()
+    if kind.startswith("zero"):
+        run_deepspeed_on_cpu()
     if kind == "fsdp_shipped":
         leave_weights_empty()
 
@@ -167,7 +216,7 @@ def main(folder: Path, kind: str, cases: list[str]) -> None:
     torch.set_num_threads(1)
     prepare_process(kind)
     for case in cases:
-        rows, state = train(case, folder, batch_size=4, sharded=kind != "ddp")
+        rows, state = train(case, folder, batch_size=4, kind=kind)
         if torch.distributed.get_rank() == 0:
             plain = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
             save_file(plain, folder / f"{case}.safetensors")

@@ -1,9 +1,11 @@
-"""Two processes give the loss and the weights of one, on the same global batch: DDP and FSDP2, over gloo on the CPU.
+"""Two processes give the loss and the weights of one, on the same global batch: DDP, FSDP2, ZeRO-2 and ZeRO-3, over
+gloo on the CPU.
 
-accelerate runs FSDP on accelerators only; the worker makes it believe that it has one (`worker.shard_on_cpu`), so that
-the trainer's own FSDP path is what runs.
+accelerate runs FSDP and DeepSpeed on accelerators only; the worker makes it believe that it has one, so that the
+trainer's own path is what runs.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -13,14 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 import trl
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from selsft.training.fingerprint import model_fingerprint
 from tests.support import tiny
-from tests.support.worker import CASES, LOADED, saved_model, train
+from tests.support.worker import CASES, LOADED, WHOLE, saved_model, train
 
 pytestmark = pytest.mark.slow
 
+# fp32 adds what the processes give in another order. No score lies so close to the boundary that this changes a class;
+# then errors are below 2e-7 in the weights, which are about 0.1, and 1e-6 relative in the logs
+ATOL, RTOL = 1e-6, 1e-5
 SHARDED = [name for name in CASES if name not in ("separate", "one_without_negatives", "packed")]
 FSDP = [
     "--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP",
@@ -28,9 +35,18 @@ FSDP = [
 ]  # fmt: skip
 
 
-# As it ships with TRL: only the main process is sure to load weights
-SHIPPED = ["--config_file", str(Path(trl.__file__).parent / "accelerate_configs" / "fsdp2.yaml")]
-KINDS = {"ddp": ["--multi_gpu"], "fsdp": FSDP, "fsdp_shipped": SHIPPED}
+def shipped(name: str) -> list[str]:
+    """A configuration as it ships with TRL."""
+    return ["--config_file", str(Path(trl.__file__).parent / "accelerate_configs" / f"{name}.yaml")]
+
+
+KINDS = {
+    "ddp": ["--multi_gpu"],
+    "fsdp": FSDP,
+    "fsdp_shipped": shipped("fsdp2"),  # only the main process is sure to load weights
+    "zero2": shipped("zero2"),
+    "zero3": shipped("zero3"),
+}
 
 
 def launch(folder, kind, cases):
@@ -42,7 +58,9 @@ def launch(folder, kind, cases):
         "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
         "--main_process_port", "0", "-m", "tests.support.worker", str(folder), kind, *cases,
     ]  # fmt: skip
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    if not kind.startswith("zero"):
+        environment["ACCELERATE_USE_CPU"] = "true"
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-12000:]
 
@@ -60,14 +78,29 @@ def single(tmp_path_factory):
     return result
 
 
+DEEPSPEED = [
+    "unequal", "accumulated", "lora_with_head", "reference", "reference_online", "reference_online_lora",
+    "reference_adapter_full", "excess_one_pass", *LOADED,
+]  # fmt: skip
+RUNS = {
+    "ddp": list(CASES),
+    "fsdp": [*SHARDED, *WHOLE],
+    "fsdp_shipped": list(LOADED),
+    "zero2": [*DEEPSPEED, *WHOLE],
+    "zero3": [*DEEPSPEED, *WHOLE],
+}
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def double(request, tmp_path_factory):
+    if request.param.startswith("zero") and not importlib.util.find_spec("deepspeed"):
+        pytest.skip("DeepSpeed is not installed: pip install deepspeed")
     folder = tmp_path_factory.mktemp(request.param)
-    launch(folder, request.param, {"ddp": list(CASES), "fsdp": SHARDED, "fsdp_shipped": list(LOADED)}[request.param])
+    launch(folder, request.param, RUNS[request.param])
     return folder
 
 
-@pytest.mark.parametrize("case", [*CASES, *LOADED])
+@pytest.mark.parametrize("case", [*CASES, *LOADED, *WHOLE])
 def test_two_processes_equal_one(case, double, single):
     path = double / f"{case}.json"
     if not path.exists():
@@ -75,8 +108,11 @@ def test_two_processes_equal_one(case, double, single):
     rows, state = single(case)
     negatives = 0.0
     for row, wanted in zip(json.loads(path.read_text()), rows, strict=True):
+        if "eval_loss" in wanted:
+            assert row["eval_loss"] == pytest.approx(wanted["eval_loss"], rel=RTOL)
+            continue
         for key in ("loss", "grad_norm", "positive_loss", "forget_loss", "negative_fraction", "negative_prob"):
-            assert row[key] == pytest.approx(wanted[key], rel=1e-5, abs=1e-7), (key, row, wanted)
+            assert row[key] == pytest.approx(wanted[key], rel=RTOL, abs=1e-7), (key, row, wanted)
         negatives += row["negative_fraction"]
     assert negatives > 0.3
     digests = {(double / f"{case}-{rank}.sha256").read_text() for rank in (0, 1)}
@@ -88,4 +124,13 @@ def test_two_processes_equal_one(case, double, single):
         assert digests == {model_fingerprint(model)}
     assert final.keys() == state.keys()
     for name, value in state.items():
-        torch.testing.assert_close(final[name], value, rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(final[name], value, rtol=RTOL, atol=ATOL, msg=name)
+    if case in WHOLE:
+        saved = double / f"{case}-saved"
+        model = tiny.llama(tie_word_embeddings=False)
+        lora = "lora" in case
+        model = PeftModel.from_pretrained(model, saved) if lora else AutoModelForCausalLM.from_pretrained(saved)
+        loaded = model.state_dict()
+        assert loaded.keys() == final.keys()
+        for name, value in final.items():
+            assert torch.equal(loaded[name], value), name

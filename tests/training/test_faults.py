@@ -15,22 +15,13 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from selsft import DataCollatorForSelectiveSFT, SelectiveSFTConfig, SelectiveSFTTrainer
+from selsft import DataCollatorForSelectiveSFT
 from selsft._compat import SUPPORTED, check_versions
 from selsft.data.preparation import truncate_and_pack
 from tests.support import tiny
+from tests.support.trainers import make
 
 pytestmark = pytest.mark.slow
-
-
-def make(options, data, model=None, reference=None, **changes):
-    return SelectiveSFTTrainer(
-        model or tiny.llama(),
-        SelectiveSFTConfig(**{**options, **changes}),
-        train_dataset=data,
-        processing_class=tiny.tokenizer(),
-        reference_model=reference,
-    )
 
 
 def losses(run):
@@ -121,8 +112,7 @@ def test_given_weights_score_nothing(options, monkeypatch):
     """Also on a sharded policy: no copy of it is made when there is nothing to score."""
     run = make(options, tiny.tokenised_data(4, token_weights=alternating))
     run._weigher.models.sharded = True
-    refuse = SimpleNamespace(deepcopy=lambda model: pytest.fail("the policy was copied"))
-    monkeypatch.setattr("selsft.scoring.frozen.copy", refuse)
+    monkeypatch.setattr("selsft.scoring.frozen.copied", lambda model: pytest.fail("the policy was copied"))
     run._weigher.weigh(run.train_dataset)
 
 

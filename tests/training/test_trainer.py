@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, PromptTuningConfig
 from trl import SFTConfig, SFTTrainer
 
-from selsft import PAPER_2508_04329, SelectiveSFTConfig, SelectiveSFTTrainer
-from tests.support import tiny
+from selsft import PAPER_2508_04329, SelectiveSFTConfig
+from tests.support import tiny, trainers
 from tests.support.oracle import expected_loss
 
 # Of TRL, about what its own loss does with settings that are refused here
@@ -30,15 +30,9 @@ def weighted_data(rows=24):
     return tiny.tokenised_data(rows, token_weights=signed)
 
 
-def make(options, data=None, peft_config=None, reference=None, model=None, **changes):
-    return SelectiveSFTTrainer(
-        model=model or tiny.llama(),
-        args=SelectiveSFTConfig(**{**options, **changes}),
-        train_dataset=data if data is not None else weighted_data(),
-        processing_class=tiny.tokenizer(),
-        peft_config=peft_config,
-        reference_model=reference,
-    )
+def make(options, data=None, peft_config=None, reference=None, **changes):
+    data = data if data is not None else weighted_data()
+    return trainers.make(options, data, peft_config=peft_config, reference=reference, **changes)
 
 
 def steps(trainer):

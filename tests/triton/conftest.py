@@ -1,6 +1,7 @@
 """These tests run the Triton kernels: on a GPU, or on the CPU with `TRITON_INTERPRET=1` set from the start."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_kernels)
         elif item.get_closest_marker("gpu") and not gpu:
             item.add_marker(no_gpu)
+
+
+if backend.INTERPRETED:
+    from triton.runtime import interpreter
+
+    _patch_tensor = interpreter._patch_lang_tensor
+
+    def _patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+        """Triton 3.6 makes the bounds of a loop by `int(array)` of arrays with one element, which numpy 2.4 refuses."""
+        _patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch_tensor_and_index
 
 
 @pytest.fixture

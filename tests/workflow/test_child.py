@@ -26,8 +26,8 @@ def alive(process: int) -> bool:
         return False
 
 
-def wait(condition) -> bool:
-    deadline = time.monotonic() + 60
+def wait(condition, seconds: float = 60) -> bool:
+    deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
     return bool(condition())

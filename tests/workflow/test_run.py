@@ -109,7 +109,7 @@ def test_the_manifest_says_how_far_a_run_got(tmp_path):
         ({"run.json": '{"stages": ["base"]}'}, "of an earlier version of selsft, which this one cannot resume"),
     ],
 )
-def test_a_folder_with_something_else_is_left_alone(tmp_path, content, says):
+def test_a_folder_with_other_content_is_not_touched(tmp_path, content, says):
     for name, text in content.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=says):
