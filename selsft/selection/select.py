@@ -18,7 +18,7 @@ from ..data.columns import BASE_LOGPS, TOKEN_COLUMNS, WEIGHTS
 from ..data.scored_folder import load_scores
 from ..errors import input_errors
 from ..records import write_json
-from .chosen import warn_unverified
+from .chosen import use_folder, warn_unverified
 from .weights import add_token_weights, pooled_scores, raw_scores, vocabulary
 from .worst import WorstTokens
 
@@ -78,7 +78,7 @@ def select(
         args = selection_args(scored, options)
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
         warn_unverified(args)
-        weighted = select_tokens(scored, tokenizer, args)
+        weighted = select_tokens(load_scores(scored), tokenizer, args)
     counts = {"tokens": 0, "trained": 0, "positive": 0, "neutral": 0, "negative": 0}
     special, words = vocabulary(tokenizer, args)
     worst = WorstTokens(tokenizer, special, WORST, CONTEXT)
