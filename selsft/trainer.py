@@ -192,7 +192,7 @@ class SelectiveSFTTrainer(SFTTrainer):
         validate_effects(self, source, given)
         self._described: dict[str, str] = {}  # the selection, for the model card
         if self._selective:
-            reference = source if isinstance(source, str) else source and get_config_model_id(source.config)
+            reference = source if source is None or isinstance(source, str) else get_config_model_id(source.config)
             known = card.public_name(reference) or ("that of the scored rows" if REF_LOGPS in given else "")
             self._described = card.describe(args, known, WEIGHTS if WEIGHTS in given else "")
             self._select_tokens(source, given)

@@ -7,6 +7,7 @@ argcomplete, which know neither the flags that a YAML parser hands on nor those 
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 from ..errors import InputError
 from . import COMMANDS
@@ -49,7 +50,8 @@ def flags_of(command: str) -> list[str]:
 
     extra = {"train": None, "score": ScoreArguments, "evaluate": EvaluateArguments}
     if command in extra:
-        parser, more = CommandParser(command, "", "", extra[command]), {"--config", "--help_all"}
+        parser: Any = CommandParser(command, "", "", extra[command])
+        more = {"--config", "--help_all"}
     elif command == "run":
         parser, more = CommandParser("train", "", ""), {"--dry_run", "--from"}
     elif command == "skills":
