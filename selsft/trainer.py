@@ -390,6 +390,21 @@ class SelectiveSFTTrainer(SFTTrainer):
                 "forget_objective='npo' forgets them, too"
             )
 
+    def create_model_card(  # type: ignore[override]  # TRL narrows it likewise
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """TRL's card with the selection, the data and the results; a run that selects nothing credits no paper."""
+        if not self._selective:
+            self._name, self._paper = SFTTrainer._name, {}
+        super().create_model_card(model_name, dataset_name, tags)
+        if self.is_world_process_zero():
+            path = Path(str(self.args.output_dir), "README.md")
+            rows = f"{len(self.train_dataset):,}" if isinstance(self.train_dataset, Dataset) else "streamed"
+            data = " of ".join(filter(None, (f"{rows} rows", card.public_name(dataset_name))))
+            lines = {"Data": data, **self._described, **card.results(self.state.log_history)}
+            base = card.public_name(get_config_model_id(self.model.config)) or "a model without a name"
+            card.complete(path, base, model_name or path.parent.name, lines)
+
     def _take_stats(self) -> torch.Tensor:
         """The sums since the last log, `(7,)`. Names the rows whose loss was not finite: here, and not in every step,
         since looking waits for the device."""

@@ -18,13 +18,14 @@ from selsft.data.chunks import token_chunks
 from selsft.data.columns import WEIGHTS
 from selsft.data.judged import judged_rows
 from selsft.data.tokenizers import special_ids
+from selsft.pipeline.results import results
 from selsft.report import skills
 from selsft.report.inspect import classes, print_rows, score_names, score_of, starting_threshold, write_inspection
 from selsft.report.run import write_report
 from selsft.report.tokens import LABELLED, ROLE, SCORED, SPECIAL, read_rows
 from selsft.selection.weights import add_token_weights
 from selsft.skills.results import compute
-from tests.report.test_page import run_folder
+from tests.pipeline.test_results import run_folder
 from tests.support import tiny
 from tests.support.browser import CHROMIUM, Tab, chromium
 from tests.support.skill_tables import write_study
@@ -395,7 +396,7 @@ def test_no_serious_accessibility_violation(tab, tmp_path, name):
         data = scored(sentences(12), source=["a", "b"] * 6)
         page(tmp_path / "report.html", data, {**ABOUT, "judged": judged, "measured": measured}, neutral_band=0.2)
     elif name == "run":
-        write_report(run_folder(tmp_path))
+        write_report(tmp_path, results(run_folder(tmp_path)))
     else:
         skills.write_report(tmp_path, compute(write_study(tmp_path, hidden=False)))
     axe = AXE.read_text(encoding="utf-8")
