@@ -29,7 +29,7 @@ if backend.INTERPRETED:
     _patch_tensor = interpreter._patch_lang_tensor
 
     def _patch_tensor_and_index(tensor: Any, scope: Any) -> None:
-        """Triton 3.6 makes the bounds of a loop by `int(array)` of arrays with one element, which numpy 2.4 refuses."""
+        """Triton 3.6 takes `int(array)` of arrays with one element as bounds of a loop; numpy 2.4 refuses."""
         _patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
