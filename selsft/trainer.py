@@ -308,6 +308,7 @@ class SelectiveSFTTrainer(SFTTrainer):
             forget=args.forget_objective,
             beta=args.forget_beta,
             floor=args.forget_floor,
+            anchor=args.anchor_weight,
             choose=choose,
         )
 
