@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-fast test-compat lint docs gpu-check clean
+.PHONY: demo test test-fast test-compat test-deepspeed lint docs gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/selsft demo
@@ -26,6 +26,11 @@ test-fast: $(STAMP)
 .browser:
 	command -v chromium >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium; } || true
 	npm install --silent --prefix $@ axe-core@4 || mkdir -p $@
+
+# ZeRO-2 and ZeRO-3 on two CPU processes against one; not a part of `make test`.
+test-deepspeed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[deepspeed]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/training/test_distributed.py -k zero
 
 # The core tests with the oldest supported versions; `make test` has the newest tested ones.
 OLDEST := .venv-oldest

@@ -201,8 +201,9 @@ def _train(trainer: SelectiveSFTTrainer, arguments: Arguments, resume: str | Non
             "metrics": result.metrics,
             "log": trainer.state.log_history,
         }
-        write_manifest(output, manifest)
     trainer.create_model_card(model_name=Path(output).name, dataset_name=arguments.script.dataset_name)
+    if main_process:  # the last file: with it the folder is finished
+        write_manifest(output, manifest)
     trainer.accelerator.print(f"Model saved to {output}.")
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=arguments.script.dataset_name)
