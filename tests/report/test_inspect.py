@@ -124,7 +124,7 @@ def test_the_tokens_that_the_page_colours_are_those_of_training(tab, tmp_path):
     data = scored(sentences(40), prompts=sentences(40)[::-1], source=["a", "b"] * 20)
     rows = page(tmp_path / "page.html", data)
     show(tab, tmp_path / "page.html")
-    args = SelectiveSFTConfig("out", use_cpu=True, bf16=False)
+    args = SelectiveSFTConfig("out", use_cpu=True, bf16=False, score_base_weight=1.0, score_pooling="token")
     score = score_of(rows, "influence")
     for threshold, band in ((0.5, 0.0), (1.25, 0.4), (-0.3, 0.0), (2.0, 1.0)):
         move(tab, "boundary-number", -threshold)
