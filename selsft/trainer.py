@@ -192,7 +192,7 @@ class SelectiveSFTTrainer(SFTTrainer):
         validate_effects(self, source, given)
         self._described: dict[str, str] = {}  # the selection, for the model card
         if self._selective:
-            reference = source if isinstance(source, str) else source and get_config_model_id(source.config)
+            reference = source if source is None or isinstance(source, str) else get_config_model_id(source.config)
             known = card.public_name(reference) or ("that of the scored rows" if REF_LOGPS in given else "")
             self._described = card.describe(args, known, WEIGHTS if WEIGHTS in given else "")
             self._select_tokens(source, given)
@@ -389,6 +389,19 @@ class SelectiveSFTTrainer(SFTTrainer):
                 f"{args.forget_objective!r} has next to no gradient: they are ignored rather than forgotten. "
                 "forget_objective='npo' forgets them, too"
             )
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override] # as TRL does
+        """TRL's card with the selection, the data and the results; a run that selects nothing credits no paper."""
+        if not self._selective:
+            self._name, self._paper = SFTTrainer._name, {}
+        super().create_model_card(model_name, dataset_name, tags)
+        if self.is_world_process_zero():
+            path = Path(str(self.args.output_dir), "README.md")
+            rows = f"{len(self.train_dataset):,}" if isinstance(self.train_dataset, Dataset) else "streamed"
+            data = " of ".join(filter(None, (f"{rows} rows", card.public_name(dataset_name))))
+            lines = {"Data": data, **self._described, **card.results(self.state.log_history)}
+            base = card.public_name(get_config_model_id(self.model.config)) or "a model without a name"
+            card.complete(path, base, model_name or path.parent.name, lines)
 
     def _take_stats(self) -> torch.Tensor:
         """The sums since the last log, `(7,)`. Names the rows whose loss was not finite: here, and not in every step,

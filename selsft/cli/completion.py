@@ -6,6 +6,7 @@ argcomplete, which know neither the flags that a YAML parser hands on nor those 
 
 from __future__ import annotations
 
+import argparse
 import importlib
 
 from ..errors import InputError
@@ -47,7 +48,9 @@ def flags_of(command: str) -> list[str]:
     from .arguments import CommandParser
     from .skills import SkillsParser
 
-    extra = {"train": None, "score": ScoreArguments, "evaluate": EvaluateArguments}
+    parser: argparse.ArgumentParser
+    more: set[str] = set()
+    extra: dict[str, type | None] = {"train": None, "score": ScoreArguments, "evaluate": EvaluateArguments}
     if command in extra:
         parser, more = CommandParser(command, "", "", extra[command]), {"--config", "--help_all"}
     elif command == "run":
@@ -60,5 +63,5 @@ def flags_of(command: str) -> list[str]:
         place = {"inspect": ".inspect", "demo": "..demo.run", "bench": "..bench.kernels"}[command]
         module = importlib.import_module(place, __package__)
         make = next(getattr(module, name) for name in ("_parser", "make_parser", "parser") if hasattr(module, name))
-        parser, more = make(), set()
+        parser = make()
     return sorted({flag for flag in parser._option_string_actions if flag.startswith("--")} | more)

@@ -69,7 +69,7 @@ def greedy_answers(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             generation_config=config,
-            stopping_criteria=StoppingCriteriaList([count]),  # type: ignore[list-item]
+            stopping_criteria=StoppingCriteriaList([count]),
         )
         answers = []
         for tokens in out[:, width:].tolist():

@@ -33,8 +33,8 @@ def describe(args: SelectiveSFTConfig, reference: str, weights: str) -> dict[str
     else:
         beta = f", score_base_weight {args.score_base_weight:g}" if args.score == "influence" else ""
         found["Score"] = f"`{args.score}`, pooled by {args.pooling}{beta}"
-        if args.positive_fraction is not None:
-            found["Rule"] = f"the best {args.positive_fraction:.0%} positive ({args.selection_scope})"
+        if args.effective_fraction is not None:
+            found["Rule"] = f"the best {args.effective_fraction:.0%} positive ({args.selection_scope})"
         elif args.effective_threshold is not None:
             found["Rule"] = f"negative below a score of {-args.effective_threshold:g}"
     if reference:

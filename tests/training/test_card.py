@@ -28,7 +28,7 @@ def test_a_run_with_a_reference(options, tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path / "clean-reference")
     reference = str(tmp_path / "clean-reference")
     text, lines = write(options, tmp_path, reference_model=reference, negative_threshold=0.1, score_base_weight=0.5)
-    assert lines["Score"] == "`influence`, pooled by token, score_base_weight 0.5"
+    assert lines["Score"] == "`influence`, pooled by word_sum, score_base_weight 0.5"
     assert lines["Rule"] == "negative below a score of -0.1" and lines["Reference"] == "clean-reference"
     assert lines["Negative tokens"] == "forgotten with `unlikelihood` (weight 0.25, linear, joint)"
     share = float(re.match(r"([\d.]+)% of the trained tokens", lines["Share of negatives"]).group(1))
@@ -53,7 +53,8 @@ def test_weights_of_the_data(options, tmp_path):
 @pytest.mark.parametrize(
     "changes, rule",
     [
-        ({"score": "surprisal"}, "negative below a score of -4.6"),
+        ({"score": "surprisal"}, "the best 95% positive (global)"),
+        ({"score": "probe"}, "negative below a score of -0.5"),
         ({"positive_fraction": 0.7}, "the best 70% positive (global)"),
     ],
 )
