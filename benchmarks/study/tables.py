@@ -24,6 +24,7 @@ SECONDARY = (
     ("ignore_oracle", "ignore"), ("forget_oracle", "forget"), ("forget_oracle", "ignore_oracle"),
 )  # fmt: skip
 DRAWS = 10_000
+CORPORA = 2  # of the plan, whose primary comparisons share one level
 
 Values = dict[str, dict[str, np.ndarray]]  # arm -> measure -> (draws, rows)
 
@@ -88,7 +89,7 @@ def report(name: str, values: Values, comparisons: int) -> str:
 
 def main() -> None:
     tables = {Path(path).stem: read(path) for path in sys.argv[1:]}
-    print("\n\n".join(report(name, values, len(PRIMARY) * len(tables)) for name, values in tables.items()))
+    print("\n\n".join(report(name, values, len(PRIMARY) * CORPORA) for name, values in tables.items()))
 
 
 if __name__ == "__main__":

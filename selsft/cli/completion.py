@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from typing import Any
 
 from ..errors import InputError
 from . import COMMANDS
@@ -52,7 +53,8 @@ def flags_of(command: str) -> list[str]:
     more: set[str] = set()
     extra: dict[str, type | None] = {"train": None, "score": ScoreArguments, "evaluate": EvaluateArguments}
     if command in extra:
-        parser, more = CommandParser(command, "", "", extra[command]), {"--config", "--help_all"}
+        parser: Any = CommandParser(command, "", "", extra[command])
+        more = {"--config", "--help_all"}
     elif command == "run":
         parser, more = CommandParser("train", "", ""), {"--dry_run", "--from"}
     elif command == "skills":

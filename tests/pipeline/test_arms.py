@@ -275,6 +275,7 @@ def test_columns_are_named_by_the_recipe(folder):
 
 def test_a_flag_replaces_the_recipe_s_exclusive_sibling(folder):
     found = plan("--positive_fraction", "0.8")
-    assert found.recipe.flags("select") == {"positive_fraction": 0.8}
+    flags = found.recipe.flags("select")
+    assert flags["positive_fraction"] == 0.8 and "negative_threshold" not in flags
     kept = plan("--target_precision", "0.6", "--split.judged_fraction", "0.5").recipe
     assert "negative_threshold" not in kept.flags("select") and kept.flags("score")["target_precision"] == 0.6
