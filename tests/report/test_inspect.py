@@ -18,13 +18,14 @@ from selsft.data.chunks import token_chunks
 from selsft.data.columns import WEIGHTS
 from selsft.data.judged import judged_rows
 from selsft.data.tokenizers import special_ids
+from selsft.pipeline.results import results
 from selsft.report import skills
 from selsft.report.inspect import classes, print_rows, score_names, score_of, starting_threshold, write_inspection
 from selsft.report.run import write_report
 from selsft.report.tokens import LABELLED, ROLE, SCORED, SPECIAL, read_rows
 from selsft.selection.weights import add_token_weights
 from selsft.skills.results import compute
-from tests.report.test_page import run_folder
+from tests.pipeline.test_results import run_folder
 from tests.support import tiny
 from tests.support.browser import CHROMIUM, Tab, chromium
 from tests.support.skill_tables import write_study
@@ -123,7 +124,8 @@ def test_the_tokens_that_the_page_colours_are_those_of_training(tab, tmp_path):
     data = scored(sentences(40), prompts=sentences(40)[::-1], source=["a", "b"] * 20)
     rows = page(tmp_path / "page.html", data)
     show(tab, tmp_path / "page.html")
-    args = SelectiveSFTConfig("out", use_cpu=True, bf16=False)
+    shown = {"score_base_weight": 1.0, "score_pooling": "token"}
+    args = SelectiveSFTConfig("out", use_cpu=True, bf16=False, **shown)
     score = score_of(rows, "influence")
     for threshold, band in ((0.5, 0.0), (1.25, 0.4), (-0.3, 0.0), (2.0, 1.0)):
         move(tab, "boundary-number", -threshold)
@@ -136,7 +138,8 @@ def test_the_tokens_that_the_page_colours_are_those_of_training(tab, tmp_path):
         assert int(tab.js("document.body.dataset.negative")) == (trained == -1).sum() > 0
         assert coloured(tab) == set(np.flatnonzero(ours == -1).tolist())
         assert coloured(tab, "neu") == set(np.flatnonzero(ours == 0).tolist()) or band == 0
-        assert f"negative_threshold: {threshold:g}" in tab.js("$('settings').textContent")
+        settings = tab.js("$('settings').textContent")
+        assert f"negative_threshold: {threshold:g}" in settings and "score_pooling: token" in settings
     shares = tab.js("[...document.querySelectorAll('#sources tr')].map(row => row.innerText.split('\\t'))")
     for source, count, negative, _ in shares:
         own = np.repeat([name == source for name in data["source"]], np.diff(rows.offsets))
@@ -395,7 +398,7 @@ def test_no_serious_accessibility_violation(tab, tmp_path, name):
         data = scored(sentences(12), source=["a", "b"] * 6)
         page(tmp_path / "report.html", data, {**ABOUT, "judged": judged, "measured": measured}, neutral_band=0.2)
     elif name == "run":
-        write_report(run_folder(tmp_path))
+        write_report(tmp_path, results(run_folder(tmp_path)))
     else:
         skills.write_report(tmp_path, compute(write_study(tmp_path, hidden=False)))
     axe = AXE.read_text(encoding="utf-8")
