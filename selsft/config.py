@@ -416,6 +416,12 @@ class SelectiveSFTConfig(SFTConfig):
         default=None,
         metadata={"help": "Log-probability below which a negative token is no longer forgotten, for example -20."},
     )
+    anchor_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of a term that keeps tokens close to their probability at the start, for example 0.1."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -464,8 +470,8 @@ class SelectiveSFTConfig(SFTConfig):
 
     @property
     def needs_start_logps(self) -> bool:
-        """Whether the forgetting term compares with the model at the start of training."""
-        return FORGET[self.forget_objective].needs_reference
+        """Whether the loss compares with the model at the start of training."""
+        return FORGET[self.forget_objective].needs_reference or self.anchor_weight is not None
 
     def _validate_selection(self) -> None:
         """Check the fields of this class; also called for a config that was made from an `SFTConfig`."""
@@ -501,6 +507,7 @@ class SelectiveSFTConfig(SFTConfig):
         _check_number("forget_weight", self.forget_weight, low=0.0)
         _check_number("forget_beta", self.forget_beta, low=0.0, open_low=True)
         _check_number("forget_floor", self.forget_floor, low=-math.inf, high=0.0, open_high=True)
+        _check_number("anchor_weight", self.anchor_weight, low=0.0, open_low=True)
         for name in ("scoring_batch_size", "scoring_batch_tokens", "score_row_worst"):
             if (given := getattr(self, name)) is not None and given < 1:
                 raise ValueError(f"{name}={given} must be at least 1")

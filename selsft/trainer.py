@@ -308,6 +308,7 @@ class SelectiveSFTTrainer(SFTTrainer):
             forget=args.forget_objective,
             beta=args.forget_beta,
             floor=args.forget_floor,
+            anchor=args.anchor_weight,
             choose=choose,
         )
 
@@ -390,7 +391,9 @@ class SelectiveSFTTrainer(SFTTrainer):
                 "forget_objective='npo' forgets them, too"
             )
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override] # as TRL does
+    def create_model_card(  # type: ignore[override]  # TRL narrows it likewise
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
         """TRL's card with the selection, the data and the results; a run that selects nothing credits no paper."""
         if not self._selective:
             self._name, self._paper = SFTTrainer._name, {}

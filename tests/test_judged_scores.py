@@ -221,7 +221,7 @@ def test_whole_rows(score, tmp_path):
 def test_groups_are_kept_in_one_fold(score):
     rows = [{**row, "essay": f"e{index // 4}"} for index, row in enumerate(judged.rows(40))]
     score(score="probe", judged=Dataset.from_list(rows), judged_group="essay")
-    with pytest.raises(InputError, match="judged_group='text' is no column"):
+    with pytest.raises(InputError, match="judged_group='text' is not a column"):
         score("b", score="probe", judged=Dataset.from_list(rows), judged_group="text")
 
 

@@ -98,6 +98,7 @@ def objective(
     floor: float | None,
     reference: Tensor | None,
     entropy_gate: float | None,
+    anchor: float | None,
 ) -> None:
     if positive not in POSITIVE_OBJECTIVES:
         raise ValueError(f"positive={positive!r} is not one of {POSITIVE_OBJECTIVES}")
@@ -113,6 +114,13 @@ def objective(
         )
     if entropy_gate is not None and not 0 < entropy_gate < math.inf:
         raise ValueError(f"entropy_gate={entropy_gate} must be None or an entropy in nats above 0, for example 3.0")
+    if anchor is not None:
+        if not 0 < anchor < math.inf:
+            raise ValueError(f"anchor={anchor} must be None or a finite number above 0")
+        if reference is None:
+            raise ValueError(
+                f"reference_logprob is None; anchor={anchor} needs the log-probability of the targets to stay close to"
+            )
 
 
 def head_options(softcap: float | None, logit_scale: float) -> None:

@@ -143,6 +143,7 @@ class _LinearLogprob(torch.autograd.Function):
             beta=1.0,
             floor=None,
             entropy_gate=None,
+            anchor=None,
             softcap=s.softcap,
             logit_scale=s.logit_scale,
             lora_scale=s.lora_scale,

@@ -27,6 +27,7 @@ class _Settings(NamedTuple):
     beta: float
     floor: float | None
     entropy_gate: float | None
+    anchor: float | None
     softcap: float | None
     logit_scale: float
     entropy: bool
@@ -46,6 +47,7 @@ def logits_loss_op(
     beta: float,
     floor: float | None,
     entropy_gate: float | None,
+    anchor: float | None,
     softcap: float | None,
     logit_scale: float,
     entropy: bool,
@@ -64,7 +66,7 @@ def logits_loss_op(
     reference = None if reference is None else reference.contiguous()
     targets = Targets(target, z_y.masked_fill_(~inside, torch.nan), weight, reference)
     transform = Transform(None, logit_scale, softcap)
-    objective = Objective(positive, forget, beta, floor, entropy_gate)
+    objective = Objective(positive, forget, beta, floor, entropy_gate, anchor)
     stats = new_stats(target.shape[0], device, entropy, is_top1)._replace(
         lse=torch.empty_like(weight), grad=torch.empty_like(weight)
     )
@@ -78,8 +80,8 @@ def logits_loss_op(
 
 @logits_loss_op.register_fake
 def _(
-    logits, target, token_weight, reference, positive, forget, beta, floor, entropy_gate, softcap, logit_scale,
-    entropy, is_top1, ignore_index,
+    logits, target, token_weight, reference, positive, forget, beta, floor, entropy_gate, anchor, softcap,
+    logit_scale, entropy, is_top1, ignore_index,
 ):  # fmt: skip
     def new(n):
         return logits.new_empty(n, dtype=torch.float32)
@@ -193,6 +195,7 @@ def selective_cross_entropy(
     beta: float = 1.0,
     floor: float | None = None,
     entropy_gate: float | None = None,
+    anchor: float | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
@@ -203,8 +206,8 @@ def selective_cross_entropy(
 
     Args:
         logits: `[..., V]`, float32, bfloat16 or float16; before `logit_scale` and `softcap`, if those are given.
-        target, token_weight, reference_logprob, positive, forget, beta, floor, entropy_gate, softcap, logit_scale,
-            ignore_index, outputs: As in `linear_selective_cross_entropy`.
+        target, token_weight, reference_logprob, positive, forget, beta, floor, entropy_gate, anchor,
+            softcap, logit_scale, ignore_index, outputs: As in `linear_selective_cross_entropy`.
         inplace_backward: Write the gradient over the logits, which saves a buffer of their size and leaves them
             unusable after the backward pass. The logits must be contiguous rows: `[..., V]` with a last stride of 1.
 
@@ -226,7 +229,7 @@ def selective_cross_entropy(
     if reference_logprob is not None:
         checks.per_token("reference_logprob", reference_logprob, logits, torch.float32, of="logits")
         reference_logprob = reference_logprob.detach().reshape(-1)
-    checks.objective(positive, forget, beta, floor, reference_logprob, entropy_gate)
+    checks.objective(positive, forget, beta, floor, reference_logprob, entropy_gate, anchor)
     checks.head_options(softcap, logit_scale)
     wanted = checks.output_names(outputs)
     if inplace_backward and not logits.is_contiguous():
@@ -238,6 +241,7 @@ def selective_cross_entropy(
         float(beta),
         floor,
         entropy_gate,
+        anchor,
         softcap,
         float(logit_scale),
         "entropy" in wanted or entropy_gate is not None,

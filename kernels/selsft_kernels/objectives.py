@@ -99,7 +99,7 @@ class Objective(NamedTuple):
     `floor` is a log-probability. A negative token below it has nothing left to forget: its loss is `L` at the floor
     and its gradient is zero, that is, the loss is `L(max(m, m_floor))` for every forget objective.
 
-    `entropy_gate` is an entropy in nats, see `gated`.
+    `entropy_gate` is an entropy in nats, see `gated`; `anchor` is a weight, see `anchored`.
     """
 
     positive: str = "nll"
@@ -107,6 +107,7 @@ class Objective(NamedTuple):
     beta: float = 1.0
     floor: float | None = None
     entropy_gate: float | None = None
+    anchor: float | None = None
 
     @property
     def floor_log_odds(self) -> float:
@@ -129,6 +130,28 @@ def gated(weight: Tensor, entropy: Tensor, objective: Objective) -> Tensor:
     # Rounding may leave an entropy just below 0, which must not turn a positive token into a negative one.
     share = (entropy / objective.entropy_gate).clamp(0.0, 1.0)
     return torch.where(weight > 0, weight * share, weight)
+
+
+def anchored(
+    value: Tensor, grad: Tensor, m: Tensor, reference: Tensor | None, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """`(value, grad)` [n] of `token_loss` plus `anchor` times the divergence from a reference that knows log q.
+
+    `KL(q || p) = q log(q / p) + (1 - q) log((1 - q) / (1 - p))`, of the target against all other tokens together: what
+    is known of the whole divergence where only the target's log-probability was stored, and never more than it (data
+    processing). Its derivative `p - q` in the log-odds is bounded, where that of the estimator `r - log r - 1` with
+    `r = q / p` grows as 1 / p. Not multiplied by the weight of the token.
+    """
+    if objective.anchor is None:
+        return value, grad
+    assert reference is not None  # `checks.objective` has made sure
+    log_q = reference.clamp(max=0.0)
+    q, rest = log_q.exp(), -torch.expm1(log_q)
+    entropy = q * log_q + torch.xlogy(rest, rest)
+    divergence = entropy + q * F.softplus(-m) + rest * F.softplus(m)
+    # Both forms of p - q are exact where p and q are on the same side.
+    slope = torch.where(m > 0, rest - torch.sigmoid(-m), torch.sigmoid(m) - q)
+    return value + objective.anchor * divergence, grad + objective.anchor * slope
 
 
 def token_loss(

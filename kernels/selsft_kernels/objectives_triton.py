@@ -64,6 +64,20 @@ def forget_loss(m, reference, beta, OBJECTIVE: tl.constexpr):
 
 
 @triton.jit
+def anchored(value, grad, m, reference, anchor):
+    """See the twin; a NaN of the reference stays."""
+    log_q = tl.where(reference > 0.0, 0.0, reference)
+    q = tl.exp(log_q)
+    rest = 1.0 - q
+    # As log1p above: the rounding of q is in the divisor too, so that it drops out.
+    rest = tl.where(q > 0.5, tl.where(q == 1.0, -log_q, rest * (log_q / tl.log(tl.where(q == 1.0, 0.5, q)))), rest)
+    entropy = q * log_q + tl.where(rest > 0.0, rest * tl.log(tl.where(rest > 0.0, rest, 1.0)), 0.0)
+    divergence = entropy + q * softplus(-m) + rest * softplus(m)
+    slope = tl.where(m > 0.0, rest - sigmoid(-m), sigmoid(m) - q)
+    return value + anchor * divergence, grad + anchor * slope
+
+
+@triton.jit
 def token_loss(m, weight, reference, beta, floor, POSITIVE: tl.constexpr, FORGET: tl.constexpr):
     """`(|w| L(m), |w| dL/dm)`; `floor` in log-odds, -inf without one. Comparisons, not min or max, keep a NaN."""
     keep, keep_grad = positive_loss(m, POSITIVE)

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .objectives import Objective, gated, token_loss
+from .objectives import Objective, anchored, gated, token_loss
 
 # 1 MiB of fp32: the level-2 cache of a core.
 _CACHED_ELEMENTS = 2**18
@@ -166,6 +166,8 @@ def _loss_rows(
         weight = gated(weight, entropy, objective)
     value, grad = token_loss(m, weight, targets.reference, objective)
     skip = targets.weight == 0
+    if objective.anchor is not None:
+        value, grad = (t.masked_fill(skip, 0.0) for t in anchored(value, grad, m, targets.reference, objective))
     _store(stats, value, m, lse, grad, entropy, skip)
 
     scale = grad * -t.logit_scale / rest

@@ -32,7 +32,7 @@ from .blocks_triton import (
     without_target,
 )
 from .objectives import Objective
-from .objectives_triton import sigmoid, softplus, token_loss
+from .objectives_triton import anchored, sigmoid, softplus, token_loss
 from .rows import RowStats, Targets, Transform
 
 _MAX_LANES = 2048
@@ -194,6 +194,7 @@ def loss_rows_kernel(
     beta,
     floor,
     gate,  # 1 / entropy_gate
+    anchor,
     POSITIVE: tl.constexpr,
     FORGET: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
@@ -203,6 +204,7 @@ def loss_rows_kernel(
     NVIDIA: tl.constexpr,  # its instructions may be used
     ENTROPY: tl.constexpr,
     GATE: tl.constexpr,  # positive tokens count by their entropy; needs ENTROPY
+    ANCHOR: tl.constexpr,  # needs HAS_REFERENCE
     IS_TOP1: tl.constexpr,
     KEEP: tl.constexpr,  # lse and grad are wanted, for a backward pass
     MASKED: tl.constexpr,  # the target's logit is in its place, and not -inf; never with WRITE_GRAD
@@ -252,6 +254,9 @@ def loss_rows_kernel(
         loss, grad = token_loss(
             m, weight, reference, tl.cast(beta, tl.float32), tl.cast(floor, tl.float32), POSITIVE, FORGET
         )
+        if ANCHOR:
+            tl.static_assert(HAS_REFERENCE, "the anchor is a function of the reference")
+            loss, grad = anchored(loss, grad, m, reference, tl.cast(anchor, tl.float32))
         target_grad = grad * slope(z_y, scale, softcap, HAS_SOFTCAP)
         logprob = -softplus(-m)
         if IS_TOP1:
@@ -380,11 +385,13 @@ def loss_rows(
         objective.beta,
         objective.floor_log_odds,
         1.0 if objective.entropy_gate is None else 1.0 / objective.entropy_gate,
+        0.0 if objective.anchor is None else objective.anchor,
         POSITIVE=objective.positive,
         FORGET=objective.forget,
         HAS_REFERENCE=targets.reference is not None,
         ENTROPY=stats.entropy is not None,
         GATE=objective.entropy_gate is not None,
+        ANCHOR=objective.anchor is not None,
         IS_TOP1=stats.is_top1 is not None,
         KEEP=stats.lse is not None,
         MASKED=targets.own is None,

@@ -203,10 +203,10 @@ class CommandParser(SectionParser):
         known = set(launch_command_parser()._option_string_actions) | {"--accelerate_config"}
         if not launch[0].startswith("-"):
             raise InputError(f"unexpected argument {launch[0]!r}: every value needs a --flag before it")
+        if "--stages" in (part.split("=")[0] for part in launch):
+            raise InputError("--config is a recipe with stages: give it to `selsft run`")
         for part in launch:
             flag = part.split("=")[0]
-            if flag == "--stages":
-                raise InputError("--config is a recipe with stages: give it to `selsft run`")
             if flag.startswith("--") and flag not in known:
                 close = difflib.get_close_matches(flag, [*self._option_string_actions, *known], n=1)
                 hint = f"did you mean {close[0]}?" if close else f"see {self.prog} --help_all"

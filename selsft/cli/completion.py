@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from typing import Any
 
 from ..errors import InputError
 from . import COMMANDS
@@ -53,7 +52,7 @@ def flags_of(command: str) -> list[str]:
     more: set[str] = set()
     extra: dict[str, type | None] = {"train": None, "score": ScoreArguments, "evaluate": EvaluateArguments}
     if command in extra:
-        parser: Any = CommandParser(command, "", "", extra[command])
+        parser = CommandParser(command, "", "", extra[command])
         more = {"--config", "--help_all"}
     elif command == "run":
         parser, more = CommandParser("train", "", ""), {"--dry_run", "--from"}

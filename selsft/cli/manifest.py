@@ -50,7 +50,7 @@ def settings_sha256(arguments: Arguments) -> str:
 
 def begun(folder: Path, settings: str) -> bool:
     """Whether a command with this `settings_sha256` has begun to fill `folder` and has not finished."""
-    found = read_json(folder / NAME)
+    found = read_json(folder / NAME) if (folder / NAME).is_file() else {}
     return found.get("settings_sha256") == settings and "finished" not in found
 
 

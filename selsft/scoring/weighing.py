@@ -101,7 +101,7 @@ class TokenWeigher:
             passes = {name: (name, rows) for name in models.columns}  # column -> the pass that gives it, its identity
             if self._probe:
                 passes[PROBE_SCORES] = (BASE_LOGPS, rows | {"probe_sha256": self._probe_sha256})
-                if self.args.forget_objective != "npo":
+                if not self.args.needs_start_logps:
                     del passes[BASE_LOGPS]
             digests = {
                 name: models.sha256(source) for name, (source, _) in passes.items()

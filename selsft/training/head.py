@@ -61,12 +61,13 @@ class SelectiveHead:
         active_rows (`torch.Tensor` of shape `(m,)`, int64, or `None`): flat indices, in the grid of
             `(batch, seq_len - 1)` predicting positions, of the tokens with a weight; made on the host, so that no step
             waits for the device.
-        reference_logps (`torch.Tensor` of shape `(batch, seq_len)`, float32, or `None`): for `forget="npo"`.
+        reference_logps (`torch.Tensor` of shape `(batch, seq_len)`, float32, or `None`): for `forget="npo"`
+            and `anchor`.
         choose (`Callable[[torch.Tensor], torch.Tensor]`, *optional*): selects in this forward pass: takes the
             log-probabilities of the labels, `(batch, width)` float32 without gradient, 0 where `active_rows` has no
             position, and returns the signed weights, of that shape. `token_weights` then says which tokens it chooses
             from (`active_rows` must list them all).
-        positive, forget, beta, floor: see `selsft_kernels.linear_selective_cross_entropy`.
+        positive, forget, beta, floor, anchor: see `selsft_kernels.linear_selective_cross_entropy`.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class SelectiveHead:
         forget: str = "unlikelihood",
         beta: float = 1.0,
         floor: float | None = None,
+        anchor: float | None = None,
         metrics: bool = False,
         choose: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
@@ -88,6 +90,7 @@ class SelectiveHead:
         self.forget = forget
         self.beta = beta
         self.floor = floor
+        self.anchor = anchor
         self.metrics = metrics
         self.choose = choose
 
@@ -273,6 +276,7 @@ def _selective_loss(
         forget=head.forget,
         beta=head.beta,
         floor=head.floor,
+        anchor=head.anchor,
         active_rows=rows,
         outputs=("logprob", "entropy", "is_top1"),
         **keywords,

@@ -28,6 +28,7 @@ _RULES = (
 )  # fmt: skip
 _FORGETTING = (
     "forget_objective", "forget_weight", "forget_schedule", "forget_normalization", "forget_beta", "forget_floor",
+    "anchor_weight",
 )  # fmt: skip
 
 
@@ -136,8 +137,8 @@ def validate_selection(trainer: SelectiveSFTTrainer, source: str | Model | None,
         ),
         (
             streamed and source is None and BASE_LOGPS not in given and args.needs_start_logps,
-            "forget_objective='npo' needs the log-probabilities at the start of training, which streamed rows "
-            "with given weights do not have: use another objective",
+            "forget_objective='npo' and anchor_weight need the log-probabilities at the start of training, which "
+            "streamed rows with given weights do not have: use another objective and no anchor",
         ),
         (
             trainer.compute_loss_func is not None,

@@ -57,6 +57,8 @@ LOSS_ONLY = {
     "forget": ({"forget": "ga"}, "forget='ga'"),
     "beta": ({"beta": 0.0}, "beta=0.0"),
     "floor": ({"floor": 0.0}, "floor=0.0"),
+    "anchor": ({"anchor": -1.0, "reference_logprob": torch.zeros(2, 3)}, "anchor=-1.0"),
+    "anchor-without-reference": ({"anchor": 1.0}, "reference_logprob is None; anchor=1.0"),
     "gate": ({"entropy_gate": 0.0}, "entropy_gate=0.0"),
     "npo-without-reference": ({"forget": "npo"}, "reference_logprob is None"),
     "reference-shape": ({"reference_logprob": torch.zeros(2)}, "reference_logprob has shape"),

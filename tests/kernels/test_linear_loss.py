@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from selsft_kernels import backend, linear_selective_cross_entropy, rows
+from selsft_kernels import backend, linear_loss, linear_selective_cross_entropy, rows
 from tests.support import kernel_call as call
 from tests.support import kernel_oracle as oracle
 from tests.support.kernel_oracle import Problem, problem, relative
@@ -370,3 +370,48 @@ def test_positives_gated_by_entropy(options: dict) -> None:
     entropy = oracle.selective(p)["entropy"][oracle.used(p) & (p.token_weight > 0)]
     assert 0 < int((entropy < 2.1).sum()) < entropy.numel()
     assert_matches(p, call.linear(p, chunk_size=16))
+
+
+@pytest.mark.parametrize("options", [{}, {"positive": "dft", "floor": -2.0, "entropy_gate": 2.1, "softcap": 4.0}])
+def test_anchor_to_the_reference(options: dict) -> None:
+    """Rows of weight 0 stay out of it; below the floor it is all that there is."""
+    p = problem(rows=40, vocab=23, spread=3.0, anchor=0.7, seed=4, **options)
+    p.reference[:5] = torch.tensor([-1e-4, -1e-6, -20.0, -3.0, -0.5])
+    assert_matches(p, call.linear(p, chunk_size=16))
+
+
+@pytest.mark.parametrize("dead", [11, 16, 40])
+@pytest.mark.parametrize("prompt", [False, True])
+def test_rows_without_a_gradient_do_not_go_through_the_products(
+    prompt: bool, dead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows below the floor, spread over chunks; a whole chunk of them; all rows. The results are those of all rows."""
+    p = problem(rows=40, vocab=23, hidden=12, bias=True, lora=True, floor=-1e-3, seed=5)
+    p.target.clamp_(min=0)
+    p.token_weight.fill_(1.0)
+    p.token_weight[:dead] = -1.0  # every one of them is below the floor
+    if prompt:
+        p.token_weight[1::5] = 0.0
+    seen: list[int] = []
+    inner = linear_loss.add_gradients
+
+    def counted(grads, d_raw, *arguments, **options):
+        seen.append(d_raw.shape[0])
+        inner(grads, d_raw, *arguments, **options)
+
+    monkeypatch.setattr(linear_loss, "add_gradients", counted)
+    actual = call.linear(p, chunk_size=16)
+    assert_matches(p, actual)
+    assert not actual["d_input"][:dead].any()
+    used = int((p.token_weight != 0).sum())
+    assert sum(seen) == int((p.token_weight > 0).sum()) if dead != 11 else sum(seen) < used
+    monkeypatch.setattr(linear_loss, "_LIVING_SHARE", -1.0)
+    for name, value in call.linear(p, chunk_size=16).items():
+        assert torch.allclose(actual[name].double(), value.double(), atol=1e-6), name
+
+
+def test_a_nan_is_not_a_row_without_a_gradient() -> None:
+    factor = torch.tensor([0.0, torch.nan, 0.0, 0.0, 1e-40])
+    alive = linear_loss.living_rows(factor)
+    assert alive is not None and alive.tolist() == [1, 4]
+    assert linear_loss.living_rows(torch.ones(3)) is None and linear_loss.living_rows(None) is None

@@ -112,6 +112,11 @@ def test_skipped_rows_may_hold_anything() -> None:
         assert not result[name][1:3].any(), name
 
 
+def test_anchor_to_the_reference() -> None:
+    p = problem(rows=40, anchor=0.7, floor=-4.0)
+    check(p, logits_of(p))
+
+
 def test_positives_gated_by_entropy() -> None:
     p = problem(rows=40, entropy_gate=2.5, floor=-4.0)
     check(p, logits_of(p))

@@ -127,7 +127,7 @@ def test_excess_of_a_lora_against_another_adapter(passes, online, excess, tmp_pa
     merged = merged.merge_and_unload()
     runs = [
         make(
-            excess, None, LoraConfig(**LORA), reference, positive_fraction=0.6, excess_passes=passes,
+            excess, peft_config=LoraConfig(**LORA), reference=reference, positive_fraction=0.6, excess_passes=passes,
             precompute_scores=not online, learning_rate=1.0,
         )
         for reference in (folder, merged)
@@ -141,7 +141,12 @@ def test_excess_of_a_lora_against_another_adapter(passes, online, excess, tmp_pa
 def test_excess_against_the_base_below_an_adapter(excess):
     """At the start the model is its base, all scores are 0 and tie: all positive; after a step they differ."""
     run = make(
-        excess, None, LoraConfig(**LORA), "base", positive_fraction=0.6, precompute_scores=False, learning_rate=1.0
+        excess,
+        peft_config=LoraConfig(**LORA),
+        reference="base",
+        positive_fraction=0.6,
+        precompute_scores=False,
+        learning_rate=1.0,
     )
     run.train()
     shares = [row["negative_fraction"] for row in steps(run)]
@@ -178,7 +183,14 @@ def test_one_pass_at_a_threshold_is_two_passes(peft, gate, excess):
     """Without dropout both see the same log-probabilities, so the whole runs agree."""
     rule = {"negative_threshold": 0.05, "gate_reference_prob": gate, "per_device_train_batch_size": 4}
     runs = [
-        make(excess, None, peft, tiny.llama(seed=1), excess_passes=passes, gradient_accumulation_steps=2, **rule)
+        make(
+            excess,
+            peft_config=peft,
+            reference=tiny.llama(seed=1),
+            excess_passes=passes,
+            gradient_accumulation_steps=2,
+            **rule,
+        )
         for passes in (2, 1)
     ]
     forwards = []
@@ -191,7 +203,7 @@ def test_one_pass_at_a_threshold_is_two_passes(peft, gate, excess):
     assert forwards[0] == 2 * forwards[1] and not runs[1]._excess._seen
     assert all(0.1 < row["negative_fraction"] < 0.95 for row in steps(runs[0]))
     if gate:
-        plain = make(excess, None, peft, tiny.llama(seed=1), **{**rule, "gate_reference_prob": None})
+        plain = make(excess, peft_config=peft, reference=tiny.llama(seed=1), **{**rule, "gate_reference_prob": None})
         plain.train()
         assert steps(plain)[0]["negative_fraction"] > steps(runs[1])[0]["negative_fraction"]
 

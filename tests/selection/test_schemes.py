@@ -233,7 +233,7 @@ REFUSED = [
     ),
     (
         {"score": "oracle", "forget_objective": "npo"}, {"data": lambda: streamed(negative_mask=ones)},
-        "forget_objective='npo' needs the log-probabilities at the start",
+        "forget_objective='npo' and anchor_weight need the log-probabilities at the start",
     ),
 ]  # fmt: skip
 

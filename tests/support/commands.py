@@ -42,7 +42,8 @@ CPU = {
 STEPS = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
 RECIPE = {
     "model_name_or_path": "model", "dataset_name": "data.jsonl", **CPU, **STEPS, "max_steps": 2, "use_peft": True,
-    "lora_target_modules": ["q_proj", "v_proj"], "negative_threshold": 0.01, "lora_dropout": 0.0,
+    "lora_target_modules": ["q_proj", "v_proj"], "negative_threshold": 0.01, "score_base_weight": 1.0,
+    "score_pooling": "token", "lora_dropout": 0.0,
     "stages": {
         "split": {"reference_size": 0.3, "eval_size": 5},
         "reference": {"learning_rate": 2.0e-2},

@@ -16,7 +16,7 @@ from selsft_kernels.chunking import padded
 HOPPER, AMPERE, MI300 = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 80, 32), GPUTarget("hip", "gfx942", 64)
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTERS = {"target_ptr": "*i64", "column_ptr": "*i64", "is_top1_ptr": "*i1"}
-FLOATS = {"scale", "softcap", "beta", "floor", "gate", "lora_scale"}
+FLOATS = {"scale", "softcap", "beta", "floor", "gate", "anchor", "lora_scale"}
 DATA = {"raw_ptr", "out_ptr", "x_ptr", "weight_ptr", "lora_b_ptr"}
 
 
@@ -45,7 +45,18 @@ def build(
 
 
 def row_constants(**changes: Any) -> dict[str, Any]:
-    names = ("HAS_REFERENCE", "HAS_BIAS", "HAS_SOFTCAP", "FLIP", "ENTROPY", "GATE", "IS_TOP1", "KEEP", "MASKED")
+    names = (
+        "HAS_REFERENCE",
+        "HAS_BIAS",
+        "HAS_SOFTCAP",
+        "FLIP",
+        "ENTROPY",
+        "GATE",
+        "ANCHOR",
+        "IS_TOP1",
+        "KEEP",
+        "MASKED",
+    )
     plain = {"POSITIVE": "nll", "FORGET": "unlikelihood", "NVIDIA": True, "WRITE_GRAD": True, "ALIGNED": True}
     return {**plain, **dict.fromkeys(names, False), **changes}
 
@@ -58,6 +69,7 @@ EVERYTHING = row_constants(
     FLIP=True,
     ENTROPY=True,
     GATE=True,
+    ANCHOR=True,
     IS_TOP1=True,
     KEEP=True,
     FORGET="npo",

@@ -106,6 +106,7 @@ def token_losses(lp: Tensor, l1mp: Tensor, p: Problem, z: Tensor | None = None) 
     beta, floor = p.options.get("beta", 1.0), p.options.get("floor")
     reference = p.reference.to(lp.dtype)
     keep = {"nll": -lp, "dft": -lp.exp().detach() * lp}[positive]
+    both = (lp, l1mp)
     if floor is not None:
         bottom = torch.tensor(floor, dtype=lp.dtype, device=lp.device)
         below = lp < floor
@@ -123,6 +124,9 @@ def token_losses(lp: Tensor, l1mp: Tensor, p: Problem, z: Tensor | None = None) 
         assert z is not None
         share = (torch.distributions.Categorical(logits=z.detach()).entropy() / p.options["entropy_gate"]).clamp(max=1)
         value = torch.where(p.token_weight > 0, value * share, value)
+    if p.options.get("anchor") is not None:
+        q = torch.stack([reference, torch.log1p(-reference.exp())]).exp()
+        value = value + p.options["anchor"] * (q * (q.log() - torch.stack(both))).nan_to_num(0.0).sum(0)
     return value[used(p)]
 
 

@@ -56,6 +56,25 @@ def test_first_loss_is_the_documented_formula(objective, normalization, options,
     assert steps(run)[0]["loss"] == pytest.approx(wanted, rel=1e-5)
 
 
+def test_anchor_adds_the_divergence_from_the_start(options, tmp_path):
+    losses, kept = [], None
+    for weight in (None, 0.5):
+        run = make(
+            options, weighted_data(12), anchor_weight=weight, max_steps=1, per_device_train_batch_size=12,
+            scoring_cache_dir=str(tmp_path / "cache"),
+        )  # fmt: skip
+        if weight is not None:  # the start of training is the model itself: move it away, so that it matters
+            kept = list(run.train_dataset)
+            run.train_dataset = run.train_dataset.map(lambda row: {"base_logps": [x / 4 for x in row["base_logps"]]})
+        run.train()
+        losses.append(steps(run)[0]["loss"])
+    columns = [zip(row["base_logps"][1:], row["token_weights"][1:], row["labels"][1:], strict=True) for row in kept]
+    lp = torch.tensor([x for each in columns for x, w, y in each if w and y != -100]).double()
+    p, q = lp.exp(), (lp / 4).exp()
+    divergence = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+    assert losses[1] - losses[0] == pytest.approx(0.5 * divergence.mean().item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("normalization", ["joint", "separate"])
 def test_batches_of_a_step_are_one_batch(normalization, options):
     histories, states = [], []
@@ -308,7 +327,8 @@ def test_refused_with_a_reason(case, options):
     ("field", "value"),
     [
         ("forget_weight", -0.1), ("forget_weight", math.nan), ("positive_fraction", 1.5), ("neutral_band", -1.0),
-        ("forget_beta", 0.0), ("forget_floor", 0.5), ("scoring_batch_size", 0), ("forget_objective", "ascent"),
+        ("forget_beta", 0.0), ("forget_floor", 0.5),
+        ("anchor_weight", 0.0), ("scoring_batch_size", 0), ("forget_objective", "ascent"),
         ("forget_schedule", "step"), ("selection_scope", "batch"), ("forget_normalization", "mean"), ("score", "loss"),
     ],
 )  # fmt: skip

@@ -217,6 +217,16 @@ def test_positives_gated_by_entropy(options: dict, device: torch.device) -> None
     assert_logits_match(p, z)
 
 
+@pytest.mark.parametrize("options", [{}, {"positive": "dft", "floor": -2.0, "entropy_gate": 2.1, "softcap": 4.0}])
+def test_anchor_to_the_reference(options: dict, device: torch.device) -> None:
+    """Rows of weight 0 stay out of it; below the floor it is all that there is."""
+    p = problem(rows=40, vocab=23, spread=3.0, anchor=0.7, seed=4, device=device, **options)
+    p.reference[:5] = torch.tensor([-1e-4, -1e-6, -20.0, -3.0, -0.5])
+    assert_matches(p, call.linear(p, chunk_size=16))
+    z = 3 * torch.randn(40, 23, generator=torch.Generator().manual_seed(1)).to(device)
+    assert_logits_match(p, z)
+
+
 @pytest.mark.parametrize("case", ["no rows", "all ignored", "all weights zero"])
 def test_nothing_to_compute_gives_connected_zeros(case: str, device: torch.device) -> None:
     p = problem(rows=0 if case == "no rows" else 3, bias=True, lora=True, device=device)
