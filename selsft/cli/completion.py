@@ -6,8 +6,8 @@ argcomplete, which know neither the flags that a YAML parser hands on nor those 
 
 from __future__ import annotations
 
+import argparse
 import importlib
-from typing import Any
 
 from ..errors import InputError
 from . import COMMANDS
@@ -48,9 +48,11 @@ def flags_of(command: str) -> list[str]:
     from .arguments import CommandParser
     from .skills import SkillsParser
 
-    extra = {"train": None, "score": ScoreArguments, "evaluate": EvaluateArguments}
+    parser: argparse.ArgumentParser
+    more: set[str] = set()
+    extra: dict[str, type | None] = {"train": None, "score": ScoreArguments, "evaluate": EvaluateArguments}
     if command in extra:
-        parser: Any = CommandParser(command, "", "", extra[command])
+        parser = CommandParser(command, "", "", extra[command])
         more = {"--config", "--help_all"}
     elif command == "run":
         parser, more = CommandParser("train", "", ""), {"--dry_run", "--from"}
@@ -62,5 +64,5 @@ def flags_of(command: str) -> list[str]:
         place = {"inspect": ".inspect", "demo": "..demo.run", "bench": "..bench.kernels"}[command]
         module = importlib.import_module(place, __package__)
         make = next(getattr(module, name) for name in ("_parser", "make_parser", "parser") if hasattr(module, name))
-        parser, more = make(), set()
+        parser = make()
     return sorted({flag for flag in parser._option_string_actions if flag.startswith("--")} | more)

@@ -137,7 +137,8 @@ def test_the_tokens_that_the_page_colours_are_those_of_training(tab, tmp_path):
         assert int(tab.js("document.body.dataset.negative")) == (trained == -1).sum() > 0
         assert coloured(tab) == set(np.flatnonzero(ours == -1).tolist())
         assert coloured(tab, "neu") == set(np.flatnonzero(ours == 0).tolist()) or band == 0
-        assert f"negative_threshold: {threshold:g}" in tab.js("$('settings').textContent")
+        settings = tab.js("$('settings').textContent")
+        assert f"negative_threshold: {threshold:g}" in settings and "score_pooling: token" in settings
     shares = tab.js("[...document.querySelectorAll('#sources tr')].map(row => row.innerText.split('\\t'))")
     for source, count, negative, _ in shares:
         own = np.repeat([name == source for name in data["source"]], np.diff(rows.offsets))

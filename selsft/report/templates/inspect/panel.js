@@ -94,7 +94,7 @@ function showHistogram() {
 function settingsText() {
   if (asGiven()) return "# the column token_weights is used as it is";
   const names = { token_scores: "given" };
-  const lines = [`score: ${names[state.score] || state.score}`, `negative_threshold: ${-state.boundary || 0}`, `neutral_band: ${state.band}`];
+  const lines = [`score: ${names[state.score] || state.score}`, `negative_threshold: ${-state.boundary || 0}`, `neutral_band: ${state.band}`, 'score_pooling: token'];
   if (D.settings.has_base_weight && state.score === "influence") lines.push(`score_base_weight: ${state.base}`);
   return lines.join("\n");
 }
