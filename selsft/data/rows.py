@@ -138,7 +138,8 @@ def _fault(
             right = kind in wanted.split(" or ")
         if not right:
             return f"holds {_short(value)} as {name!r}, which is {type(value).__name__}: it needs {wanted}"
-        if kind in ("text", "messages") and kind != kinds.get(name, kind):
+        # An empty list of ids is none of messages
+        if name != "input_ids" and kind in ("text", "messages") and kind != kinds.get(name, kind):
             return f"holds {kind} as {name!r}, row 0 {kinds[name]}: bring all rows into one form"
         if not value and kind != "text" and (strict or (number == 0 and name != "input_ids")):
             return f"is empty: {name!r} has no {'tokens' if name == 'input_ids' else 'messages'}: repair or remove it"

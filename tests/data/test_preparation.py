@@ -127,7 +127,10 @@ def test_scored_columns_select_without_a_reference(options):
     score = lambda i, row: [float(-(t % 4)) for t in range(len(row))]  # noqa: E731
     data = tiny.tokenised_data(base_logps=lambda i, row: [0.0] * len(row), ref_logps=score)
     for threshold, expected in ((1.5, {2, 3}), (2.5, {3})):
-        run = make(options, data, negative_threshold=threshold, protect_special_tokens=False)
+        run = make(
+            options, data, negative_threshold=threshold, protect_special_tokens=False, score_base_weight=1.0,
+            score_pooling="token",
+        )  # fmt: skip
         found = {t % 4 for row in run.train_dataset for t, weight in enumerate(row["token_weights"]) if weight < 0}
         assert found == expected
 

@@ -169,7 +169,7 @@ BAD = {
     "latin.csv": ["'latin.csv' cannot be read as data: line 3 is not UTF-8 (byte 0xe9 in column 2)"],
     "columns.jsonl": ["'question'", "none that can be trained on"],
     "hole.jsonl": ["row 4 of the data has no 'text'"],
-    "long.jsonl": ["row 5 of the prepared data has ", "the model's context of 256: set --max_length 256"],
+    "long.jsonl": ["row 5 of the ", " tokens, more than ", "the model's context of 256: set --max_length 256"],
     "no_tokens.jsonl": ["row 1 of the data is empty: 'input_ids' has no tokens"],
     "no_messages.jsonl": ["row 1 of the data is empty: 'messages' has no messages"],
 }
