@@ -106,6 +106,9 @@ def _missing(row: Mapping[str, Any], form: tuple[str, ...]) -> str:
     return next(name for name in form if row.get(name) is None)
 
 
+_MAY_BE_EMPTY = ("input_ids", "messages")  # TRL drops such rows; it takes others for a text
+
+
 def _kind(value: Any) -> str:
     if isinstance(value, str):
         return "text"
@@ -141,7 +144,11 @@ def _fault(
         # An empty list of ids is none of messages
         if name != "input_ids" and kind in ("text", "messages") and kind != kinds.get(name, kind):
             return f"holds {kind} as {name!r}, row 0 {kinds[name]}: bring all rows into one form"
-        if not value and kind != "text" and (strict or (number == 0 and name != "input_ids")):
+        if (
+            not value
+            and kind != "text"
+            and (strict or name not in _MAY_BE_EMPTY or (number == 0 and name != "input_ids"))
+        ):
             return f"is empty: {name!r} has no {'tokens' if name == 'input_ids' else 'messages'}: repair or remove it"
         if kind == "messages" and name != "input_ids":
             for place, message in enumerate(value):
@@ -191,7 +198,7 @@ def _sound(column: pa.Array, name: str, text_field: str, strict: bool) -> bool:
         return "text" in _wanted(name, text_field)
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         return False
-    if strict and pc.any(pc.equal(pc.list_value_length(column), 0)).as_py():
+    if (strict or name not in _MAY_BE_EMPTY) and pc.any(pc.equal(pc.list_value_length(column), 0)).as_py():
         return False
     if name == "input_ids":
         return pa.types.is_integer(kind.value_type) and not column.flatten().null_count

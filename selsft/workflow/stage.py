@@ -174,6 +174,8 @@ def file_fingerprint(path: str | Path) -> str:
 
 def model_source(name: str, revision: str | None = None) -> str:
     """What identifies a model or adapter: the content of its folder, or its id and commit on the Hub."""
+    if not isinstance(name, str):
+        raise InputError(f"a model is named by {name!r}: give a folder or an id of the Hub")
     if Path(name).is_dir():
         return file_fingerprint(name)
     from transformers.utils import cached_file

@@ -89,7 +89,7 @@ def test_rows_cut_before_their_answer_are_counted_not_scored(options):
     )
     held = prepare(tiny.llama(), tiny.tokenizer(), data, arguments(options, max_length=8))
     assert (held.skipped, held.indices, len(held.prepared)) == (1, [1], 1)
-    with pytest.raises(ValueError, match="max_length=1 .* leaves no row with a supervised token"):
+    with pytest.raises(ValueError, match=r"max_length=1 .* leaves no row with a supervised token"):
         prepare(tiny.llama(), tiny.tokenizer(), data, arguments(options, max_length=1))
 
 
