@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..config import SelectiveSFTConfig
+from ..data.rows import check_dataset
 from ..scoring.frozen import use_start
 from ..training.model import Model
 from .generation import exact_match, greedy_answers
@@ -64,6 +65,7 @@ def evaluate(
     Raises:
         `ValueError` for a loaded model without a tokenizer, and when no row has a token to score.
     """
+    check_dataset("dataset", dataset)
     args = args if args is not None else SelectiveSFTConfig("unused")
     kwargs = {"trust_remote_code": args.trust_remote_code, **cast(dict, args.model_init_kwargs or {})}
     if isinstance(model, str | Path):

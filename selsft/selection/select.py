@@ -15,10 +15,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..config import SelectiveSFTConfig
 from ..data.chunks import supervised_mask, token_chunks
-from ..data.columns import BASE_LOGPS, TOKEN_COLUMNS, WEIGHTS
+from ..data.columns import BASE_LOGPS, READ_COLUMNS, TOKEN_COLUMNS, WEIGHTS
+from ..data.rows import check_dataset
 from ..data.tokenizers import special_ids
 from ..data.words import Words
-from ..errors import input_errors
+from ..errors import InputError, input_errors
 from ..records import write_json
 from .weights import add_token_weights, pooled_scores, raw_scores
 from .worst import WorstTokens
@@ -44,7 +45,13 @@ def select_tokens(
     Raises:
         `ValueError` for a score that is not finite, naming the row.
     """
+    check_dataset("scored", scored)
     args = args if args is not None else SelectiveSFTConfig("unused", use_cpu=True, bf16=False)
+    if missing := sorted({"input_ids", "labels", *READ_COLUMNS[args.score]} - set(scored.column_names)):
+        raise InputError(
+            f"scored has no column {missing[0]!r}, which score={args.score!r} is read from: give the rows of "
+            "`score_dataset` or `load_scores`"
+        )
     special = special_ids(tokenizer) if args.protect_special_tokens else np.zeros(0, np.int64)
     words = Words(tokenizer) if args.pooling in ("word", "span") else None
     return add_token_weights(scored, args, special, padding_free=False, words=words)
