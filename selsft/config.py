@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import math
+import numbers
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -475,6 +477,7 @@ class SelectiveSFTConfig(SFTConfig):
 
     def _validate_selection(self) -> None:
         """Check the fields of this class; also called for a config that was made from an `SFTConfig`."""
+        self._validate_types()
         if self.negative_threshold is not None and self.positive_fraction is not None:
             raise ValueError(
                 f"negative_threshold={self.negative_threshold} and positive_fraction={self.positive_fraction} exclude "
@@ -519,6 +522,22 @@ class SelectiveSFTConfig(SFTConfig):
                 UserWarning,
                 stacklevel=4,
             )
+
+    def _validate_types(self) -> None:
+        """Paths become strings; any other value of a wrong type raises, naming the field."""
+        for item in fields(SelectiveSFTConfig):
+            value = getattr(self, item.name)
+            if isinstance(value, Path):
+                setattr(self, item.name, value := str(value))
+            if item.name in _INHERITED:
+                continue
+            kind = str(item.type)
+            wanted = next((each for each in _TYPES if kind.startswith(each)), None)
+            if (value is None and "None" in kind) or wanted is None or "dict" in kind:
+                continue
+            types, words = _TYPES[wanted]
+            if not isinstance(value, types) or (isinstance(value, bool) and wanted != "bool"):
+                raise ValueError(f"{item.name}={value!r} is of the type {type(value).__name__}: it needs {words}")
 
     def _validate_scheme(self) -> None:
         """Raise for the first setting that the score contradicts."""
@@ -600,6 +619,13 @@ class SelectiveSFTConfig(SFTConfig):
         return config
 
 
+# Types that a field may declare -> what it takes, and that in words. NumPy's scalars are registered as numbers
+_TYPES: dict[str, tuple[type, str]] = {
+    "bool": (bool, "True or False"),
+    "int": (numbers.Integral, "a whole number"),
+    "float": (numbers.Real, "a number"),
+    "str": (str, "a text"),
+}
 _INHERITED = {item.name for item in fields(SFTConfig)}
 # What decides about tokens and their loss: field -> default
 SELECTION_DEFAULTS: dict[str, Any] = {

@@ -30,6 +30,7 @@ from .config import SELECTION_DEFAULTS, SelectiveSFTConfig
 from .data.chunks import TOKENS_PER_CHUNK, TokenChunk, supervised_mask, token_chunks
 from .data.columns import BASE_LOGPS, NOISY_LOGPS, PROBE_SCORES, READ_COLUMNS, REF_LOGPS, token_columns
 from .data.loading import DataSource, load_rows
+from .data.rows import check_dataset
 from .data.scored_folder import ScoredFolder, is_scored, load_scores
 from .data.tokenizers import tokenizer_sha256
 from .errors import InputError
@@ -94,6 +95,7 @@ def score_dataset(
         `ValueError` naming the field or row, the value and the remedy: for a folder that holds something else or was
         made by something else, and for rows, models or imported values that do not fit.
     """
+    check_dataset("dataset", dataset)
     args = args if args is not None else SelectiveSFTConfig(str(output_dir))
     reference = str(reference_model) if isinstance(reference_model, Path) else reference_model or args.reference_model
     given = {"judged": judged, "judged_test": judged_test, "probe_clean": probe_clean}

@@ -56,7 +56,7 @@ from .training.head import (
 )
 from .training.model import Model
 from .training.schedules import forget_weight_at
-from .training.validation import validate_effects, validate_prepared, validate_selection
+from .training.validation import validate_arguments, validate_effects, validate_prepared, validate_selection
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +149,7 @@ class SelectiveSFTTrainer(SFTTrainer):
         *,
         reference_model: str | Path | Model | None = None,
     ):
+        validate_arguments(model, args, train_dataset, eval_dataset, formatting_func is not None)
         model = str(model) if isinstance(model, Path) else model
         reference_model = str(reference_model) if isinstance(reference_model, Path) else reference_model
         if args is None:

@@ -73,6 +73,23 @@ def check_rows(data: Split, text_field: str = "text", strict: bool = False, what
     return data
 
 
+def check_dataset(argument: str, data: Any) -> None:
+    """Raise `InputError`, naming the argument, for anything but a `Dataset` with rows or an `IterableDataset`."""
+    if not isinstance(data, Dataset | IterableDataset):
+        hint = (
+            "Dataset.from_list(rows)"
+            if isinstance(data, list)
+            else "one split of it"
+            if isinstance(data, dict)
+            else ""
+        )
+        raise InputError(
+            f"{argument} is a {type(data).__name__}: give a datasets.Dataset{f', such as {hint}' if hint else ''}"
+        )
+    if isinstance(data, Dataset) and len(data) == 0:
+        raise InputError(f"{argument} has no rows: give at least one")
+
+
 def form_of(data: Split, text_field: str = "text", what: str = "the data") -> tuple[str, ...]:
     """The columns that rows are made from. TRL stops with a bare KeyError in a worker when there are none.
 

@@ -69,6 +69,7 @@ def evaluate(
     Raises:
         `ValueError` for a loaded model without a tokenizer, and when no row has a token to score.
     """
+    check_dataset("dataset", dataset)
     args = args if args is not None else SelectiveSFTConfig("unused")
     kwargs = {"trust_remote_code": args.trust_remote_code, **cast(dict, args.model_init_kwargs or {})}
     if isinstance(model, str | Path):

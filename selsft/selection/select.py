@@ -43,6 +43,7 @@ def select_tokens(
     Raises:
         `ValueError` for a score that is not finite, naming the row.
     """
+    check_dataset("scored", scored)
     args = args if args is not None else SelectiveSFTConfig("unused", use_cpu=True, bf16=False)
     special, words = vocabulary(tokenizer, args)
     return add_token_weights(scored, args, special, padding_free=False, words=words)

@@ -201,7 +201,25 @@ def add_token_weights(
             "the reference says what the model says of every token, so the scores compare nothing. Is the reference "
             "another checkpoint than the model?"
         )
+    elif args.effective_threshold is not None and args.score != "oracle" and total:
+        _warn_of_share(below / total, lambda: (scores for _, _, scores in scored()), args)
     return with_column(dataset, WEIGHTS, writer.dataset())
+
+
+def _warn_of_share(share: float, chunks: Chunks, args: SelectiveSFTConfig) -> None:
+    """A threshold that makes nothing or most of the tokens negative is rarely what was meant.
+
+    Args:
+        share: of the tokens that score below the boundary, in [0, 1].
+    """
+    if 0 < share <= 0.5:
+        return
+    thresholds = {wanted: -boundary_of_fraction(chunks, 1 - wanted) for wanted in (0.01, 0.05, 0.2)}
+    choice = ", ".join(f"{threshold:.3g} -> {wanted:.0%}" for wanted, threshold in thresholds.items())
+    logger.warning(
+        f"negative_threshold={args.effective_threshold:g} makes {f'{share:.1%}' if share else 'none'} of the tokens "
+        f"negative. Thresholds and what they would make negative: {choice}"
+    )
 
 
 def row_weights(

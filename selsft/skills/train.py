@@ -24,6 +24,8 @@ from transformers import (
     TrainerCallback,
 )
 
+from selsft_kernels.objectives import FORGET
+
 from ..config import SelectiveSFTConfig
 from ..evaluation.examples import MultipleChoiceExample, training_data, training_row
 from ..evaluation.options import OptionScores
@@ -198,7 +200,7 @@ def _arguments(
             "forget_objective": method,
             "forget_weight": config.forget_weight,
             "forget_schedule": "constant",
-            "forget_beta": config.forget_beta,
+            **({"forget_beta": config.forget_beta} if FORGET[method].needs_beta else {}),
             "forget_floor": config.forget_floor,
         }
     return SelectiveSFTConfig(**{**settings, **config.training_settings})

@@ -6,13 +6,19 @@ other; here is what depends on the data, the model or the launcher.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
 from datasets import Dataset, IterableDataset
+from transformers import TrainingArguments
 from trl.data_utils import get_dataset_column_names
+
+from selsft_kernels.objectives import FORGET
 
 from .._compat import DataCollatorForLanguageModeling
 from ..data.columns import BASE_LOGPS, NOISY_LOGPS, PROBE_SCORES, READ_COLUMNS, REF_LOGPS, SCORE_COLUMNS, WEIGHTS
+from ..data.rows import check_dataset, form_of
 from ..errors import InputError
 from .collator import DataCollatorForSelectiveSFT
 from .model import Model
@@ -26,10 +32,36 @@ _RULES = (
     "negative_threshold", "positive_fraction", "selection_scope", "neutral_band", "gate_reference_prob",
     "max_negative_share",
 )  # fmt: skip
+# Fields that say what a token's score is
+_SCORING = (
+    "score_base_weight", "score_pooling", "score_row_worst", "score_lookahead", "noisy_reference_model",
+)  # fmt: skip
+_SCORE_ONLY = ("judged", "judged_test", "judged_group", "target_precision", "probe_clean", "probe_corruptions")
 _FORGETTING = (
     "forget_objective", "forget_weight", "forget_schedule", "forget_normalization", "forget_beta", "forget_floor",
     "anchor_weight",
 )  # fmt: skip
+
+
+def validate_arguments(model: Any, args: Any, train_dataset: Any, eval_dataset: Any, formatted: bool = False) -> None:
+    """Raise `InputError` for an argument of the trainer of a wrong type, and for data without rows or without columns
+    that can be trained on.
+
+    Args:
+        formatted: whether a `formatting_func` makes the text of the rows.
+    """
+    if not isinstance(model, str | Path | torch.nn.Module):
+        raise InputError(f"model is a {type(model).__name__}: give a name, a folder or a loaded model")
+    if args is not None and not isinstance(args, TrainingArguments):
+        raise InputError(f"args is a {type(args).__name__}: give a SelectiveSFTConfig")
+    parts = {} if eval_dataset is None else {"eval_dataset": eval_dataset}
+    if isinstance(eval_dataset, dict):
+        parts = {f"eval_dataset[{name!r}]": part for name, part in eval_dataset.items()}
+    prepared = formatted or (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset")
+    for name, part in {"train_dataset": train_dataset, **parts}.items():
+        check_dataset(name, part)
+        if not prepared:
+            form_of(part, getattr(args, "dataset_text_field", "text"), name)
 
 
 def validate_prepared(trainer: SelectiveSFTTrainer) -> None:
@@ -59,13 +91,30 @@ def validate_effects(trainer: SelectiveSFTTrainer, source: str | Model | None, g
             )
     if source is None and args.reference_model_init_kwargs:
         raise ValueError("reference_model_init_kwargs has no effect without reference_model: remove it or set both")
-    ignored: tuple[str, ...] = _RULES if WEIGHTS in given else ()
+    if args.score == "probe" and args.probe is not None and PROBE_SCORES in given:
+        raise ValueError(
+            f"probe={args.probe!r} has no effect: the rows have {PROBE_SCORES!r} already. Remove one of both"
+        )
+    ignored: tuple[str, ...] = (*_RULES, *_SCORING) if WEIGHTS in given else ()
     reason = f"the column {WEIGHTS!r} (or marks in the text) says which tokens are negative"
     if not selective:
-        ignored = (*_RULES, *_FORGETTING)
+        ignored = (*_RULES, *_SCORING, *_FORGETTING, "protect_special_tokens")
         reason = "without a reference_model, token columns or marks in the text no token is selected"
     for name, value in args.changed(ignored).items():
         raise ValueError(f"{name}={value!r} has no effect: {reason}. Remove it, or give what it works on")
+    # forget_weight=0 is not among these: it is the end of a sweep, whose other settings stay as they are
+    unread = [
+        (args.score != "influence", ("score_base_weight",), f"score={args.score!r} does not read it"),
+        (args.score != "excess" or args.excess_passes == 2, ("excess_decay",), "only excess_passes=1 reads it"),
+        (args.positive_fraction is None and args.score != "excess", ("selection_scope",),
+         "a threshold ranks nothing: only positive_fraction does"),
+        (not FORGET[args.forget_objective].needs_beta, ("forget_beta",),
+         f"forget_objective={args.forget_objective!r} does not read it"),
+        (not given, _SCORE_ONLY, "it is for `selsft score`, whose folder training takes in the place of the data"),
+    ]  # fmt: skip
+    for holds, settings, reason in unread:
+        for name, value in args.changed(settings).items() if holds else ():
+            raise ValueError(f"{name}={value!r} has no effect: {reason}. Remove it")
 
 
 def validate_selection(trainer: SelectiveSFTTrainer, source: str | Model | None, given: list[str]) -> None:
@@ -88,8 +137,8 @@ def validate_selection(trainer: SelectiveSFTTrainer, source: str | Model | None,
             "say what is negative. Drop one of them",
         ),
         (
-            score in ("random", "oracle", "given") and source is not None,
-            f"score={score!r} needs no reference: leave reference_model out",
+            score in ("random", "oracle", "given", "surprisal", "probe") and source is not None,
+            f"score={score!r} reads no reference: leave reference_model out",
         ),
         (
             column is not None and column not in given,
