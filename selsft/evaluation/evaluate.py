@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import SelectiveSFTConfig
 from ..data.judged import judged_rows
+from ..data.rows import check_dataset
 from ..data.spans import CORRECTED, has_marks, without_marks
 from ..scoring.frozen import use_start
 from ..training.model import Model

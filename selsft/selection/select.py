@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..config import SelectiveSFTConfig
 from ..data.chunks import supervised_mask, token_chunks
 from ..data.columns import BASE_LOGPS, TOKEN_COLUMNS, WEIGHTS
+from ..data.rows import check_dataset
 from ..data.scored_folder import load_scores
 from ..errors import input_errors
 from ..records import write_json

@@ -188,11 +188,14 @@ def add_token_weights(
     read += [REF_LOGPS] if args.gate_reference_prob is not None else []
     boundary = shared_boundary(lambda: (scores for _, _, scores in scored()), args)
     writer = ColumnWriter(WEIGHTS, "int8")
+    below = total = 0
     moved = 0.0  # the largest difference between reference and model
     for chunk, mask, scores in scored("input_ids"):
         weights = np.zeros(mask.size, np.int8)
         weights[mask] = token_classes(_tokens(chunk, mask, scores, special_ids), boundary, args)
         writer.write(weights, chunk.lengths)
+        total += scores.size
+        below += 0 if boundary is None else int((scores < boundary - args.neutral_band).sum())
         if args.score == "influence":
             differences = np.abs(chunk.columns[REF_LOGPS][mask] - chunk.columns[BASE_LOGPS][mask])
             moved = float(differences.max(initial=moved))
