@@ -14,10 +14,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..config import SelectiveSFTConfig
 from ..data.chunks import supervised_mask, token_chunks
-from ..data.columns import BASE_LOGPS, TOKEN_COLUMNS, WEIGHTS
+from ..data.columns import BASE_LOGPS, READ_COLUMNS, TOKEN_COLUMNS, WEIGHTS
 from ..data.rows import check_dataset
 from ..data.scored_folder import load_scores
-from ..errors import input_errors
+from ..errors import InputError, input_errors
 from ..records import write_json
 from .chosen import use_folder, warn_unverified
 from .weights import add_token_weights, pooled_scores, raw_scores, vocabulary
@@ -46,6 +46,12 @@ def select_tokens(
     """
     check_dataset("scored", scored)
     args = args if args is not None else SelectiveSFTConfig("unused", use_cpu=True, bf16=False)
+    if gone := [
+        name for name in ("input_ids", "labels", *READ_COLUMNS[args.score]) if name not in scored.column_names
+    ]:
+        raise InputError(
+            f"scored has no column {gone[0]!r}, which score={args.score!r} reads: give load_scores(FOLDER)"
+        )
     special, words = vocabulary(tokenizer, args)
     return add_token_weights(scored, args, special, padding_free=False, words=words)
 
