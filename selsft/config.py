@@ -525,19 +525,18 @@ class SelectiveSFTConfig(SFTConfig):
 
     def _validate_types(self) -> None:
         """Paths become strings; any other value of a wrong type raises, naming the field."""
-        for item in fields(SelectiveSFTConfig):
-            value = getattr(self, item.name)
+        for name, kind in _DECLARED.items():
+            value = getattr(self, name)
             if isinstance(value, Path):
-                setattr(self, item.name, value := str(value))
-            if item.name in _INHERITED:
+                setattr(self, name, value := str(value))
+            if name in _INHERITED:
                 continue
-            kind = str(item.type)
             wanted = next((each for each in _TYPES if kind.startswith(each)), None)
             if (value is None and "None" in kind) or wanted is None or "dict" in kind:
                 continue
             types, words = _TYPES[wanted]
             if not isinstance(value, types) or (isinstance(value, bool) and wanted != "bool"):
-                raise ValueError(f"{item.name}={value!r} is of the type {type(value).__name__}: it needs {words}")
+                raise ValueError(f"{name}={value!r} is of the type {type(value).__name__}: it needs {words}")
 
     def _validate_scheme(self) -> None:
         """Raise for the first setting that the score contradicts."""
@@ -627,6 +626,8 @@ _TYPES: dict[str, tuple[type, str]] = {
     "str": (str, "a text"),
 }
 _INHERITED = {item.name for item in fields(SFTConfig)}
+# As written in the class: a parser of arguments replaces the types of its fields by objects
+_DECLARED = {item.name: str(item.type) for item in fields(SelectiveSFTConfig)}
 # What decides about tokens and their loss: field -> default
 SELECTION_DEFAULTS: dict[str, Any] = {
     item.name: item.default

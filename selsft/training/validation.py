@@ -24,6 +24,7 @@ from .collator import DataCollatorForSelectiveSFT
 from .model import Model
 
 if TYPE_CHECKING:
+    from ..config import SelectiveSFTConfig
     from ..trainer import SelectiveSFTTrainer
 
 
@@ -36,6 +37,7 @@ _RULES = (
 _SCORING = (
     "score_base_weight", "score_pooling", "score_row_worst", "score_lookahead", "noisy_reference_model",
 )  # fmt: skip
+_PLAIN_SCORE = {"score_base_weight": 1.0, "score_pooling": "token"}
 _SCORE_ONLY = ("judged", "judged_test", "judged_group", "target_precision", "probe_clean", "probe_corruptions")
 _FORGETTING = (
     "forget_objective", "forget_weight", "forget_schedule", "forget_normalization", "forget_beta", "forget_floor",
@@ -100,7 +102,7 @@ def validate_effects(trainer: SelectiveSFTTrainer, source: str | Model | None, g
     if not selective:
         ignored = (*_RULES, *_SCORING, *_FORGETTING, "protect_special_tokens")
         reason = "without a reference_model, token columns or marks in the text no token is selected"
-    for name, value in args.changed(ignored).items():
+    for name, value in _misleading(args, ignored).items():
         raise ValueError(f"{name}={value!r} has no effect: {reason}. Remove it, or give what it works on")
     # forget_weight=0 is not among these: it is the end of a sweep, whose other settings stay as they are
     unread = [
@@ -113,8 +115,14 @@ def validate_effects(trainer: SelectiveSFTTrainer, source: str | Model | None, g
         (not given, _SCORE_ONLY, "it is for `selsft score`, whose folder training takes in the place of the data"),
     ]  # fmt: skip
     for holds, settings, reason in unread:
-        for name, value in args.changed(settings).items() if holds else ():
+        for name, value in _misleading(args, settings).items() if holds else ():
             raise ValueError(f"{name}={value!r} has no effect: {reason}. Remove it")
+
+
+def _misleading(args: SelectiveSFTConfig, settings: tuple[str, ...]) -> dict[str, Any]:
+    """Settings that are not at their defaults. Those of the plain score, a difference by token, are none: presets and
+    schemes pin them whatever the score."""
+    return {name: value for name, value in args.changed(settings).items() if _PLAIN_SCORE.get(name) != value}
 
 
 def validate_selection(trainer: SelectiveSFTTrainer, source: str | Model | None, given: list[str]) -> None:

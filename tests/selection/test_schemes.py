@@ -224,7 +224,7 @@ REFUSED = [
     ({"score": "oracle"}, {"data": lambda: tiny.tokenised_data(token_weights=ones, negative_mask=ones)}, "both"),
     (
         {"score": "random", "positive_fraction": 0.5}, {"reference": lambda: tiny.llama(seed=1)},
-        "score='random' needs no reference",
+        "score='random' reads no reference",
     ),
     ({"score": "random", "positive_fraction": 0.5}, {"data": streamed}, "this one is streamed"),
     (
