@@ -104,8 +104,10 @@ def test_killed_at_random_moments(inputs, tmp_path, command, record_property):
     done = commands.run(argv, whole, forked_children)
     seconds = time.perf_counter() - start
     assert done.status == 0, done.text
-    cut, kills, ended = commands.copy(inputs, tmp_path / "cut"), 0, 0
+    cut, kills, ended, tries = commands.copy(inputs, tmp_path / "cut"), 0, 0, 0
     while kills < KILLS:
+        tries += 1
+        assert tries <= 3 * KILLS, "signals do not end it"
         reader, process = commands.start(argv, cut, forked_children)
         number, group = MOMENTS[kills % len(MOMENTS)]
         if drain(reader, rng.uniform(0, seconds / 3)):

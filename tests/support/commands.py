@@ -13,8 +13,10 @@ import logging
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -29,6 +31,7 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from selsft.cli import main
 from selsft.demo.experiment import DemoConfig as _DemoConfig
@@ -196,6 +199,11 @@ def enter(argv: list[str], folder: Path, before: Callable[[], object] = lambda: 
 
 
 def be(argv: list[str]) -> Any:
+    # What a process of its own would not share: tqdm's lock is one for all forks and stays locked when its holder is
+    # killed, and torch's launcher, run by a test before, has left handlers of signals
+    tqdm.set_lock(threading.RLock())
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     status = 1
     try:
         status = main(argv)
