@@ -33,9 +33,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import time
 from collections.abc import Iterator
 from unittest import mock
 
+import torch
 from packaging.version import Version
 
 # package -> (oldest supported, first unsupported or None). TRL and transformers end at the last release that the tests
@@ -181,5 +183,12 @@ def save_whole_model(trainer, folder: str) -> None:
 
 
 def end_training(trainer) -> None:
-    """Close trackers and process groups: `Trainer.end` where transformers has it, else accelerate's own."""
+    """Close trackers and process groups: `Trainer.end` where transformers has it, else accelerate's own.
+
+    Gloo's thread takes the GIL to drop its last collective, and the group's destructor, which the caller's return runs,
+    waits for that thread with the GIL held (torch 2.13): the pause lets the thread finish first.
+    """
+    if torch.distributed.is_initialized():
+        trainer.accelerator.wait_for_everyone()
+        time.sleep(0.5)
     getattr(trainer, "end", trainer.accelerator.end_training)()

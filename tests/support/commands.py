@@ -201,7 +201,10 @@ def enter(argv: list[str], folder: Path, before: Callable[[], object] = lambda: 
 def be(argv: list[str]) -> Any:
     # What a process of its own would not share: tqdm's lock is one for all forks and stays locked when its holder is
     # killed, and torch's launcher, run by a test before, has left handlers of signals
-    tqdm.set_lock(threading.RLock())
+    lock, kinds = threading.RLock(), [tqdm]
+    for kind in kinds:  # a subclass may have a lock of its own
+        kind.set_lock(lock)
+        kinds += kind.__subclasses__()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     status = 1
