@@ -185,8 +185,8 @@ def save_whole_model(trainer, folder: str) -> None:
 def end_training(trainer) -> None:
     """Close trackers and process groups: `Trainer.end` where transformers has it, else accelerate's own.
 
-    Gloo's thread takes the GIL to drop its last collective, and the group's destructor, which the caller's return runs,
-    waits for that thread with the GIL held (torch 2.13): the pause lets the thread finish first.
+    Gloo's thread takes the GIL to drop its last collective. The group's destructor, which runs when the caller
+    returns, waits for that thread with the GIL held (torch 2.13). The pause lets the thread finish first.
     """
     if torch.distributed.is_initialized():
         trainer.accelerator.wait_for_everyone()
