@@ -1,4 +1,4 @@
-"""The figures of docs/study/results.md, from the tables that `learner.py` writes.
+"""The figures of docs/study/results.md, from the tables that `arms.py` writes.
 
     python benchmarks/study/tables.py benchmarks/results/study/jfleg.csv benchmarks/results/study/wi.csv > results.md
 
