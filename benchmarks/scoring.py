@@ -12,18 +12,22 @@ Llama, in turn, so that whatever else the machine does falls on all of them:
 Tokens per second count tokens of the data, not padding. On a CPU seconds are processor seconds of one thread, which
 hardly depend on other programs; wall seconds are in the table too. Memory is the growth of the peak resident set of a
 process that scores and does nothing else, on a GPU the peak of the allocator. `scale` runs the whole way to shards on
-disk, for both models, at 1e4 and 1e6 tokens, with a small model. Rejected: rows of equal length, on which padding,
-which is half of the matter, does not exist.
+disk, for both models, at 1e4 and 1e6 tokens, with a small model. `hashes` is the share of a whole `selsft score`, with
+model and data from disk, that hashes of weights, rows, scores and files take. Rejected: rows of equal length, on
+which padding, which is half of the matter, does not exist.
 
     OMP_NUM_THREADS=1 python benchmarks/scoring.py --output benchmarks/results/scoring-cpu.csv
+    python benchmarks/scoring.py --only hashes --model smollm2 --data rows.jsonl
     python benchmarks/scoring.py --device cuda --dtype bfloat16 --width 2048 --layers 16 --vocab 128256 --budget 16384
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import datetime
+import importlib
 import importlib.metadata
 import json
 import os
@@ -34,6 +38,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -237,6 +242,52 @@ def scale(options: argparse.Namespace) -> list[dict]:
     return found
 
 
+HASHES = (
+    "selsft.scoring.frozen.model_fingerprint", "selsft.cli.manifest.model_fingerprint",
+    "selsft.cli.manifest.data_fingerprint", "selsft.data.scored_folder.file_sha256",
+    "selsft.data.scored_folder.chunk_sha256", "selsft.data.scored_folder._scores_sha256",
+    "selsft.data.scored_folder.unsealed", "selsft.data.scored_folder.write_sealed", "selsft.score.tokenizer_sha256",
+    "selsft.score.vocabulary_sha256", "selsft.evaluation.judging.tokenizer_sha256",
+)  # fmt: skip
+
+
+def hashes(options: argparse.Namespace) -> list[dict]:
+    """Processor seconds of hashing within `selsft score`, the model standing for its own reference, in one run."""
+    from selsft.cli import main as selsft
+
+    spent, depth = dict.fromkeys(HASHES, 0.0), [0]
+
+    def timing(name, original):
+        def timed_hash(*args, **kwargs):
+            depth[0] += 1
+            start = time.process_time()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                depth[0] -= 1
+                spent[name] += time.process_time() - start if not depth[0] else 0
+
+        return timed_hash
+
+    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+        for name in HASHES:
+            module, _, function = name.rpartition(".")
+            original = getattr(importlib.import_module(module), function)
+            stack.enter_context(mock.patch(name, timing(name, original)))
+        flags = [
+            "--model_name_or_path", options.model, "--reference_model", options.model, "--dataset_name", options.data,
+            "--scored_dir", f"{folder}/scored", "--use_cpu", str(options.device == "cpu"), "--bf16", "False",
+            "--dtype", options.dtype, "--max_length", "512", "--show_tokens", "0",
+        ]  # fmt: skip
+        _, seconds = timed(lambda: selsft(["score", *flags]), options.device)
+        tokens = json.loads(Path(folder, "scored", "selsft_scores.json").read_text())["tokens"]
+    for name, each in spent.items():
+        print(f"{name:45s} {each:8.3f} s")
+    total = sum(spent.values())
+    found = {"tokens": tokens, "seconds": seconds, "hash_seconds": total, "share": total / seconds}
+    return [row("hashes", Path(options.model).name, 0, *pair) for pair in found.items()]
+
+
 # ---------------------------------------------------------------- the table
 
 
@@ -303,7 +354,11 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=2048, help="tokens of a batch, padding included")
     parser.add_argument("--tokens", type=int, default=20_000, help="tokens that each arm scores in a repeat")
     parser.add_argument("--repeats", type=int, default=4)
-    parser.add_argument("--only", choices=["throughput", "memory", "scale"], help="one part of the measurements")
+    parser.add_argument(
+        "--only", choices=["throughput", "memory", "scale", "hashes"], help="one part of the measurements"
+    )
+    parser.add_argument("--model", help="folder of a model, for `hashes`")
+    parser.add_argument("--data", help="file of rows, for `hashes`")
     parser.add_argument("--peak", choices=ARMS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.device == "cpu":
@@ -315,8 +370,8 @@ def main() -> None:
         return
     place, found = environment(options), []
     print(json.dumps(place))
-    for name, part in (("memory", memory), ("throughput", throughput), ("scale", scale)):
-        if options.only in (None, name):
+    for name, part in (("memory", memory), ("throughput", throughput), ("scale", scale), ("hashes", hashes)):
+        if options.only == name or (options.only is None and name != "hashes"):
             found += part(options)
     report(found)
     if options.output:

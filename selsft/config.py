@@ -20,6 +20,8 @@ from trl import SFTConfig
 
 from selsft_kernels.objectives import FORGET, FORGET_OBJECTIVES
 
+from .secrets import redact
+
 SCORES = ("influence", "excess", "surprisal", "probe", "contrast", "random", "oracle", "given")
 POOLINGS = ("token", "word", "word_sum", "span", "row")
 WORD_POOLINGS = ("word", "word_sum", "span")
@@ -138,7 +140,8 @@ class SelectiveSFTConfig(SFTConfig):
             Rules that damage them, separated by commas: `swap`, `delete`, `double`, `inflect`, `spell`, `function`,
             `replace`, `insert`, `case` (all of these by default), or `answer` by itself.
         go_on (`bool`, *optional*, defaults to `False`):
-            Whether to select by a score that judged rows do not show to be better than chance.
+            Whether to select by a score that judged rows do not show to be better than chance, and by a folder that
+            was scored with another model.
         precompute_scores (`bool`, *optional*, defaults to `True`):
             Whether to score the whole train dataset before training, with a cache on disk. If `False`, and always for
             streamed data, every batch is scored in the step that trains on it.
@@ -298,7 +301,10 @@ class SelectiveSFTConfig(SFTConfig):
     )
     go_on: bool = field(
         default=False,
-        metadata={"help": "Whether to select by a score that judged rows do not show to be better than chance."},
+        metadata={
+            "help": "Whether to select by a score that judged rows do not show to be better than chance, and by a "
+            "folder that was scored with another model."
+        },
     )
     precompute_scores: bool = field(
         default=True,
@@ -446,6 +452,22 @@ class SelectiveSFTConfig(SFTConfig):
     def rule_is_default(self) -> bool:
         """Whether neither `negative_threshold` nor `positive_fraction` is set."""
         return self.negative_threshold is None and self.positive_fraction is None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle holds: no secrets, since transformers pickles the settings beside every model."""
+        texts = {name: value for name, value in vars(self).items() if isinstance(value, str | dict | list)}
+        hidden = redact(texts)
+        return {**vars(self), **{name: hidden[name] for name, value in texts.items() if hidden[name] != value}}
+
+    def __copy__(self) -> SelectiveSFTConfig:
+        made = object.__new__(type(self))  # copies would go through the pickle's state, and lose what is needed
+        vars(made).update(vars(self))
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SelectiveSFTConfig:
+        made = object.__new__(type(self))
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
 
     def without_selection(self) -> SelectiveSFTConfig:
         """A copy in which nothing is selected, for preparing rows: what this class adds is at its defaults, but for

@@ -23,6 +23,12 @@ class InputError(ValueError):
     """A setting, file or data set that cannot be used; its message names it and what to do."""
 
 
+def check_type(argument: str, value: object, kinds: type | tuple[type, ...], wanted: str) -> None:
+    """Raise `InputError`, naming the argument, for a value of none of `kinds`."""
+    if not isinstance(value, kinds):
+        raise InputError(f"{argument} is a {type(value).__name__}: give {wanted}")
+
+
 @contextlib.contextmanager
 def input_errors() -> Iterator[None]:
     """While arguments are parsed, data is loaded and the trainer is built: errors of the libraries about values and

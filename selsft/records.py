@@ -21,12 +21,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import InputError, failed_write
+from .errors import InputError, failed_write, first_line
 from .secrets import redact
 
 PACKAGES = ("selsft", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "triton")
+RUN = "selsft_run.json"  # what made a folder of weights, scores or figures
 MAKE_ROOM = "Make room on the disk, or let files be written there"
 _PART = ".part"
+_SEAL = "content_sha256"
 logger = logging.getLogger(__name__)
 
 
@@ -73,6 +75,38 @@ def write_json(path: Path, record: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as handle:
         handle.write((json.dumps(redact(record), indent=2, ensure_ascii=False, default=str) + "\n").encode())
+
+
+def write_sealed(path: Path, record: dict[str, Any]) -> None:
+    """`write_json` of an object, with a hash of its content in it, for `unsealed`."""
+    content = json.loads(json.dumps(redact(record), default=str))  # as it will be read
+    write_json(path, {**content, _SEAL: json_sha256(content)})
+
+
+def unsealed(content: dict[str, Any]) -> dict[str, Any]:
+    """The object that `write_sealed` was given.
+
+    Raises:
+        `ValueError` when something in it has changed since.
+    """
+    record = {name: value for name, value in content.items() if name != _SEAL}
+    if content.get(_SEAL) != json_sha256(record):
+        raise ValueError("its content is not what was written")
+    return record
+
+
+def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
+    """What `write_sealed` wrote; empty when the file is missing.
+
+    Raises:
+        `InputError` naming the file when it is damaged.
+    """
+    try:
+        return unsealed(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError) as error:  # no JSON, other content, no object
+        raise InputError(f"{str(path)!r} is damaged ({first_line(error)}): {remedy}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

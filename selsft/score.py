@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import logging
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -31,9 +32,9 @@ from .data.chunks import TOKENS_PER_CHUNK, TokenChunk, supervised_mask, token_ch
 from .data.columns import BASE_LOGPS, NOISY_LOGPS, PROBE_SCORES, READ_COLUMNS, REF_LOGPS, token_columns
 from .data.loading import DataSource, load_rows
 from .data.rows import check_dataset
-from .data.scored_folder import ScoredFolder, is_scored, load_scores
-from .data.tokenizers import tokenizer_sha256
-from .errors import InputError
+from .data.scored_folder import ScoredFolder, differences, is_scored, load_scores, read_manifest
+from .data.tokenizers import tokenizer_sha256, vocabulary_sha256
+from .errors import InputError, check_type
 from .evaluation.judging import Judging, Verdict
 from .records import versions
 from .scoring.frozen import FrozenModels
@@ -41,6 +42,9 @@ from .scoring.imported import ImportedLogps
 from .scoring.logprobs import ROW_COLUMNS
 from .trainer import SelectiveSFTTrainer
 from .training.model import Model, base_model
+from .training.validation import MODEL_WANTED, MODELS
+
+logger = logging.getLogger(__name__)
 
 SCORED = ("influence", "surprisal", "probe", "contrast")
 JUDGED_DATA = ("judged", "judged_test", "probe_clean")
@@ -96,7 +100,12 @@ def score_dataset(
         made by something else, and for rows, models or imported values that do not fit.
     """
     check_dataset("dataset", dataset)
+    check_type("output_dir", output_dir, (str, Path), "a folder")
+    if tokenizer is not None:
+        check_type("tokenizer", tokenizer, PreTrainedTokenizerBase, "that of the model")
     args = args if args is not None else SelectiveSFTConfig(str(output_dir))
+    check_type("args", args, SelectiveSFTConfig, "a SelectiveSFTConfig")
+    check_type("model", model, MODELS, MODEL_WANTED)
     reference = str(reference_model) if isinstance(reference_model, Path) else reference_model or args.reference_model
     given = {"judged": judged, "judged_test": judged_test, "probe_clean": probe_clean}
     given = {name: rows for name, rows in given.items() if rows is not None}
@@ -316,7 +325,8 @@ class ScoringRun:
             `ValueError` when the folder was made by something else, naming what differs.
         """
         if self.trainer.accelerator.is_main_process:
-            self.store.open({**facts, "versions": versions()}, rescore)
+            vocabulary = vocabulary_sha256(self.trainer._tokenizer)
+            self.store.open({**facts, "vocabulary_sha256": vocabulary, "versions": versions()}, rescore)
         self.trainer.accelerator.wait_for_everyone()
         self.store.check()
 
@@ -427,6 +437,37 @@ class ScoringRun:
         self.store.finish(
             self.count, facts={"selection": selection, "score_base_weight": selection["score_base_weight"]}
         )
+
+
+def check_scored_for(folder: str | Path, trainer: SelectiveSFTTrainer) -> None:
+    """Raise unless a folder was scored with the weights and the vocabulary that `trainer` is about to train.
+
+    Weights are compared where they have the dtype that they were scored in and are not quantized. Called in all
+    processes.
+
+    Raises:
+        `InputError` naming the folder and what differs; with `args.go_on` it is a warning.
+    """
+    manifest = read_manifest(folder)
+    before = {"vocabulary_sha256": manifest.get("vocabulary_sha256")}
+    now = {"vocabulary_sha256": vocabulary_sha256(trainer._tokenizer)}
+    models = FrozenModels(
+        trainer.model, None, trainer._tokenizer, trainer.args, trainer.accelerator, trainer.data_collator
+    )
+    identity = manifest["identity"]
+    quantized = getattr(trainer.model, "is_quantized", False)
+    if not quantized and models.precision(BASE_LOGPS)["dtype"] == identity["dtype"]:
+        before["model_sha256"], now["model_sha256"] = identity["model_sha256"], models.policy_sha256
+    if not (changed := differences(before, now)):
+        return
+    found = f"dataset_name={str(folder)!r} was scored with {'; '.join(changed)}"
+    if not trainer.args.go_on:
+        raise InputError(
+            f"{found}: train the model that it was scored with, score the data again with this one, or select by "
+            "these scores all the same with --go_on true"
+        )
+    if trainer.accelerator.is_main_process:
+        logger.warning(found)
 
 
 def _check_rows(chunk: TokenChunk, context: int | None) -> None:

@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "secrets": {"errors"},
     "records": {"errors", "secrets"},
     "_compat": set(),
-    "config": set(),
+    "config": {"secrets"},
     "recipes": {"errors"},
     "data": {"errors", "records", "config", "_compat"},
     "training": {"errors", "records", "config", "_compat", "data"},

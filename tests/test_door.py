@@ -4,9 +4,12 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from selsft import (
+    DataCollatorForSelectiveSFT,
     SelectiveSFTConfig,
     SelectiveSFTTrainer,
+    compare_arms,
     evaluate,
+    judged_rows,
     load_scores,
     score_dataset,
     select_tokens,
@@ -25,7 +28,9 @@ NOT_DATA = {
 
 
 @pytest.mark.parametrize("wrong", NOT_DATA)
-@pytest.mark.parametrize("function", ["train", "train, eval", "score", "select", "evaluate"])
+@pytest.mark.parametrize(
+    "function", ["train", "train, eval", "score", "select", "evaluate", "judged", "arms", "arms, eval"]
+)
 def test_data(function, wrong, options, tmp_path):
     data, message = NOT_DATA[wrong]
     if (function, wrong) in {("train, eval", "None"), ("train, eval", "splits")}:
@@ -39,6 +44,9 @@ def test_data(function, wrong, options, tmp_path):
         "score": lambda: score_dataset(model, data, output_dir=tmp_path / "scored", args=args, tokenizer=tokenizer),
         "select": lambda: select_tokens(data, tokenizer, args),
         "evaluate": lambda: evaluate(model, data, tokenizer=tokenizer, args=args),
+        "judged": lambda: judged_rows(data, tokenizer, args),
+        "arms": lambda: compare_arms("model", data, tiny.text_data(), {"plain": {}}, tmp_path / "arms"),
+        "arms, eval": lambda: compare_arms("model", tiny.text_data(), data, {"plain": {}}, tmp_path / "arms"),
     }
     with pytest.raises(ValueError, match=message):
         calls[function]()
@@ -77,20 +85,56 @@ def test_paths_are_taken_for_names(options, tmp_path):
     assert evaluate(tmp_path / "model", tiny.prompt_data(4), args=plain, max_new_tokens=0).metrics["nll"] > 0
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda data, args: SelectiveSFTTrainer(None, args, train_dataset=data), "model is a NoneType"),
-        (lambda data, args: SelectiveSFTTrainer(tiny.llama(), {}, train_dataset=data), "args is a dict"),
-        (
-            lambda data, args: SelectiveSFTTrainer(
-                tiny.llama(), args, train_dataset=data, eval_dataset=Dataset.from_dict({"words": ["a"]})
-            ),
-            "eval_dataset has the columns 'words' and none that can be trained on",
-        ),
-        (lambda data, args: select_tokens(data, tiny.tokenizer(), args), "scored has no column 'base_logps'"),
-    ],
-)
-def test_other_arguments(call, message, options):
+IDS, TOKENIZER = tiny.tokenised_data(4), tiny.tokenizer()
+CALLS = [
+    (lambda args: SelectiveSFTTrainer(None, args, train_dataset=IDS), "model is a NoneType: give a name, a folder"),
+    (lambda args: SelectiveSFTTrainer(tiny.llama(), {}, train_dataset=IDS), "args is a dict: give a Selective"),
+    (lambda args: SelectiveSFTTrainer(
+        tiny.llama(), args, train_dataset=IDS, eval_dataset=Dataset.from_dict({"words": ["a"]})
+    ), "eval_dataset has the columns 'words' and none that can be trained on"),
+    (lambda args: score_dataset(3, IDS, output_dir="unused", args=args), "model is a int: give a name, a folder"),
+    (lambda args: score_dataset("model", IDS, output_dir=None, args=args), "output_dir is a NoneType: give a folder"),
+    (lambda args: score_dataset("model", IDS, output_dir="unused", args={}), "args is a dict"),
+    (lambda args: score_dataset("model", IDS, output_dir="unused", tokenizer="t"), "tokenizer is a str"),
+    (lambda args: evaluate(3, IDS, args=args), "model is a int"),
+    (lambda args: evaluate("model", IDS, args=args, base_model=[]), "base_model is a list"),
+    (lambda args: evaluate("model", IDS, args={}), "args is a dict"),
+    (lambda args: evaluate(tiny.llama(), IDS, args=args), "tokenizer=None: a loaded model needs its tokenizer"),
+    (lambda args: select_tokens(IDS, TOKENIZER, args), "scored has no column 'base_logps'"),
+    (lambda args: select_tokens(IDS, "t", args), "tokenizer is a str"),
+    (lambda args: select_tokens(IDS, TOKENIZER, {}), "args is a dict"),
+    (lambda args: judged_rows(IDS, "t", args), "tokenizer is a str"),
+    (lambda args: judged_rows(IDS, TOKENIZER, {}), "args is a dict"),
+    (lambda args: judged_rows(tiny.text_data(), TOKENIZER, args), "the judged sample has the columns text and no jud"),
+    (lambda args: use_folder({}, "nowhere"), "args is a dict"),
+    (lambda args: use_folder(args, None), "folder is a NoneType: give the folder of `selsft score`"),
+    (lambda args: use_folder(args, "nowhere"), "'nowhere' holds no scores: give a folder that `selsft score`"),
+    (lambda args: load_scores("nowhere"), "'nowhere' holds no scores: give a folder that `selsft score`"),
+    (lambda args: load_scores(None), "path is a NoneType"),
+    (lambda args: compare_arms(tiny.llama(), IDS, IDS, {"plain": {}}, "unused"), "model is a LlamaForCausalLM"),
+    (lambda args: compare_arms("model", IDS, IDS, ["plain"], "unused"), "arms is a list: give a mapping"),
+    (lambda args: compare_arms("model", IDS, IDS, {"plain": 1}, "unused"), r"arms\['plain'\] is a int: give"),
+    (lambda args: collate([{"text": "a"}]), "row 0 of a batch has no 'input_ids': give rows that are tokenised"),
+    (lambda args: collate([IDS[0], 3]), "row 1 of a batch has no 'input_ids'"),
+    (lambda args: collate([{**IDS[0], "token_weights": ["a"] * len(IDS[0]["input_ids"])}]),
+     "column 'token_weights' holds something else than numbers"),
+    (lambda args: collate([{**IDS[0], "token_weights": [1.0]}]), "column 'token_weights' has 1 values in a row of "),
+]  # fmt: skip
+
+
+def collate(rows):
+    return DataCollatorForSelectiveSFT(pad_token_id=0)(rows)
+
+
+@pytest.mark.parametrize("number", range(len(CALLS)))
+def test_other_arguments(number, options):
+    call, message = CALLS[number]
     with pytest.raises(ValueError, match=message):
-        call(tiny.tokenised_data(4), SelectiveSFTConfig(**options))
+        call(SelectiveSFTConfig(**options))
+
+
+def test_every_public_function_is_here():
+    import selsft
+
+    presets = {name for name in selsft.__all__ if name.isupper()}
+    assert set(selsft.__all__) - presets - {"ArmComparison", "Evaluation", "JudgedRows"} <= set(globals())

@@ -12,6 +12,7 @@ from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
 from selsft.cli import main
 from selsft.data.scored_folder import load_scores, read_manifest
 from selsft.errors import InputError
+from selsft.records import write_sealed
 from selsft.score import score_dataset
 from selsft.selection.chosen import use_folder
 from tests.support import judged, tiny
@@ -119,7 +120,7 @@ def test_a_precision_that_is_not_reached_has_no_default_threshold(score, options
     manifest = read_manifest(tmp_path / "scored")
     manifest["selection"] |= {"negative_threshold": None, "threshold": "no threshold reaches precision 1: the best"}
     manifest["selection"]["refusal"] = None
-    (tmp_path / "scored" / "selsft_scores.json").write_text(json.dumps(manifest))
+    write_sealed(tmp_path / "scored" / "selsft_scores.json", manifest)
     with pytest.raises(InputError, match=r"no threshold reaches precision 1: the best.*Set negative_threshold"):
         use_folder(train_settings(options), tmp_path / "scored")
     args = train_settings(options, negative_threshold=0.5)

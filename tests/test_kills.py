@@ -147,3 +147,10 @@ def test_two_at_once_in_one_folder(inputs, tmp_path, command):
         os.close(reader)
     assert second.status == 2
     assert "another process is at work in it" in second.last and "Traceback" not in second.text, second.text
+
+
+def test_every_command_is_killed_and_forty_times_in_all():
+    from selsft.cli import COMMANDS
+
+    assert {argv[0] for argv in commands.COMMANDS.values()} == set(COMMANDS) - {"completion"}  # which writes nothing
+    assert KILLS * len(commands.COMMANDS) >= 40

@@ -1,12 +1,15 @@
 """Secrets: what counts as one, that records have none, and that the door empties the flags."""
 
+import copy
+import dataclasses
 import json
 import os
 
 import pytest
+import torch
 import yaml
 
-from selsft import secrets
+from selsft import SelectiveSFTConfig, secrets
 from selsft.errors import InputError
 from selsft.records import write_json
 from selsft.secrets import HIDDEN, is_secret, redact, to_environment
@@ -88,6 +91,22 @@ def test_the_door_moves_tokens_to_the_environment(monkeypatch):
     assert json.loads(flags["reference_model_init_kwargs"]) == {"revision": "x"}
     with pytest.raises(InputError, match=r"hub_token and model_init_kwargs\.token are different tokens"):
         to_environment({"hub_token": MARK, "model_init_kwargs": {"token": MARK + "2"}})
+
+
+def test_pickled_settings_have_no_secrets(tmp_path):
+    """transformers pickles them beside every model (`training_args.bin`); a copy in memory keeps what is needed."""
+    url = f"https://user:{MARK}@host/rows.jsonl"
+    args = SelectiveSFTConfig(
+        str(tmp_path), use_cpu=True, bf16=False, hub_token=MARK, judged=url, seed=3,
+        model_init_kwargs={"proxies": {"https": url}, "token": MARK, "dtype": "float32"},
+    )  # fmt: skip
+    torch.save(args, tmp_path / "training_args.bin")
+    assert not [path for path in tmp_path.iterdir() if MARK.encode() in path.read_bytes()]
+    again = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert (again.seed, again.optim, again.save_strategy) == (3, args.optim, args.save_strategy)
+    assert again.model_init_kwargs["dtype"] == "float32" and again.judged == f"https://user:{HIDDEN}@host/rows.jsonl"
+    for same in (copy.copy(args), copy.deepcopy(args), dataclasses.replace(args)):
+        assert (same.hub_token, same.judged, same.model_init_kwargs["token"]) == (MARK, url, MARK)
 
 
 NESTED = json.dumps({"token": MARK, "dtype": "float32"})

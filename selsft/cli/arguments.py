@@ -186,6 +186,14 @@ class CommandParser(SectionParser):
         self._check_unknown(launch)
         return Arguments(script, training, model, mixture, launch, own, parsed[4] if self._extra else None)
 
+    def set_defaults_with_config(self, **values: Any) -> list[str]:
+        """TRL's, after `save_strategy: no`, which YAML reads as False, is a word again."""
+        for name, value in values.items():
+            action = self._option_string_actions.get(f"--{name}")
+            if value is False and action is not None and isinstance(action.default, str):
+                values[name] = "no"
+        return super().set_defaults_with_config(**values)
+
     @staticmethod
     def _names_a_model(argv: list[str]) -> bool:
         if any(part.split("=")[0] == "--model_name_or_path" for part in argv):

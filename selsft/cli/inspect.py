@@ -17,7 +17,7 @@ from ..data.corrections import spans_of_corrections
 from ..data.loading import DataSource, load_rows
 from ..data.scored_folder import is_scored, read_manifest
 from ..errors import InputError, input_errors
-from ..records import read_json, resumable
+from ..records import read_sealed, resumable
 
 DESCRIPTION = (
     "Look at the tokens of a data set, coloured by their scores, on one HTML page: choose a threshold, see what it "
@@ -113,7 +113,9 @@ def main(argv: list[str]) -> int:
             "lines": _lines(manifest),
             "total": len(data),
             "judged": judged,
-            "measured": read_json(Path(arguments.scored) / JUDGED) if scored else {},
+            "measured": read_sealed(Path(arguments.scored) / JUDGED, "run the same `selsft score` command again")
+            if scored
+            else {},
         }
         with resumable(arguments.output.parent, "--output", "nothing else is written, start it again"):
             print(f"Page: {write_inspection(arguments.output, rows, about, settings)}")

@@ -13,18 +13,24 @@ from typing import Any
 from datasets import Dataset
 
 from ..data.chunks import data_fingerprint, token_chunks
+from ..records import RUN as NAME
 from ..records import json_sha256, now, read_json, versions, write_json
 from ..trainer import SelectiveSFTTrainer
 from ..training.fingerprint import model_fingerprint
 from .arguments import Arguments
 
-NAME = "selsft_run.json"
 # Hashing reads all weights: a second for a small model, minutes and a gathered copy for a sharded large one
 _HASHED_BYTES = 4e9
 
 
-def run_manifest(command: str, arguments: Arguments, trainer: SelectiveSFTTrainer) -> dict[str, Any]:
-    """Settings, versions, data and model of a run, as they are before it starts."""
+def run_manifest(
+    command: str, arguments: Arguments, trainer: SelectiveSFTTrainer, model_sha256: str | None = None
+) -> dict[str, Any]:
+    """Settings, versions, data and model of a run, as they are before it starts.
+
+    Args:
+        model_sha256: hash of the weights, where it is known already.
+    """
     manifest: dict[str, Any] = {
         "command": command,
         "arguments": arguments.own,
@@ -33,7 +39,7 @@ def run_manifest(command: str, arguments: Arguments, trainer: SelectiveSFTTraine
         "versions": versions(),
         "processes": trainer.accelerator.num_processes,
         "device": str(trainer.accelerator.device),
-        "model": _model(arguments, trainer),
+        "model": _model(arguments, trainer, model_sha256),
         "data": _data(arguments, trainer.train_dataset),
         "config": trainer.args.to_dict(),
         "model_config": {key: value for key, value in vars(arguments.model).items() if value is not None},
@@ -59,14 +65,14 @@ def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> None:
     write_json(Path(folder) / NAME, manifest)
 
 
-def _model(arguments: Arguments, trainer: SelectiveSFTTrainer) -> dict[str, Any]:
+def _model(arguments: Arguments, trainer: SelectiveSFTTrainer, sha256: str | None) -> dict[str, Any]:
     model = trainer.model
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     whole = trainer.accelerator.num_processes == 1 and size <= _HASHED_BYTES
     return {
         "name": arguments.model.model_name_or_path,
         "revision": getattr(model.config, "_commit_hash", None) or arguments.model.model_revision,
-        "sha256": model_fingerprint(model) if whole else None,
+        "sha256": sha256 or (model_fingerprint(model) if whole else None),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "reference": trainer.args.reference_model,

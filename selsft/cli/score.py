@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .._compat import adapter_on_lm_head, end_training
+from ..data.columns import BASE_LOGPS
 from ..data.loading import data_errors
 from ..data.scored_folder import is_scored, load_scores
 from ..errors import input_errors
@@ -72,7 +73,8 @@ def _score(arguments: Arguments, folder: Path) -> int:
             extra.rescore,
         )
     if main_process:
-        write_manifest(folder, record := run_manifest("score", arguments, trainer))
+        known = run.models.policy_sha256 if BASE_LOGPS in run.models.columns else None  # of `run.open`
+        write_manifest(folder, record := run_manifest("score", arguments, trainer, known))
 
     @contextlib.contextmanager
     def reading() -> Iterator[None]:

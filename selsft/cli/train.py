@@ -17,14 +17,16 @@ from trl import get_peft_config, get_quantization_config
 from .._compat import end_training, save_whole_model
 from ..data.loading import data_errors, load_splits
 from ..data.rows import Split
+from ..data.scored_folder import is_scored
 from ..data.validation import read_model_facts, validate_rows
 from ..errors import InputError, first_line, input_errors
 from ..records import make_writable
+from ..score import check_scored_for
 from ..scoring.frozen import BASE
 from ..selection.chosen import use_folder
 from ..trainer import SelectiveSFTTrainer
 from ..training.checkpoints import last_checkpoint
-from ..training.preflight import check_adapter, check_model, check_trackers
+from ..training.preflight import check_adapter, check_model, check_trackers, weights_sha256
 from .arguments import MODEL_MISSING, Arguments, CommandParser
 from .launch import at_work, launch_command, launched, needs_launch
 from .manifest import begun, run_manifest, settings_sha256, write_manifest
@@ -50,7 +52,8 @@ def main(argv: list[str]) -> int:
     resume = check_paths(arguments, settings)
     check_model_and_data(arguments)
     check_trackers(arguments.training.report_to)
-    if arguments.source.name:
+    scored = bool(arguments.source.name) and is_scored(arguments.source.name)
+    if scored:
         use_folder(arguments.training, arguments.source.name)
     output = Path(str(arguments.training.output_dir))
     with at_work(output, "output_dir", "checkpoints are kept in it, the same command resumes from the last one"):
@@ -59,6 +62,8 @@ def main(argv: list[str]) -> int:
             return launch_command("train", arguments.launch, own, arguments.training.use_cpu)
         evaluate = arguments.training.eval_strategy != "no"
         trainer = build_trainer(arguments, evaluate)
+        if scored:
+            check_scored_for(arguments.source.name, trainer)
         _train(trainer, arguments, resume, settings)
     return 0
 
@@ -200,6 +205,7 @@ def _train(trainer: SelectiveSFTTrainer, arguments: Arguments, resume: str | Non
             "steps": min(trainer.state.global_step, trainer.state.max_steps),
             "metrics": result.metrics,
             "log": trainer.state.log_history,
+            "weights": weights_sha256(Path(output)),
         }
     trainer.create_model_card(model_name=Path(output).name, dataset_name=arguments.script.dataset_name)
     if main_process:  # the last file: with it the folder is finished

@@ -19,9 +19,10 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 from trl.data_utils import get_dataset_column_names
 
-from ..errors import InputError
+from ..errors import InputError, check_type
 from .alignment import Alignment
 from .preparation import read_token_marks
+from .rows import check_dataset
 from .spans import check_marks, has_marks, join_parts
 from .tokenizers import special_ids
 
@@ -89,9 +90,12 @@ def judged_rows(
         chat_template: what the trainer renders with instead of the tokenizer's own (`SFTTrainer.chat_template`).
 
     Raises:
-        `InputError` for rows that say nothing about their text, for invalid marks (naming the row), and where no token
-        is judged.
+        `InputError` for anything but a data set with rows, for rows that say nothing about their text, for invalid
+            marks (naming the row), and where no token is judged.
     """
+    check_dataset("dataset", dataset)
+    check_type("tokenizer", tokenizer, PreTrainedTokenizerBase, "that of the policy")
+    check_type("args", args, SFTConfig, "the SelectiveSFTConfig of the training")
     check_marks(dataset, args.dataset_text_field)
     if not has_marks(dataset, args.dataset_text_field):
         raise InputError(

@@ -26,13 +26,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 
-from ..records import file_sha256, json_sha256, replaced, write_json
+from ..errors import InputError, check_type
+from ..records import file_sha256, json_sha256, replaced, unsealed, write_sealed
 from .chunks import TokenChunk, chunk_sha256
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "selsft_scores.json"
-FORMAT = 2
+FORMAT = 3
 _SHARD = re.compile(r"shard-(\d{5,})\.parquet")
 _ROWS = ("input_ids", "labels")
 _REMEDY = "resume with the former settings, choose another scored_dir, or compute everything again with --rescore true"
@@ -186,7 +187,7 @@ class ScoredFolder:
         return {int(match[1]): path for match, path in matches if match}
 
     def _write(self, manifest: dict[str, Any]) -> None:
-        write_json(self.path / MANIFEST, manifest)
+        write_sealed(self.path / MANIFEST, manifest)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -216,32 +217,38 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest of a folder of scores.
 
     Raises:
-        `ValueError` when it is damaged, or of a version of selsft that wrote another format.
+        `InputError` when it is damaged, or of a version of selsft that wrote another format.
     """
     file = Path(path) / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(file)!r} is damaged ({error}): score the data again with --rescore true") from error
-    if manifest.get("format") != FORMAT:
-        raise ValueError(
-            f"scored_dir={str(path)!r} has the format {manifest.get('format')}, this version of selsft reads and "
-            f"writes {FORMAT}: choose another scored_dir and score the data again"
+        found = manifest.get("format")
+        content = unsealed(manifest) if found == FORMAT else {}
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{str(file)!r} is damaged ({error}): score the data again with --rescore true") from error
+    if found != FORMAT:
+        raise InputError(
+            f"scored_dir={str(path)!r} has the format {found}, this version of selsft reads and writes {FORMAT}: "
+            "choose another scored_dir and score the data again"
         )
-    return manifest
+    return content
 
 
 def load_scores(path: str | Path) -> Dataset:
     """The rows of a finished folder, mapped into memory: `input_ids`, `labels`, `base_logps`, `ref_logps`.
 
     Raises:
-        `ValueError` for a folder that is not finished, and for a shard that is missing, damaged or of another run.
+        `InputError` for a folder without scores or one that is not finished, and for a shard that is missing, damaged
+            or of another run.
     """
+    check_type("path", path, (str, Path), "the folder of `selsft score`")
+    if not is_scored(path):
+        raise InputError(f"{str(path)!r} holds no scores: give a folder that `selsft score` has written")
     path = Path(path)
     manifest = read_manifest(path)
     if not manifest["finished"]:
         there = len([name for name in path.iterdir() if _SHARD.fullmatch(name.name)])
-        raise ValueError(
+        raise InputError(
             f"{str(path)!r} holds scores that are not finished ({there} shards so far): run the same `selsft score` "
             "command again, which resumes where it stopped"
         )
@@ -285,8 +292,8 @@ def _scores_sha256(scores: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _damaged(path: Path, state: str) -> ValueError:
-    return ValueError(
+def _damaged(path: Path, state: str) -> InputError:
+    return InputError(
         f"{str(path)!r} {state}: remove it and run the same `selsft score` command again, which computes this shard "
         "alone"
     )

@@ -8,11 +8,18 @@ import json
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..records import json_sha256
+
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """Ids of EOS, chat markers and all other special tokens, `(n,)` int64."""
     added = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
     return np.unique(np.array([*tokenizer.all_special_ids, *added], dtype=np.int64))
+
+
+def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of which text each id stands for: all that matters to rows that are tokens already."""
+    return json_sha256(tokenizer.get_vocab())
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> str:

@@ -21,8 +21,10 @@ from ..config import SelectiveSFTConfig
 from ..data.judged import judged_rows
 from ..data.rows import check_dataset
 from ..data.spans import CORRECTED, has_marks, without_marks
+from ..errors import check_type
 from ..scoring.frozen import use_start
 from ..training.model import Model
+from ..training.validation import MODEL_WANTED, MODELS
 from .generation import exact_match, greedy_answers
 from .kept import Kept
 from .likelihood import answer_logps, kl_to_base, text_perplexity
@@ -72,6 +74,11 @@ def evaluate(
     """
     check_dataset("dataset", dataset)
     args = args if args is not None else SelectiveSFTConfig("unused")
+    check_type("args", args, SelectiveSFTConfig, "a SelectiveSFTConfig")
+    for name, each in (("model", model), ("base_model", base_model if base_model is not None else "")):
+        check_type(name, each, MODELS, MODEL_WANTED)
+    if tokenizer is not None:
+        check_type("tokenizer", tokenizer, PreTrainedTokenizerBase, "that of the model")
     kwargs = {"trust_remote_code": args.trust_remote_code, **cast(dict, args.model_init_kwargs or {})}
     if isinstance(model, str | Path):
         model, own = load_model(str(model), kwargs)

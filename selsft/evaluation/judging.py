@@ -26,7 +26,7 @@ from ..data.judged import JudgedRows, judged_rows
 from ..data.tokenizers import special_ids, tokenizer_sha256
 from ..data.words import Words
 from ..errors import InputError
-from ..records import json_sha256, write_json
+from ..records import json_sha256, read_sealed, write_sealed
 from ..scoring.frozen import FrozenModels
 from ..scoring.probe import (
     ROW,
@@ -72,6 +72,15 @@ class Verdict:
     record: dict[str, Any]
     threshold: Threshold | None
     refusal: str | None
+
+
+def read_verdict(folder: Path) -> dict[str, Any]:
+    """Content of the `judged.json` of a scored folder; empty without judged rows.
+
+    Raises:
+        `InputError` when the file is damaged.
+    """
+    return read_sealed(folder / JUDGED, "run the same `selsft score` command again")
 
 
 class Judging:
@@ -268,7 +277,7 @@ class Judging:
                 f"score={args.score!r} is not shown to be better than chance: AUC {numbers['auc']:.2f} "
                 f"[{numbers['auc_low']:.2f}, {numbers['auc_high']:.2f}] on {numbers['n_rows']} judged rows"
             )
-        write_json(folder / JUDGED, record)
+        write_sealed(folder / JUDGED, record)
         return Verdict(record, threshold, refusal)
 
     def _test(

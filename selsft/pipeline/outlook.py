@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from ..data.chunks import supervised_mask, token_chunks
 from ..data.columns import BASE_LOGPS, REF_LOGPS, TOKEN_COLUMNS
 from ..data.scored_folder import load_scores, read_manifest
-from ..evaluation.judging import JUDGED
+from ..evaluation.judging import read_verdict
 from ..records import read_json, write_json
 from ..report.terminal import ScoreHistogram
 from ..selection.select import COUNTS, selection_args
@@ -134,7 +134,7 @@ def outlook(selected: Path, scored: Path, model: str, options: dict[str, Any]) -
         [{"negative_threshold": key, "negative": value} for key, value in thresholds.items() if value > 0],
         edges.round(5).tolist(),
         counts.round().astype(int).tolist(),
-        read_json(scored / JUDGED),
+        read_verdict(scored),
         (read_manifest(scored).get("selection") or {}).get("refusal"),
     )
     write_json(selected / OUTLOOK, asdict(result))

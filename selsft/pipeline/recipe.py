@@ -25,7 +25,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from ..config import SelectiveSFTConfig
 from ..data.loading import parse_columns
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..evaluation.settings import EvaluateArguments
 from ..recipes import find_recipe
 from ..scoring.settings import ScoreArguments
@@ -237,7 +237,10 @@ def _pairs(arguments: list[str]) -> list[tuple[str, Any]]:
             if not rest or rest[0].startswith("--"):
                 raise InputError(f"--{name} needs a value")
             text = rest.pop(0)
-        found.append((name, yaml.safe_load(text) if text else text))
+        try:
+            found.append((name, yaml.safe_load(text) if text else text))
+        except yaml.YAMLError as error:
+            raise InputError(f"--{name} {text!r} is not YAML ({one_line(error)}): put it in quotes") from error
     return found
 
 

@@ -33,8 +33,8 @@ from sklearn.metrics import log_loss
 from ..data.chunks import TokenChunk
 from ..data.columns import BASE_LOGPS, PROBE_SCORES
 from ..data.judged import JudgedRows
-from ..errors import InputError
-from ..records import file_sha256, read_json, replaced, write_json
+from ..errors import InputError, first_line
+from ..records import file_sha256, read_json, replaced, unsealed, write_sealed
 from ..training.model import base_model
 from .frozen import FrozenModels, StateColumns
 
@@ -42,7 +42,7 @@ DEPTHS = (0.40, 0.47, 0.53, 0.60, 0.67)  # of the number of layers
 STRENGTHS = (3e-4, 1e-3, 3e-3)  # scikit-learn's C: the inverse of the regularisation
 FOLDS = 5
 TOKEN, ROW = "token", "row"
-FORMAT = 1
+FORMAT = 2
 _WEIGHTS, _FACTS, _HELD_OUT = "probe.safetensors", "probe.json", "out_of_fold.safetensors"
 _LOSS_FEATURES = {TOKEN: 2, ROW: 3}
 
@@ -410,15 +410,13 @@ def _rows_of(rows: JudgedRows) -> Iterator[np.ndarray]:
     return iter(np.split(rows.input_ids, np.cumsum(rows.lengths)[:-1]))
 
 
-def save_probe(probe: Probe, folder: Path) -> None:
-    """Write `probe.safetensors` and `probe.json`; the latter appears when both are complete."""
+def save_probe(probe: Probe, folder: Path, **hashes: str) -> None:
+    """Write `probe.safetensors` and `probe.json` with `hashes`; the latter appears when both are complete."""
     folder.mkdir(parents=True, exist_ok=True)
     with replaced(folder / _WEIGHTS) as handle:
         handle.write(probe.tensors)
-    write_json(
-        folder / _FACTS,
-        {"format": FORMAT, "kind": probe.kind, "sha256": file_sha256(folder / _WEIGHTS), **probe.facts},
-    )
+    hashes["sha256"] = file_sha256(folder / _WEIGHTS)
+    write_sealed(folder / _FACTS, {"format": FORMAT, "kind": probe.kind, **hashes, **probe.facts})
 
 
 def save_fit(fit: Fit, folder: Path) -> None:
@@ -427,15 +425,22 @@ def save_fit(fit: Fit, folder: Path) -> None:
     tensors = {f"partial.{share}": logits for share, logits in fit.partial.items()}
     with replaced(folder / _HELD_OUT) as handle:
         handle.write(save(tensors | {"logits": fit.logits, "positions": fit.positions}))
-    save_probe(fit.probe, folder)
+    save_probe(fit.probe, folder, out_of_fold_sha256=file_sha256(folder / _HELD_OUT))
 
 
-def load_fit(probe: Probe, folder: Path) -> Fit | None:
-    """The fit that `probe` comes from; `None` where its out-of-fold logits are not there."""
-    try:
-        tensors = load_file(folder / _HELD_OUT)
-    except (OSError, SafetensorError):
-        return None
+def load_fit(probe: Probe, folder: Path) -> Fit:
+    """The fit that `probe`, which was read from the folder, comes from.
+
+    Raises:
+        `InputError` where its out-of-fold logits are not those that were written.
+    """
+    file = folder / _HELD_OUT
+    if not file.is_file() or file_sha256(file) != read_json(folder / _FACTS).get("out_of_fold_sha256"):
+        raise InputError(
+            f"{str(file)!r} is {'damaged' if file.is_file() else 'missing'}: remove the folder and run the same "
+            "command again, which fits the probe anew"
+        )
+    tensors = load_file(file)
     partial = {float(name[8:]): logits for name, logits in tensors.items() if name.startswith("partial.")}
     return Fit(probe, tensors["logits"], partial, tensors["positions"])
 
@@ -453,13 +458,13 @@ def load_probe(folder: str | Path, model_sha256: str, tokenizer_sha256: str) -> 
     """
     path = Path(folder)
     try:
-        facts = json.loads((path / _FACTS).read_text(encoding="utf-8"))
+        facts = unsealed(json.loads((path / _FACTS).read_text(encoding="utf-8")))
         tensors = load_file(path / _WEIGHTS)
         sha256 = file_sha256(path / _WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise InputError(
-            f"probe={str(folder)!r} holds no probe that can be read ({str(error).splitlines()[0]}): give the folder "
-            "'probe' that `selsft score --score probe --judged FILE` has written"
+            f"probe={str(folder)!r} holds no probe that can be read ({_FACTS} or {_WEIGHTS}: {first_line(error)}): "
+            "give the folder 'probe' that `selsft score --score probe --judged FILE` has written, or fit it again"
         ) from error
     if facts.get("format") != FORMAT or facts.get("kind") not in _LOSS_FEATURES:
         raise InputError(
@@ -479,5 +484,6 @@ def load_probe(folder: str | Path, model_sha256: str, tokenizer_sha256: str) -> 
             )
     weights = {int(name.split(".")[1]): tensor for name, tensor in tensors.items() if name.startswith("layer.")}
     kind = facts["kind"]
-    facts = {key: value for key, value in facts.items() if key not in ("format", "kind", "sha256")}
+    own = ("format", "kind", "sha256", "out_of_fold_sha256")  # of the files in this folder
+    facts = {key: value for key, value in facts.items() if key not in own}
     return Probe(kind, weights, tensors["loss"], float(tensors["bias"][0]), facts)

@@ -14,7 +14,7 @@ from typing import cast
 
 from ..config import SelectiveSFTConfig
 from ..data.scored_folder import is_scored, read_manifest
-from ..errors import InputError
+from ..errors import InputError, check_type
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +27,14 @@ def use_folder(args: SelectiveSFTConfig, folder: str | Path) -> None:
     An older folder, or one that was scored without judged rows, leaves the threshold as it is.
 
     Raises:
-        `InputError` when the judged rows speak against selecting by this folder, unless `args.go_on`.
+        `InputError` for a folder without scores, and when the judged rows speak against selecting by this folder,
+            unless `args.go_on`.
     """
-    selection = read_manifest(folder).get("selection") if is_scored(folder) else None
+    check_type("args", args, SelectiveSFTConfig, "a SelectiveSFTConfig")
+    check_type("folder", folder, (str, Path), "the folder of `selsft score`")
+    if not is_scored(folder):
+        raise InputError(f"{str(folder)!r} holds no scores: give a folder that `selsft score` has written")
+    selection = read_manifest(folder).get("selection")
     if not selection:
         return
     defaults = {item.name: item.default for item in fields(args) if item.default is not MISSING}

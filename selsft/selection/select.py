@@ -17,7 +17,7 @@ from ..data.chunks import supervised_mask, token_chunks
 from ..data.columns import BASE_LOGPS, READ_COLUMNS, TOKEN_COLUMNS, WEIGHTS
 from ..data.rows import check_dataset
 from ..data.scored_folder import load_scores
-from ..errors import InputError, input_errors
+from ..errors import InputError, check_type, input_errors
 from ..records import write_json
 from .chosen import use_folder, warn_unverified
 from .weights import add_token_weights, pooled_scores, raw_scores, vocabulary
@@ -46,6 +46,8 @@ def select_tokens(
     """
     check_dataset("scored", scored)
     args = args if args is not None else SelectiveSFTConfig("unused", use_cpu=True, bf16=False)
+    check_type("tokenizer", tokenizer, PreTrainedTokenizerBase, "that of the policy")
+    check_type("args", args, SelectiveSFTConfig, "a SelectiveSFTConfig")
     if gone := [
         name for name in ("input_ids", "labels", *READ_COLUMNS[args.score]) if name not in scored.column_names
     ]:

@@ -9,6 +9,7 @@ TRL adds for attention kernels.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from .._compat import DataCollatorForLanguageModeling, pad
 from ..data.columns import ACTIVE_ROWS, TOKEN_COLUMNS, WEIGHTS, active_rows
+from ..errors import InputError
 
 
 @dataclass
@@ -36,6 +38,9 @@ class DataCollatorForSelectiveSFT(DataCollatorForLanguageModeling):
         return cls(**{item.name: getattr(parent, item.name) for item in dataclasses.fields(parent) if item.init})
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        for index, example in enumerate(examples):
+            if not isinstance(example, Mapping) or example.get("input_ids") is None:
+                raise InputError(f"row {index} of a batch has no 'input_ids': give rows that are tokenised")
         batch = super().torch_call(examples)
         for name in TOKEN_COLUMNS:
             missing = [index for index, example in enumerate(examples) if example.get(name) is None]
@@ -45,7 +50,10 @@ class DataCollatorForSelectiveSFT(DataCollatorForLanguageModeling):
                 raise ValueError(
                     f"rows {missing} of a batch have no {name!r} and the others do: give every row one value per token"
                 )
-            column = [torch.as_tensor(example[name], dtype=torch.float32) for example in examples]
+            try:
+                column = [torch.as_tensor(example[name], dtype=torch.float32) for example in examples]
+            except (TypeError, ValueError) as error:
+                raise InputError(f"column {name!r} holds something else than numbers ({error}): correct it") from error
             for example, values in zip(examples, column, strict=True):
                 if len(values) != len(example["input_ids"]):
                     raise ValueError(

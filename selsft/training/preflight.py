@@ -7,6 +7,7 @@ libraries' messages a flag when they fail, since the same message may be about m
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +18,14 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
 
 from .._compat import find_adapter_config_file, reporting_callbacks
 from ..errors import InputError, first_line
+from ..records import RUN, file_sha256, read_json
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".index.json")
+
+
+def weights_sha256(folder: Path) -> dict[str, str]:
+    """File -> hash of the weights in a folder, for the record of the run that has trained them."""
+    return {path.name: file_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
 def check_model(field: str, name: str, revision: str | None = None) -> None:
@@ -35,6 +42,8 @@ def check_model(field: str, name: str, revision: str | None = None) -> None:
             )
         if not any(each.endswith(_WEIGHTS) for each in names):
             raise InputError(f"{field}={name!r} holds a configuration but no weights (*.safetensors){hint}")
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one is enough
+            _check_weights(field, folder)
         return
     try:
         if find_adapter_config_file(name, revision=revision) is None:
@@ -44,6 +53,21 @@ def check_model(field: str, name: str, revision: str | None = None) -> None:
             f"{field}={name!r} is neither a folder with a model nor the id of one that can be loaded: check the "
             f"spelling ({first_line(error)})"
         ) from error
+
+
+def _check_weights(field: str, folder: Path) -> None:
+    """Raise for weights that are not those which the run whose record lies beside them has trained."""
+    finished = read_json(folder / RUN).get("finished")
+    recorded = finished.get("weights") if isinstance(finished, dict) else None
+    if not recorded:
+        return
+    now = weights_sha256(folder)
+    for file, digest in recorded.items():
+        if now.get(file) != digest:
+            raise InputError(
+                f"{field}={str(folder)!r}: {file} is {'not the file' if file in now else 'missing, though it is one'} "
+                f"that {RUN} says was trained: train it again, or remove {RUN} if you have changed the weights"
+            )
 
 
 def check_adapter(

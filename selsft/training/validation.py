@@ -19,7 +19,7 @@ from selsft_kernels.objectives import FORGET
 from .._compat import DataCollatorForLanguageModeling
 from ..data.columns import BASE_LOGPS, NOISY_LOGPS, PROBE_SCORES, READ_COLUMNS, REF_LOGPS, SCORE_COLUMNS, WEIGHTS
 from ..data.rows import check_dataset, form_of
-from ..errors import InputError
+from ..errors import InputError, check_type
 from .collator import DataCollatorForSelectiveSFT
 from .model import Model
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ..trainer import SelectiveSFTTrainer
 
 
+MODELS, MODEL_WANTED = (str, Path, torch.nn.Module), "a name, a folder or a loaded model"
 # Fields that say which tokens are negative, and fields that say what becomes of them
 _RULES = (
     "negative_threshold", "positive_fraction", "selection_scope", "neutral_band", "gate_reference_prob",
@@ -52,10 +53,9 @@ def validate_arguments(model: Any, args: Any, train_dataset: Any, eval_dataset: 
     Args:
         formatted: whether a `formatting_func` makes the text of the rows.
     """
-    if not isinstance(model, str | Path | torch.nn.Module):
-        raise InputError(f"model is a {type(model).__name__}: give a name, a folder or a loaded model")
-    if args is not None and not isinstance(args, TrainingArguments):
-        raise InputError(f"args is a {type(args).__name__}: give a SelectiveSFTConfig")
+    check_type("model", model, MODELS, MODEL_WANTED)
+    if args is not None:
+        check_type("args", args, TrainingArguments, "a SelectiveSFTConfig")
     parts = {} if eval_dataset is None else {"eval_dataset": eval_dataset}
     if isinstance(eval_dataset, dict):
         parts = {f"eval_dataset[{name!r}]": part for name, part in eval_dataset.items()}

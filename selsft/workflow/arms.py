@@ -26,7 +26,8 @@ from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
 from ..config import SelectiveSFTConfig
-from ..errors import InputError, input_errors
+from ..data.rows import check_dataset
+from ..errors import InputError, check_type, input_errors
 from ..evaluation.intervals import Interval, paired
 from ..evaluation.likelihood import answer_nll
 from ..evaluation.load import load_model
@@ -160,6 +161,14 @@ def compare_arms(
     Raises:
         `InputError` for an arm that cannot be compared, a setting that does not exist, or a folder that is in use.
     """
+    check_type("model", model, (str, Path), "a name or a folder, from which every arm starts anew")
+    check_type("output_dir", output_dir, (str, Path), "a folder")
+    check_type("arms", arms, Mapping, "a mapping: name -> fields of SelectiveSFTConfig")
+    for name, changes in arms.items():
+        check_type(f"arms[{name!r}]", changes, Mapping, "a mapping of fields of SelectiveSFTConfig")
+    for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        check_dataset(name, data)
+        check_type(name, data, Dataset, "a datasets.Dataset, since its rows are read more than once")
     root, shared, untrained = Path(output_dir), dict(settings or {}), dict(untrained or {})
     baseline = baseline or next(iter(arms), "")
     _check(arms, shared, baseline, seeds, train_dataset, eval_dataset, group_column, [*arms, *untrained])

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from selsft.cli.arguments import CommandParser
+from selsft.cli.manifest import begun, settings_sha256
 from tests.cli.test_train import CPU, models, to_flags
 from tests.support import tiny
 from tests.workflow.test_child import alive, wait
@@ -40,6 +42,8 @@ def test_workers_end_with_a_launcher_that_is_killed(models, tmp_path):
         launcher.kill()
         launcher.wait()
         assert wait(lambda: not any(map(alive, workers)), seconds=10)
+        arguments = CommandParser("train", "", "").parse(to_flags(flags))
+        assert begun(tmp_path / "out", settings_sha256(arguments))  # what a worker wrote, the launcher recognises
     finally:
         launcher.kill()
         launcher.wait()

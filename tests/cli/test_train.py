@@ -353,3 +353,12 @@ def test_two_processes(run, models, monkeypatch):
     assert run("train", **flags, output_dir="two", per_device_train_batch_size=4, num_processes=2) == 0
     assert json.load(open("two/selsft_run.json"))["processes"] == 2
     assert same(weights("one"), weights("two"), tolerance=1e-5)
+
+
+def test_no_is_a_word_in_yaml(tmp_path):
+    (tmp_path / "config.yaml").write_text("save_strategy: no\neval_strategy: off\nbf16: no\nuse_cpu: yes\n")
+    arguments = CommandParser("train", "", "").parse(
+        ["--config", str(tmp_path / "config.yaml"), "--model_name_or_path", "m", "--output_dir", str(tmp_path)]
+    )
+    training = arguments.training
+    assert (training.save_strategy, training.eval_strategy, training.bf16) == ("no", "no", False)

@@ -348,6 +348,7 @@ def cli(*argv):
         (["recipe.yaml", "--dataset_streaming", "true"], "a run splits its data, which a stream cannot be"),
         (["domain-lora"], "model_name_or_path is missing"),
         (["broken.yaml"], "is not a YAML file"),
+        (["recipe.yaml", "--learning_rate", "{1"], "--learning_rate '{1' is not YAML"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_runs(folder, capsys, argv, message):

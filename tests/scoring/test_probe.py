@@ -1,7 +1,6 @@
 """The probe: finds planted errors, is judged out of fold, and says the same however rows are batched."""
 
 import copy
-import json
 import weakref
 
 import numpy as np
@@ -222,15 +221,11 @@ def test_saved_probes_are_known_by_model_and_tokenizer(fitted, tmp_path):
     loaded = load_probe(tmp_path, model, tokenizer)
     assert loaded.sha256 == fit.probe.sha256 and loaded.facts["fitted_rows"] == row_hashes(sample)
     again = load_fit(loaded, tmp_path)
-    assert again is not None and np.array_equal(again.logits, fit.logits) and list(again.partial) == [0.5]
+    assert np.array_equal(again.logits, fit.logits) and list(again.partial) == [0.5]
     with pytest.raises(InputError, match=r"other weights .*model_sha256"):
         load_probe(tmp_path, models_of(tiny.llama(seed=3)).policy_sha256, tokenizer)
     with pytest.raises(InputError, match="another tokenizer"):
         load_probe(tmp_path, model, "0" * 64)
-    facts = json.loads((tmp_path / "probe.json").read_text())
-    (tmp_path / "probe.json").write_text(json.dumps(facts | {"sha256": "0"}))
-    with pytest.raises(InputError, match="is not the file that"):
-        load_probe(tmp_path, model, tokenizer)
     (tmp_path / "probe.json").write_text("{")
     with pytest.raises(InputError, match="holds no probe"):
         load_probe(tmp_path, model, tokenizer)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from datasets import Dataset
 import selsft.scoring.frozen
 from selsft.cli import main
 from selsft.data.scored_folder import load_scores, read_manifest
+from selsft.records import write_sealed
 from tests.cli.test_train import CPU, models, one_line, same, to_flags, weights
 from tests.support import tiny
 from tests.support.oracle import plain_logps
@@ -125,7 +127,7 @@ def test_training_takes_the_folder_and_refuses_an_unfinished_one(run, models, ca
     assert run("train", dataset_name="old", output_dir="c", **selection) == 0
     assert same(weights("a"), weights("c"))
     manifest = read_manifest("scored")
-    Path("scored/selsft_scores.json").write_text(json.dumps(manifest | {"finished": False}))
+    write_sealed(Path("scored/selsft_scores.json"), manifest | {"finished": False})
     capsys.readouterr()
     assert run("train", dataset_name="scored", output_dir="d") == 2
     one_line(capsys, "'scored' holds scores that are not finished", "run the same `selsft score` command again")
@@ -169,7 +171,7 @@ def test_a_shard_of_another_run_is_refused(run, models, capsys):
     one_line(capsys, "shard-00002.parquet' is damaged")
     manifest = read_manifest("scored")
     manifest["shards"][2] = read_manifest("other")["shards"][2]
-    Path("scored/selsft_scores.json").write_text(json.dumps(manifest))
+    write_sealed(Path("scored/selsft_scores.json"), manifest)
     assert run("train", dataset_name="scored", output_dir="a") == 2
     one_line(capsys, "shard-00002.parquet' was made by another run than the manifest")
 
@@ -279,40 +281,51 @@ def test_a_foreign_folder_is_not_touched(run, capsys):
 # ---------------------------------------------------------------- several processes
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp_shipped"])
-def test_two_processes_write_what_one_writes(run, models, kind, monkeypatch):
-    """Shards in turn without sharding (the same bytes), together with FSDP2 (equal to rounding), also where only the
-    main process has loaded weights."""
-    import subprocess
-    import sys
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "score"),
+    [(kind, score) for kind in ("ddp", "fsdp_shipped") for score in ("influence", "probe")] + [("zero3", "probe")],
+)
+def test_two_processes_write_what_one_writes(models, tmp_path, monkeypatch, kind, score):
+    """Shards in turn without sharding (the same bytes), together with FSDP2, where only the main process has loaded
+    weights, and ZeRO-3 (equal to rounding). A probe is fitted in one of them and applied in all."""
+    from tests.support import commands
+    from tests.training.test_distributed import KINDS, interpreter
 
-    from tests.training.test_distributed import KINDS
-
-    assert run() == 0
+    if (python := interpreter(kind)) is None:
+        pytest.skip("DeepSpeed is not installed: `make test` does that")
+    commands.workspace(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    argv = commands.COMMANDS["score" if score == "influence" else "score with a probe"]
+    assert commands.run(argv, tmp_path).status == 0
+    Path("out").rename("one")
     root = Path(__file__).parents[2]
-    script = (
+    Path("launched.py").write_text(
         "import sys; from tests.support.worker import prepare_process; prepare_process(sys.argv[1]);"
         "from selsft.cli import main; sys.exit(main(sys.argv[2:]))"
     )
-    Path("launched.py").write_text(script)
-    flags = {**CPU, "model_name_or_path": models / "model", "dataset_name": "data.jsonl", "shard_tokens": 100}
-    flags |= {"scoring_batch_size": 64}
-    flags |= {"scored_dir": "two", "reference_model": models / "reference"}
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", *KINDS[kind],
-        "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--main_process_port", "0", "launched.py", kind, "score", *to_flags(flags),
-    ]  # fmt: skip
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = f"{root}:{root / 'kernels'}"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    if kind == "ddp":
-        assert shards("two") == shards("scored")
-        assert read_manifest("two")["shards"] == read_manifest("scored")["shards"]
+    if kind.startswith("zero"):  # DeepSpeed's accelerator is the CPU
+        argv = [*argv, "--use_cpu", "False"]
     else:
-        for name in ("base_logps", "ref_logps"):
-            one, two = (np.concatenate(load_scores(folder)[name][:]) for folder in ("scored", "two"))
-            np.testing.assert_allclose(one, two, atol=2e-6)
-        assert load_scores("two")["input_ids"][:] == load_scores("scored")["input_ids"][:]
-        assert read_manifest("two")["identity"] == read_manifest("scored")["identity"]
+        environment["ACCELERATE_USE_CPU"] = "true"
+    command = [
+        str(python), "-m", "accelerate.commands.launch", *KINDS[kind],
+        "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_port", "0", "launched.py", kind, *argv,
+    ]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = load_scores("one"), load_scores("out")
+    assert read_manifest("out")["identity"] == read_manifest("one")["identity"]
+    assert one.column_names == two.column_names and two["input_ids"][:] == one["input_ids"][:]
+    if kind == "ddp":
+        assert shards("out") == shards("one")
+        assert read_manifest("out") == read_manifest("one")
+    for name in set(one.column_names) - {"input_ids", "labels"}:
+        np.testing.assert_allclose(np.concatenate(two[name][:]), np.concatenate(one[name][:]), atol=2e-6)
+    if score == "probe":
+        found, wanted = (json.loads((Path(folder) / "judged.json").read_text()) for folder in ("out", "one"))
+        for level, numbers in wanted["judged"]["probe"].items():
+            assert found["judged"]["probe"][level]["auc"] == pytest.approx(numbers["auc"], abs=1e-4)

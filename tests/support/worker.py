@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -198,10 +200,10 @@ def leave_weights_empty() -> None:
 def run_deepspeed_on_cpu() -> None:
     """DeepSpeed compiles an operator for shared memory when it starts on a CPU: half a minute, and gloo needs none."""
     os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed.comm.torch
     from accelerate.state import DistributedType, PartialState
 
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    backend: Any = importlib.import_module("deepspeed.comm.torch")  # the attribute of the package may be torch itself
+    backend.build_shm_op = lambda: None
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)
 
 

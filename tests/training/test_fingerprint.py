@@ -1,12 +1,15 @@
 """The hash of a model follows its weights, whatever is wrapped around them."""
 
+import numpy as np
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 
-from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
+from selsft import SelectiveSFTConfig, SelectiveSFTTrainer, score_dataset
+from selsft.data.scored_folder import read_manifest
 from selsft.training.fingerprint import model_fingerprint
 from tests.support import tiny
+from tests.support.oracle import plain_logps
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 EXPERTS = {"r": 2, "target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
@@ -82,6 +85,24 @@ def test_lora_on_experts_trains_with_a_reference(options, tmp_path):
     before = {name: p.clone() for name, p in run.model.named_parameters() if p.requires_grad}
     run.train()
     assert any(not torch.equal(p, before[name]) for name, p in run.model.named_parameters() if name in before)
+
+
+@pytest.mark.parametrize("peft", [True, False], ids=["trained with an adapter", "trained in full"])
+def test_scores_with_lora_on_experts(peft, options, tmp_path):
+    """Equal to those of the adapter on a model of its own, and of the base."""
+    trained = adapted(tiny.build("qwen3_moe"), seed=1, **EXPERTS)
+    trained.save_pretrained(tmp_path / "adapter")
+    scored = score_dataset(
+        tiny.build("qwen3_moe"), tiny.prompt_data(12), reference_model=tmp_path / "adapter",
+        output_dir=tmp_path / "scored", tokenizer=tiny.tokenizer(), args=SelectiveSFTConfig(**options),
+        peft_config=LoraConfig(**EXPERTS) if peft else None,
+    )  # fmt: skip
+    for column, model in (("base_logps", tiny.build("qwen3_moe")), ("ref_logps", trained)):
+        for row in scored:
+            expected = np.where(np.array(row["labels"]) == -100, 0, plain_logps(model, row["input_ids"]))
+            np.testing.assert_allclose(row[column], expected, atol=2e-5)
+    identity = read_manifest(tmp_path / "scored")["identity"]
+    assert identity["model_sha256"] == model_fingerprint(tiny.build("qwen3_moe")) != identity["reference_sha256"]
 
 
 def test_a_model_without_weights_has_no_hash():
