@@ -144,6 +144,7 @@ class _LinearLogprob(torch.autograd.Function):
             floor=None,
             entropy_gate=None,
             anchor=None,
+            z_loss=None,
             softcap=s.softcap,
             logit_scale=s.logit_scale,
             lora_scale=s.lora_scale,
