@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backend, checks, chunking
+from ._ops import add_op_namespace_prefix
 from .gemm import accumulate, product_fp32
 from .head import Head, Work, hidden_rows, make_head, raw_logits, select_rows, spread, target_logits
 from .objectives import Objective
@@ -68,7 +69,7 @@ class _Settings(NamedTuple):
 
 
 # The names and defaults are those of `linear_selective_cross_entropy`; tensors are flattened to N rows.
-@torch.library.custom_op("selsft::linear_loss", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("linear_loss"), mutates_args=())
 def linear_loss_op(
     input: Tensor,
     weight: Tensor,

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backend, checks
+from ._ops import add_op_namespace_prefix
 from .head import without_ignored
 from .linear_loss import SelectiveLossOutput, new_stats
 from .objectives import Objective
@@ -37,7 +38,7 @@ class _Settings(NamedTuple):
 
 
 # The names and defaults are those of `selective_cross_entropy`; tensors are flattened to N rows.
-@torch.library.custom_op("selsft::logits_loss", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("logits_loss"), mutates_args=())
 def logits_loss_op(
     logits: Tensor,
     target: Tensor,
@@ -118,7 +119,7 @@ def write_grad(
         module.grad_rows(out, logits, targets, transform, lse, grad, others)
 
 
-@torch.library.custom_op("selsft::logits_grad", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("logits_grad"), mutates_args=())
 def logits_grad_op(
     logits: Tensor,
     target: Tensor,
@@ -145,7 +146,7 @@ def _(logits, target, token_weight, lse, target_logit, grad, others, factor, sof
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("selsft::logits_grad_", mutates_args=("logits",))
+@torch.library.custom_op(add_op_namespace_prefix("logits_grad_"), mutates_args=("logits",))
 def logits_grad_inplace_op(
     logits: Tensor,
     target: Tensor,
