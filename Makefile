@@ -7,7 +7,11 @@ DEEPSPEED := .venv-deepspeed
 
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
+<<<<<<< HEAD
 .PHONY: demo test test-fast test-compat lint docs gpu-check clean
+=======
+.PHONY: demo test test-fast test-compat test-deepspeed lint docs gpu-check hub clean
+>>>>>>> kern
 
 demo: $(STAMP)
 	$(BIN)/selsft demo
@@ -62,6 +66,14 @@ docs: $(STAMP)
 gpu-check: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/gpu_check.py
+
+# The kernels in the layout of the kernel hub; its builder, which is not run here, makes `_ops.py`.
+HUB ?= build/hub
+hub:
+	mkdir -p $(HUB)/torch-ext/selsft_kernels
+	cp kernels/hub/* kernels/README.md $(HUB)
+	cp kernels/selsft_kernels/*.py $(HUB)/torch-ext/selsft_kernels
+	rm $(HUB)/torch-ext/selsft_kernels/_ops.py
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backend, checks, chunking, rows
+from ._ops import add_op_namespace_prefix
 from .fold import FoldState, finish
 from .gemm import product_fp32
 from .head import Head, Work, make_head, raw_logits, select_rows, spread, target_logits
@@ -48,7 +49,7 @@ class _Settings(NamedTuple):
 
 
 # The names and defaults are those of `linear_logprob`; tensors are flattened to N rows.
-@torch.library.custom_op("selsft::linear_logprob", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("linear_logprob"), mutates_args=())
 def linear_logprob_op(
     input: Tensor,
     weight: Tensor,
@@ -144,6 +145,7 @@ class _LinearLogprob(torch.autograd.Function):
             floor=None,
             entropy_gate=None,
             anchor=None,
+            z_loss=None,
             softcap=s.softcap,
             logit_scale=s.logit_scale,
             lora_scale=s.lora_scale,

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backend, checks, chunking
+from ._ops import add_op_namespace_prefix
 from .gemm import accumulate, product_fp32
 from .head import Head, Work, hidden_rows, make_head, raw_logits, select_rows, spread, target_logits
 from .objectives import Objective
@@ -55,6 +56,7 @@ class _Settings(NamedTuple):
     floor: float | None
     entropy_gate: float | None
     anchor: float | None
+    z_loss: float | None
     softcap: float | None
     logit_scale: float
     lora_scale: float
@@ -67,7 +69,7 @@ class _Settings(NamedTuple):
 
 
 # The names and defaults are those of `linear_selective_cross_entropy`; tensors are flattened to N rows.
-@torch.library.custom_op("selsft::linear_loss", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("linear_loss"), mutates_args=())
 def linear_loss_op(
     input: Tensor,
     weight: Tensor,
@@ -84,6 +86,7 @@ def linear_loss_op(
     floor: float | None,
     entropy_gate: float | None,
     anchor: float | None,
+    z_loss: float | None,
     softcap: float | None,
     logit_scale: float,
     lora_scale: float,
@@ -100,7 +103,7 @@ def linear_loss_op(
     with backend.computing_on(input.device):
         head = make_head(weight, bias, lora_a, lora_b, softcap, logit_scale, lora_scale, compute_dtype)
         work = select_rows(target, token_weight, reference, active_rows, ignore_index)
-        objective = Objective(positive, forget, beta, floor, entropy_gate, anchor)
+        objective = Objective(positive, forget, beta, floor, entropy_gate, anchor, z_loss)
         grads = allocate(input, head, work, needs, weight_grad_dtype)
         stats = new_stats(work.size, input.device, entropy, is_top1)
         chunk_loop(input, head, work, objective, stats, grads, chunk_size)
@@ -114,7 +117,7 @@ def linear_loss_op(
 @linear_loss_op.register_fake
 def _(
     input, weight, bias, lora_a, lora_b, target, token_weight, reference, active_rows, positive, forget, beta, floor,
-    entropy_gate, anchor, softcap, logit_scale, lora_scale, entropy, is_top1, chunk_size, compute_dtype,
+    entropy_gate, anchor, z_loss, softcap, logit_scale, lora_scale, entropy, is_top1, chunk_size, compute_dtype,
     weight_grad_dtype, ignore_index, needs,
 ):  # fmt: skip
     f32 = torch.float32
@@ -353,6 +356,7 @@ def linear_selective_cross_entropy(
     floor: float | None = None,
     entropy_gate: float | None = None,
     anchor: float | None = None,
+    z_loss: float | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     lora_a: Tensor | None = None,  # [r, H]
@@ -388,6 +392,8 @@ def linear_selective_cross_entropy(
             the entropy of its row, detached: entropy-adaptive fine-tuning (arXiv 2601.02151), which takes ln 20.
         anchor: A weight above 0. Adds `anchor * KL(q || p)` for every row with a weight, of the target against all
             other tokens, q from `reference_logprob`: p stays close to what it was. Not multiplied by the weight.
+        z_loss: A weight above 0. Adds `z_loss * logsumexp(z)^2` for every row with a weight, of the logits z that the
+            model ends with (after bias, scale and softcap). Not multiplied by the weight either.
         softcap, logit_scale: Final logit softcapping and scale of the model; the scale comes first.
         lora_a, lora_b, lora_scale: LoRA on the head: `input W^T + lora_scale * (input A^T) B^T`, A `[r, H]`,
             B `[V, r]`, floating; computed in the dtype of `input`.
@@ -417,7 +423,7 @@ def linear_selective_cross_entropy(
         checks.per_token("reference_logprob", reference_logprob, input, torch.float32)
     checks.bias_vector(linear_bias, linear_weight)
     checks.lora(lora_a, lora_b, linear_weight)
-    checks.objective(positive, forget, beta, floor, reference_logprob, entropy_gate, anchor)
+    checks.objective(positive, forget, beta, floor, reference_logprob, entropy_gate, anchor, z_loss)
     checks.head_options(softcap, logit_scale)
     wanted = checks.output_names(outputs)
     checks.row_indices(active_rows, input)
@@ -438,6 +444,7 @@ def linear_selective_cross_entropy(
         floor,
         entropy_gate,
         anchor,
+        z_loss,
         softcap,
         float(logit_scale),
         float(lora_scale),

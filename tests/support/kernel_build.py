@@ -16,7 +16,7 @@ from selsft_kernels.chunking import padded
 HOPPER, AMPERE, MI300 = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 80, 32), GPUTarget("hip", "gfx942", 64)
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTERS = {"target_ptr": "*i64", "column_ptr": "*i64", "is_top1_ptr": "*i1"}
-FLOATS = {"scale", "softcap", "beta", "floor", "gate", "anchor", "lora_scale"}
+FLOATS = {"scale", "softcap", "beta", "floor", "gate", "anchor", "z_loss", "lora_scale"}
 DATA = {"raw_ptr", "out_ptr", "x_ptr", "weight_ptr", "lora_b_ptr"}
 
 
@@ -53,6 +53,7 @@ def row_constants(**changes: Any) -> dict[str, Any]:
         "ENTROPY",
         "GATE",
         "ANCHOR",
+        "ZLOSS",
         "IS_TOP1",
         "KEEP",
         "MASKED",
@@ -70,6 +71,7 @@ EVERYTHING = row_constants(
     ENTROPY=True,
     GATE=True,
     ANCHOR=True,
+    ZLOSS=True,
     IS_TOP1=True,
     KEEP=True,
     FORGET="npo",
