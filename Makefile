@@ -7,11 +7,7 @@ DEEPSPEED := .venv-deepspeed
 
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-<<<<<<< HEAD
-.PHONY: demo test test-fast test-compat lint docs gpu-check clean
-=======
-.PHONY: demo test test-fast test-compat test-deepspeed lint docs gpu-check hub clean
->>>>>>> kern
+.PHONY: demo test test-fast test-compat lint docs gpu-check hub clean
 
 demo: $(STAMP)
 	$(BIN)/selsft demo
