@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-fast test-compat test-deepspeed lint docs gpu-check clean
+.PHONY: demo test test-fast test-compat test-deepspeed test-ray lint docs gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/selsft demo
@@ -31,6 +31,17 @@ test-fast: $(STAMP)
 test-deepspeed: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[deepspeed]"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/training/test_distributed.py -k zero
+
+# Scoring on a local Ray cluster whose workers are killed. Ray is in an environment on top of the other one.
+RAY := .venv-ray
+test-ray: $(RAY)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(RAY)/bin/python -m pytest -q tests/test_score_ray.py
+
+$(RAY)/.installed: $(STAMP)
+	test -x $(RAY)/bin/python || $(PYTHON) -m venv $(RAY)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$(echo $(RAY)/lib/python*/site-packages)/below.pth
+	$(RAY)/bin/python -m pip install --quiet --constraint constraints.txt "ray[data]"
+	touch $@
 
 # The core tests with the oldest supported versions; `make test` has the newest tested ones.
 OLDEST := .venv-oldest
@@ -64,4 +75,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist
+	rm -rf $(VENV) $(OLDEST) $(RAY) build dist
