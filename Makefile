@@ -7,7 +7,7 @@ DEEPSPEED := .venv-deepspeed
 
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-fast test-compat lint docs gpu-check hub clean
+.PHONY: demo test test-fast test-compat test-ray lint docs gpu-check hub clean
 
 demo: $(STAMP)
 	$(BIN)/selsft demo
@@ -35,6 +35,17 @@ $(DEEPSPEED)/.installed: $(STAMP)
 	echo "import site; site.addsitedir('$$(echo $(CURDIR)/$(VENV)/lib/python3*/site-packages)')" \
 		> $$(echo $(DEEPSPEED)/lib/python3*/site-packages)/selsft.pth
 	$(DEEPSPEED)/bin/python -m pip install --quiet --constraint constraints.txt deepspeed
+	touch $@
+
+# Scoring on a local Ray cluster whose workers are killed. Ray is in an environment on top of the other one.
+RAY := .venv-ray
+test-ray: $(RAY)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(RAY)/bin/python -m pytest -q tests/test_score_ray.py
+
+$(RAY)/.installed: $(STAMP)
+	test -x $(RAY)/bin/python || $(PYTHON) -m venv $(RAY)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$(echo $(RAY)/lib/python*/site-packages)/below.pth
+	$(RAY)/bin/python -m pip install --quiet --constraint constraints.txt "ray[data]"
 	touch $@
 
 # The core tests with the oldest supported versions; `make test` has the newest tested ones.
@@ -77,4 +88,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEEPSPEED) $(OLDEST) build dist
+	rm -rf $(VENV) $(DEEPSPEED) $(RAY) $(OLDEST) build dist

@@ -48,7 +48,6 @@ class Targets(NamedTuple):
     logit: Tensor  # fp32, raw (bias included); NaN where the column is outside of the vocabulary
     weight: Tensor  # fp32, signed, 0 = skip
     reference: Tensor | None  # fp32 log-probabilities
-    own: Tensor | None = None  # fp32, the rounded logit (bias included) that was in `raw`; None if it is there still
 
     def part(self, start: int, end: int) -> "Targets":
         return Targets(*(None if t is None else t[start:end] for t in self))  # type: ignore[arg-type]
@@ -97,7 +96,7 @@ def entropy_from(m: Tensor, rest: Tensor) -> Tensor:
 
 
 def loss_rows(
-    raw: Tensor,  # [n, V], any strides; overwritten with the gradient if `want_grad`, which needs `targets.own`
+    raw: Tensor,  # [n, V], any strides; overwritten with the gradient if `want_grad`
     targets: Targets,
     t: Transform,
     objective: Objective,
@@ -149,9 +148,8 @@ def _loss_rows(
     z_y = transform(targets.logit.clone(), t, with_bias=False)
     slope = z.div(t.softcap).square_().neg_().add_(1.0) if want_grad and t.softcap is not None else None
 
-    own = z.gather(1, column).squeeze(1) if targets.own is None else transform(targets.own.clone(), t, with_bias=False)
-    if targets.own is None or t != Transform():
-        z.scatter_(1, column, -torch.inf)
+    own = z.gather(1, column).squeeze(1)
+    z.scatter_(1, column, -torch.inf)
     largest = z.amax(1)
     if stats.is_top1 is not None:
         stats.is_top1.copy_(top1(z, own, largest, targets.column))

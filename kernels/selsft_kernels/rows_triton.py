@@ -177,7 +177,6 @@ def loss_rows_kernel(
     raw_stride,
     target_ptr,
     target_logit_ptr,
-    own_ptr,
     weight_ptr,
     reference_ptr,
     bias_ptr,
@@ -210,7 +209,7 @@ def loss_rows_kernel(
     ZLOSS: tl.constexpr,
     IS_TOP1: tl.constexpr,
     KEEP: tl.constexpr,  # lse, grad and others are wanted, for a backward pass
-    MASKED: tl.constexpr,  # the target's logit is in its place, and not -inf; never with WRITE_GRAD
+    MASKED: tl.constexpr,  # the row is not written to: columns are compared with the target's
     WRITE_GRAD: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
@@ -231,6 +230,15 @@ def loss_rows_kernel(
     # What is known of the row is read where it is used, so that it occupies no register during the passes.
     if tl.load(weight_ptr + row) != 0.0:
         target = tl.load(target_ptr + row)
+        inside = (target >= 0) & (target < vocab)
+        own = 0.0
+        if not MASKED:
+            # All threads have read the target's logit before one overwrites it, and see the new one afterwards.
+            own = tl.load(row_ptr + target, mask=inside, other=0.0).to(tl.float32)
+            tl.debug_barrier()
+            out = tl.full((), float("inf") if FLIP else float("-inf"), tl.float32)
+            tl.store(row_ptr + target, out.to(raw_ptr.dtype.element_ty), mask=inside)
+            tl.debug_barrier()
         largest, total, weighted = statistics(
             row_ptr, bias_ptr, target, vocab, readable, a, k, HAS_BIAS, HAS_SOFTCAP, FLIP, NVIDIA, ENTROPY, MASKED,
             LANES, VEC, ALIGNED,
@@ -268,13 +276,10 @@ def loss_rows_kernel(
         logprob = -softplus(-m)
         if IS_TOP1:
             # The rounded logit and not the exact one: among others as rounded, that would decide ties.
-            inside = (target >= 0) & (target < vocab)
             if MASKED:
                 own = tl.load(row_ptr + target, mask=inside, other=0.0).to(tl.float32)
-                if HAS_BIAS:
-                    own += tl.load(bias_ptr + target, mask=inside, other=0.0)
-            else:
-                own = tl.load(own_ptr + row)
+            if HAS_BIAS:
+                own += tl.load(bias_ptr + target, mask=inside, other=0.0)
             y_own = increasing(own, k, HAS_SOFTCAP, FLIP, NVIDIA)
             top1 = inside & (y_own >= largest)
             if inside & (y_own == largest):
@@ -294,7 +299,7 @@ def loss_rows_kernel(
         tl.store(grad_ptr + row, grad)
         tl.store(others_ptr + row, others)
     if WRITE_GRAD:
-        tl.static_assert(not MASKED, "the gradient is written over rows that the caller has prepared")
+        tl.static_assert(not MASKED, "-inf is in the place of the target")
         alive = others != 0.0
         if ZLOSS:
             alive = alive | (target_grad != 0.0)
@@ -380,7 +385,6 @@ def loss_rows(
         raw.stride(0),
         targets.column,
         targets.logit,
-        targets.own,
         targets.weight,
         targets.reference,
         t.bias,
@@ -409,7 +413,7 @@ def loss_rows(
         ZLOSS=objective.z_loss is not None,
         IS_TOP1=stats.is_top1 is not None,
         KEEP=stats.lse is not None,
-        MASKED=targets.own is None,
+        MASKED=not want_grad,
         WRITE_GRAD=want_grad,
         LANES=lanes,
         VEC=vec,
