@@ -31,13 +31,33 @@ def test_a_failed_command_leaves_no_folder(run, capsys):
     assert not Path("out").exists()
 
 
-def test_interrupted_training_says_how_to_resume(run, capsys, monkeypatch):
-    def interrupted(*args, **kwargs):
+@pytest.mark.parametrize(
+    ("command", "interrupted", "kept"),
+    [
+        (
+            "train",
+            "selsft.trainer.SelectiveSFTTrainer.train",
+            "checkpoints are kept in it, the same command",
+        ),
+        (
+            "evaluate",
+            "selsft.cli.evaluate._evaluate",
+            "finished batches are kept in it, the same command",
+        ),
+        (
+            "score",
+            "selsft.score.ScoringRun.score",
+            "finished shards are kept in it, the same command",
+        ),
+    ],
+)
+def test_interrupted_it_says_how_to_resume(run, models, capsys, monkeypatch, command, interrupted, kept):
+    def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("selsft.trainer.SelectiveSFTTrainer.train", interrupted)
-    assert run("train", dataset_name="data.jsonl", output_dir="out") == 130
-    assert (
-        "selsft train: interrupted. out: checkpoints are kept in it, the same command resumes from the last one"
-        in capsys.readouterr().err
-    )
+    monkeypatch.setattr(interrupted, interrupt)
+    flags = {FOLDERS[command]: "out", "dataset_name": "data.jsonl"}
+    if command == "score":
+        flags["reference_model"] = models / "reference"
+    assert run(command, **flags) == 130
+    assert f"selsft {command}: interrupted. out: {kept} resumes from" in capsys.readouterr().err
