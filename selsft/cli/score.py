@@ -89,7 +89,7 @@ def _score(arguments: Arguments, folder: Path) -> int:
             extra.rescore,
         )
     if main_process:
-        known = run.models.policy_sha256 if BASE_LOGPS in run.models.columns else None  # of `run.open`
+        known = run.models.policy_sha256 if BASE_LOGPS in run.models.columns else None  # hashed for the folder
         write_manifest(folder, record := run_manifest("score", arguments, trainer, known))
 
     @contextlib.contextmanager
