@@ -163,9 +163,13 @@ def allocate(
     if needs[0]:
         new_input = torch.empty if listed or work.rows is None else torch.zeros
         d_input = new_input(input.shape, device=input.device, dtype=head.weight.dtype)
+    d_weight = None
+    if needs[1]:
+        d_weight = new(head.weight, dtype=weight_grad_dtype, memory_format=torch.contiguous_format)
+        d_weight = backend.in_large_pages(d_weight)
     return Gradients(
         d_input,
-        new(head.weight, dtype=weight_grad_dtype, memory_format=torch.contiguous_format) if needs[1] else None,
+        d_weight,
         torch.zeros_like(bias, dtype=f32) if needs[2] and bias is not None else None,
         new(lora.a, dtype=f32, memory_format=torch.contiguous_format) if needs[3] and lora is not None else None,
         new(lora.b, dtype=f32, memory_format=torch.contiguous_format) if needs[4] and lora is not None else None,
@@ -318,14 +322,14 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output, *_):
-        rows, *made = ctx.saved_tensors
+        rows, d_input, *made = ctx.saved_tensors
+        first, *rest = zip(ctx.needs, ctx.dtypes, strict=True)
+        d_input = spread_scaled(d_input, rows, grad_output, first[1], ctx.shape) if first[0] else None
         grads = [
             scaled(grad, grad_output, dtype) if needed else None
-            for grad, needed, dtype in zip(made[1:], ctx.needs[1:], ctx.dtypes[1:], strict=True)
+            for grad, (needed, dtype) in zip(made, rest, strict=True)
         ]
-        d_input = spread_scaled(made[0], rows, grad_output, ctx.dtypes[0], ctx.shape) if ctx.needs[0] else None
-        grads.insert(0, d_input)
-        return None, None, *grads, None, None, None, None
+        return None, None, d_input, *grads, None, None, None, None
 
 
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
