@@ -147,6 +147,11 @@ def size_option(name: str, value: int | None) -> None:
         raise ValueError(f"{name}={value} must be None or at least 1")
 
 
+def bound(name: str, value: float | None) -> None:
+    if value is not None and not 0 <= value < math.inf:
+        raise ValueError(f"{name}={value} must be None or a finite number of at least 0")
+
+
 def row_indices(rows: Tensor | None, input: Tensor) -> None:
     if rows is None:
         return
