@@ -8,7 +8,7 @@ kind], ...] in characters of the completion; with `--votes` also how many correc
 (-1: the whole answer is wrong, 1: it is right). Rows of one `group` are never in two of held-out, judged and training
 rows, and one of them is held out at most; a corpus that marks rows as `held` has drawn these itself (`corpora.py`).
 The same command resumes, also with more `--draws` or `--arms`. The table has one line for each draw, arm and held-out
-row and no text: `tables.py` makes all figures from it.
+row and no text; what another call has measured stays in it. `tables.py` makes all figures from it.
 
 `--negatives SCORE` trains *ignore* and *forget* with as many negatives as the probe finds, chosen by another score.
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import random
 from pathlib import Path
@@ -41,6 +42,7 @@ from selsft import (
     use_folder,
 )
 from selsft.errors import InputError
+from selsft.records import replaced
 
 HELD, JUDGED, TRAIN = 150, 150, 250
 NPO = {"forget_objective": "npo", "forget_schedule": "constant", "forget_normalization": "joint", "forget_beta": 1.0}
@@ -337,9 +339,20 @@ def main() -> None:
                 for index, row in enumerate(evaluation["id"]):
                     numbers = [float(values[each][0, index]) for each in MEASURES]
                     lines.append([seed, arm, row, *("" if np.isnan(x) else f"{x:.6g}" for x in numbers)])
-        with open(given.output, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerows([["draw", "arm", "row", *MEASURES], *lines])
+        write(Path(given.output), lines)
+
+
+def write(output: Path, lines: list[list]) -> None:
+    """Lines of draws and arms that this call has not measured stay in the table."""
+    measured, kept = {(str(line[0]), line[1]) for line in lines}, []
+    if output.exists():
+        with output.open(newline="", encoding="utf-8") as file:
+            kept = [line for line in list(csv.reader(file))[1:] if (line[0], line[1]) not in measured]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([["draw", "arm", "row", *MEASURES], *sorted(kept + lines, key=lambda line: int(line[0]))])
+    with replaced(output) as file:
+        file.write(text.getvalue().encode())
 
 
 if __name__ == "__main__":

@@ -20,11 +20,18 @@ from selsft.evaluation.intervals import Interval, draw, interval, mean_draws
 MEASURES = {"margin": 2, "prefers": 3, "corrected": 4, "marked": 3, "neutral": 4}  # and their digits
 PRIMARY = (("ignore", "plain"), ("forget", "ignore"), ("forget", "plain"))
 SECONDARY = (
-    ("plain", "base"), ("forget", "random"), ("random", "ignore"), ("forget1", "ignore"), ("unlikelihood", "ignore"),
-    ("ignore_oracle", "ignore"), ("forget_oracle", "forget"), ("forget_oracle", "ignore_oracle"),
+    ("plain", "base"), ("forget", "random"), ("random", "ignore"),
+    ("ignore_oracle", "plain"), ("ignore_oracle", "ignore"), ("forget_oracle", "forget"),
+    ("forget_oracle", "ignore_oracle"),
+    *((arm, "ignore") for arm in ("forget01", "forget1", "unlikelihood025", "unlikelihood", "probability", "wga",
+                                  "ascent")),
+    ("dft", "plain"),
+    *(pair for source in ("surprisal", "influence", "contrast", "probe60")
+      for pair in ((f"ignore_{source}", "plain"), (f"forget_{source}", f"ignore_{source}"),
+                   ("forget", f"forget_{source}"))),
 )  # fmt: skip
 DRAWS = 10_000
-CORPORA = 2  # of the plan, whose primary comparisons share one level
+CORPORA = ("jfleg", "wi")  # of the first part of the plan, whose primary comparisons share one level
 
 Values = dict[str, dict[str, np.ndarray]]  # arm -> measure -> (draws, rows)
 
@@ -67,8 +74,9 @@ def report(name: str, values: Values, comparisons: int) -> str:
         means.append([arm, "" if arm == "base" else str(draws), *shown])
     parts = [f"### {name}", table(["arm", "draws", *MEASURES], means)]
     level = 1 - 0.05 / comparisons
+    primary = (f"Primary comparisons of the margin, {100 * level:.2f} % intervals", PRIMARY, level)
     for title, pairs, width in (
-        (f"Primary comparisons of the margin, {100 * level:.2f} % intervals", PRIMARY, level),
+        *([primary] if name in CORPORA else []),
         ("All measures, 95 % intervals", (*PRIMARY, *SECONDARY), 0.95),
     ):
         lines = []
@@ -89,7 +97,7 @@ def report(name: str, values: Values, comparisons: int) -> str:
 
 def main() -> None:
     tables = {Path(path).stem: read(path) for path in sys.argv[1:]}
-    print("\n\n".join(report(name, values, len(PRIMARY) * CORPORA) for name, values in tables.items()))
+    print("\n\n".join(report(name, values, len(PRIMARY) * len(CORPORA)) for name, values in tables.items()))
 
 
 if __name__ == "__main__":
