@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .._compat import adapter_on_lm_head, end_training
-from ..data.loading import data_errors
+from ..data.loading import data_errors, load_splits
 from ..data.scored_folder import is_scored, load_scores
+from ..data.source_rows import numbered
 from ..errors import input_errors
 from ..report.terminal import print_judged, print_summary, summarize
-from ..score import ScoringRun, check_score_settings, judged_data, row_settings
+from ..score import ScoringRun, check_score_settings, check_unmarked, judged_data, row_settings
 from ..scoring.settings import ScoreArguments
 from .arguments import Arguments, CommandParser
 from .launch import at_work, launch_command, needs_launch
@@ -101,11 +102,13 @@ def prepare(arguments: Arguments, folder: Path) -> ScoringRun:
     extra, training = arguments.extra, arguments.training
     reference = training.reference_model
     data = judged_data(training)
+    source, _ = load_splits(arguments.source, None, training.dataset_text_field, strict=True)
+    check_unmarked(source, training.dataset_text_field)
     with adapter_on_lm_head():
         rows = dataclasses.replace(arguments, training=row_settings(training, folder))
-        trainer = build_trainer(rows, evaluate=False, strict=True, scored=True)
+        trainer = build_trainer(rows, evaluate=False, scored=True, train=numbered(source))
     with input_errors():
         return ScoringRun(
             trainer, training, folder, reference, base_logps=extra.base_logps, ref_logps=extra.ref_logps,
-            shard_tokens=extra.shard_tokens, mixed_batches=extra.mixed_batches, **data,
+            shard_tokens=extra.shard_tokens, mixed_batches=extra.mixed_batches, source=source, **data,
         )  # fmt: skip
