@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEEPSPEED := .venv-deepspeed
 
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-fast test-compat test-deepspeed lint docs gpu-check clean
+.PHONY: demo test test-fast test-compat test-ray lint docs gpu-check hub clean
 
 demo: $(STAMP)
 	$(BIN)/selsft demo
@@ -14,7 +15,7 @@ demo: $(STAMP)
 # Two processes side by side. The Triton kernels run in the interpreter, under which everything else would crawl.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-test: $(STAMP) .browser
+test: $(STAMP) $(DEEPSPEED)/.installed .browser
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton
 	$(PYTEST) tests --ignore tests/triton
 
@@ -27,10 +28,25 @@ test-fast: $(STAMP)
 	command -v chromium >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium; } || true
 	npm install --silent --prefix $@ axe-core@4 || mkdir -p $@
 
-# ZeRO-2 and ZeRO-3 on two CPU processes against one; not a part of `make test`.
-test-deepspeed: $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[deepspeed]"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/training/test_distributed.py -k zero
+# The tests of ZeRO launch their processes here. It holds DeepSpeed alone and reads the rest from the main environment,
+# where accelerate would behave differently as soon as DeepSpeed could be imported.
+$(DEEPSPEED)/.installed: $(STAMP)
+	test -x $(DEEPSPEED)/bin/python || $(PYTHON) -m venv $(DEEPSPEED)
+	echo "import site; site.addsitedir('$$(echo $(CURDIR)/$(VENV)/lib/python3*/site-packages)')" \
+		> $$(echo $(DEEPSPEED)/lib/python3*/site-packages)/selsft.pth
+	$(DEEPSPEED)/bin/python -m pip install --quiet --constraint constraints.txt deepspeed
+	touch $@
+
+# Scoring on a local Ray cluster whose workers are killed. Ray is in an environment on top of the other one.
+RAY := .venv-ray
+test-ray: $(RAY)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(RAY)/bin/python -m pytest -q tests/test_score_ray.py
+
+$(RAY)/.installed: $(STAMP)
+	test -x $(RAY)/bin/python || $(PYTHON) -m venv $(RAY)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$(echo $(RAY)/lib/python*/site-packages)/below.pth
+	$(RAY)/bin/python -m pip install --quiet --constraint constraints.txt "ray[data]"
+	touch $@
 
 # The core tests with the oldest supported versions; `make test` has the newest tested ones.
 OLDEST := .venv-oldest
@@ -58,10 +74,18 @@ gpu-check: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/gpu_check.py
 
+# The kernels in the layout of the kernel hub; its builder, which is not run here, makes `_ops.py`.
+HUB ?= build/hub
+hub:
+	mkdir -p $(HUB)/torch-ext/selsft_kernels
+	cp kernels/hub/* kernels/README.md $(HUB)
+	cp kernels/selsft_kernels/*.py $(HUB)/torch-ext/selsft_kernels
+	rm $(HUB)/torch-ext/selsft_kernels/_ops.py
+
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist
+	rm -rf $(VENV) $(DEEPSPEED) $(RAY) $(OLDEST) build dist

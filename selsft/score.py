@@ -45,6 +45,8 @@ from .scoring.logprobs import ROW_COLUMNS
 from .trainer import SelectiveSFTTrainer
 from .training.model import Model, base_model
 
+# Takes a chunk and tells the other argument of the tokens it has run; returns column -> `(tokens,)` float32
+Columns = Callable[[TokenChunk, Callable[[int], object]], dict[str, np.ndarray]]
 SCORED = ("influence", "surprisal", "probe", "contrast")
 JUDGED_DATA = ("judged", "judged_test", "probe_clean")
 
@@ -372,7 +374,18 @@ class ScoringRun:
                 values[name] = models.score(chunk, [REF_LOGPS], progress=progress)[REF_LOGPS]
         return values
 
-    def score(self, reading: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext) -> None:
+    @contextlib.contextmanager
+    def here(self) -> Iterator[Columns]:
+        """Inside, the models of this process give the scores of a chunk."""
+        # With a second reference each is made ready in turn: they may put adapters into the same layers
+        with self.models.ready() if self.noisy is None else contextlib.nullcontext():
+            yield self._columns
+
+    def score(
+        self,
+        reading: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+        engine: Callable[[ScoringRun, list[int]], AbstractContextManager[Columns]] | None = None,
+    ) -> None:
         """Score the missing shards, which processes share out in turn.
 
         Shards are independent, so processes do not talk to each other; with sharded weights all of them score every
@@ -380,6 +393,8 @@ class ScoringRun:
 
         Args:
             reading: entered while rows are read and compared.
+            engine: entered with this run and the numbers of the missing shards, for memory-mapped rows; gives their
+                scores in that order, in place of `here`.
 
         Raises:
             `ValueError` for a row without tokens or longer than the model's context, for shards of other rows, and for
@@ -399,9 +414,12 @@ class ScoringRun:
                     given = {} if done else {name: source.take(chunk) for name, source in self.imported.items()}
                     yield index, chunk, given, done
 
-        total = None
+        total, missing = None, []
         if isinstance(dataset, Dataset):
-            total = sum(chunk.size for index, chunk, _, done in shards() if not done and index % world == rank)
+            total = 0
+            for index, chunk, _, done in shards():
+                if not done and index % world == rank:
+                    total, missing = total + chunk.size, [*missing, index]
             total *= self.models.passes(self.models.columns) + len(self._others)
         # With sharded weights all processes must agree which shards are missing, and the first to write would make
         # them differ
@@ -409,14 +427,12 @@ class ScoringRun:
         self.count = rows = 0
         quiet = bool(os.environ.get("TQDM_DISABLE"))
         bar = tqdm(total=total, desc="Scoring", unit="token", unit_scale=True, disable=quiet)
-        with bar, contextlib.ExitStack() as stack:
-            if self.noisy is None:  # else each is made ready in turn: they may put adapters into the same layers
-                stack.enter_context(self.models.ready())
+        with bar, self.here() if engine is None else engine(self, missing) as columns:
             for index, chunk, given, done in shards():
                 self.count, rows = index + 1, rows + len(chunk.lengths)
                 if done or index % world != rank:
                     continue
-                values = {**self._columns(chunk, bar.update), **given}
+                values = {**columns(chunk, bar.update), **given}
                 _check_finite(chunk, values)
                 if not sharded or accelerator.is_main_process:
                     store.write(index, chunk, {name: values[name] for name in sorted(values)})
@@ -438,13 +454,13 @@ class ScoringRun:
             return
         while self.store.missing(self.count):  # the others are at work on them; if one fails, the launcher ends all
             time.sleep(0.5)
+        if self.source is not None:
+            write_source_rows(self.store.path, self.source, self.trainer.train_dataset)
+        write_card(self.store.path, "Rows scored by `selsft score`.")
         selection = self.selection()
         self.store.finish(
             self.count, facts={"selection": selection, "score_base_weight": selection["score_base_weight"]}
         )
-        if self.source is not None:
-            write_source_rows(self.store.path, self.source, self.trainer.train_dataset)
-        write_card(self.store.path, "Rows scored by `selsft score`.")
 
 
 def check_prepared(chunk: TokenChunk, context: int | None) -> None:

@@ -111,7 +111,8 @@ def test_names_are_public(page):
     for name in re.findall(r"python -m (selsft[\w.]*)", text):
         assert importlib.util.find_spec(f"{name}.__main__"), f"{page} runs {name}"
     for package, name in re.findall(r"(?<!-m )\b(selsft(?:_kernels)?)\.([A-Za-z_]\w*)", re.sub(r"\(\S+\)", "", text)):
-        assert name in importlib.import_module(package).__all__, f"{page} names {package}.{name}, which is not public"
+        public = [*importlib.import_module(package).__all__, "integrations"]  # whose names other tools are told
+        assert name in public, f"{page} names {package}.{name}, which is not public"
 
 
 @pytest.mark.parametrize("name", selsft.__all__)

@@ -39,6 +39,9 @@ NOT_RUN = {
     ("README.md", "minutes"): 1,
     ("README.md", "installs packages"): 1,
     ("CONTRIBUTING.md", "runs tests"): 1,
+    ("docs/axolotl.md", "a file of axolotl"): 1,
+    ("docs/axolotl.md", "installs axolotl"): 1,
+    ("docs/axolotl.md", "repeats what docs/api.md runs"): 1,
     ("docs/demo.md", "minutes"): 1,
     ("docs/experiments.md", "hours, and a model of the Hub"): 2,
     ("docs/experiments.md", "minutes of measuring"): 1,
@@ -47,6 +50,7 @@ NOT_RUN = {
     ("docs/quickstart.md", "installs packages"): 1,
     ("docs/scaling.md", "several processes and machines"): 1,
     ("docs/schemes.md", "minutes of measuring"): 1,
+    ("docs/scoring.md", "needs a Ray cluster"): 1,
     ("docs/skills.md", "tasks of the Hub"): 1,
     ("docs/tokens.md", "needs a server"): 1,
 }
@@ -273,6 +277,8 @@ def given_names(page):
         ("own_spans", "", "adapter_model.safetensors"),
         ("judged_probe", "--messy messy.jsonl --judged judged.jsonl", "model/adapter_model.safetensors"),
         ("skill_forgetting", "--numbers 24", "report.html"),
+        ("bare_loop", "", "model.safetensors"),
+        ("trl_subclass", "", "model.safetensors"),
     ],
 )
 def test_examples_run(script, flags, made, here, monkeypatch, capsys):

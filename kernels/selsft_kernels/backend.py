@@ -31,7 +31,7 @@ def use_triton(device: torch.device) -> bool:
 
 
 def implementation(name: str, device: torch.device) -> Any:
-    """The module `name` (`"rows"`, `"fold"`, `"target_dot"` or `"scale"`) that works on tensors of `device`."""
+    """The module `name` (`"rows"`, `"fold"`, `"gather"` or `"scale"`) that works on tensors of `device`."""
     return _module(f".{name}_triton" if use_triton(device) else f".{name}")
 
 

@@ -99,6 +99,7 @@ def objective(
     reference: Tensor | None,
     entropy_gate: float | None,
     anchor: float | None,
+    z_loss: float | None,
 ) -> None:
     if positive not in POSITIVE_OBJECTIVES:
         raise ValueError(f"positive={positive!r} is not one of {POSITIVE_OBJECTIVES}")
@@ -114,6 +115,8 @@ def objective(
         )
     if entropy_gate is not None and not 0 < entropy_gate < math.inf:
         raise ValueError(f"entropy_gate={entropy_gate} must be None or an entropy in nats above 0, for example 3.0")
+    if z_loss is not None and not 0 < z_loss < math.inf:
+        raise ValueError(f"z_loss={z_loss} must be None or a finite number above 0, for example 1e-4")
     if anchor is not None:
         if not 0 < anchor < math.inf:
             raise ValueError(f"anchor={anchor} must be None or a finite number above 0")

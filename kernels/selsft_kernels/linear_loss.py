@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backend, checks, chunking
+from ._ops import add_op_namespace_prefix
 from .gemm import accumulate, product_fp32
-from .head import Head, Work, hidden_rows, make_head, raw_logits, select_rows, spread, target_logits
+from .head import Head, Work, add_lora, make_head, raw_logits, spread
 from .objectives import Objective
 from .rows import RowStats, Targets
 
@@ -55,6 +56,7 @@ class _Settings(NamedTuple):
     floor: float | None
     entropy_gate: float | None
     anchor: float | None
+    z_loss: float | None
     softcap: float | None
     logit_scale: float
     lora_scale: float
@@ -67,7 +69,7 @@ class _Settings(NamedTuple):
 
 
 # The names and defaults are those of `linear_selective_cross_entropy`; tensors are flattened to N rows.
-@torch.library.custom_op("selsft::linear_loss", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("linear_loss"), mutates_args=())
 def linear_loss_op(
     input: Tensor,
     weight: Tensor,
@@ -84,6 +86,7 @@ def linear_loss_op(
     floor: float | None,
     entropy_gate: float | None,
     anchor: float | None,
+    z_loss: float | None,
     softcap: float | None,
     logit_scale: float,
     lora_scale: float,
@@ -95,15 +98,20 @@ def linear_loss_op(
     ignore_index: int,
     needs: list[bool],  # gradients of input, weight, bias, lora_a, lora_b
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`(loss, logprob, entropy, is_top1, d_input, d_weight, d_bias, d_lora_a, d_lora_b)`; [0] where not wanted."""
+    """`(loss, logprob, entropy, is_top1, d_input, d_weight, d_bias, d_lora_a, d_lora_b)`; [0] where not wanted.
+
+    d_input has the rows of `active_rows` in their order, if these are given, otherwise all; see `spread_scaled`.
+    """
     checks.contents(target, active_rows, weight.shape[0], ignore_index)
     with backend.computing_on(input.device):
         head = make_head(weight, bias, lora_a, lora_b, softcap, logit_scale, lora_scale, compute_dtype)
-        work = select_rows(target, token_weight, reference, active_rows, ignore_index)
-        objective = Objective(positive, forget, beta, floor, entropy_gate, anchor)
-        grads = allocate(input, head, work, needs, weight_grad_dtype)
+        gather = backend.implementation("gather", input.device)
+        work = gather.select_rows(target, token_weight, reference, active_rows, ignore_index)
+        objective = Objective(positive, forget, beta, floor, entropy_gate, anchor, z_loss)
+        listed = active_rows is not None
+        grads = allocate(input[: work.size] if listed else input, head, work, needs, weight_grad_dtype, listed=listed)
         stats = new_stats(work.size, input.device, entropy, is_top1)
-        chunk_loop(input, head, work, objective, stats, grads, chunk_size)
+        chunk_loop(input, head, work, objective, stats, grads, chunk_size, listed=listed)
         assert stats.loss is not None
         outputs = [spread(t, work.rows, target) for t in (stats.logprob, stats.entropy, stats.is_top1)]
         loss = stats.loss.sum()
@@ -114,17 +122,18 @@ def linear_loss_op(
 @linear_loss_op.register_fake
 def _(
     input, weight, bias, lora_a, lora_b, target, token_weight, reference, active_rows, positive, forget, beta, floor,
-    entropy_gate, anchor, softcap, logit_scale, lora_scale, entropy, is_top1, chunk_size, compute_dtype,
+    entropy_gate, anchor, z_loss, softcap, logit_scale, lora_scale, entropy, is_top1, chunk_size, compute_dtype,
     weight_grad_dtype, ignore_index, needs,
 ):  # fmt: skip
     f32 = torch.float32
     n = target.shape
+    rows = target.shape[0] if active_rows is None else active_rows.shape[0]
     return (
         input.new_empty((), dtype=f32),
         input.new_empty(n, dtype=f32),
         input.new_empty(n if entropy else 0, dtype=f32),
         input.new_empty(n if is_top1 else 0, dtype=torch.bool),
-        input.new_empty(input.shape, dtype=compute_dtype) if needs[0] else input.new_empty(0),
+        input.new_empty((rows, input.shape[1]), dtype=compute_dtype) if needs[0] else input.new_empty(0),
         input.new_empty(weight.shape, dtype=weight_grad_dtype) if needs[1] else input.new_empty(0),
         input.new_empty(bias.shape, dtype=f32) if needs[2] else input.new_empty(0),
         input.new_empty(lora_a.shape, dtype=f32) if needs[3] else input.new_empty(0),
@@ -135,22 +144,24 @@ def _(
 class Gradients(NamedTuple):
     """Buffers of the gradients, None where not needed. All but `input` are sums over chunks."""
 
-    input: Tensor | None  # [N, H]
+    input: Tensor | None  # [N, H], or [M, H]: the listed rows
     weight: Tensor | None  # [V, H] fp32 or the dtype of the products
     bias: Tensor | None  # [V] fp32
     lora_a: Tensor | None  # [r, H] fp32
     lora_b: Tensor | None  # [V, r] fp32
 
 
-def allocate(input: Tensor, head: Head, work: Work, needs: list[bool], weight_grad_dtype: torch.dtype) -> Gradients:
-    """Gradient buffers; zeros where the chunks do not write every element."""
+def allocate(
+    input: Tensor, head: Head, work: Work, needs: list[bool], weight_grad_dtype: torch.dtype, *, listed: bool
+) -> Gradients:
+    """Gradient buffers; zeros where the chunks do not write every element. The first is shaped like `input`."""
     f32 = torch.float32
     bias, lora = head.transform.bias, head.lora
     # The first chunk overwrites the sums, so that only an empty batch needs zeros.
     new = torch.empty_like if work.size else torch.zeros_like
     d_input = None
     if needs[0]:
-        new_input = torch.empty if work.rows is None else torch.zeros
+        new_input = torch.empty if listed or work.rows is None else torch.zeros
         d_input = new_input(input.shape, device=input.device, dtype=head.weight.dtype)
     return Gradients(
         d_input,
@@ -181,8 +192,13 @@ def chunk_loop(
     stats: RowStats,
     grads: Gradients,
     chunk_size: int | None,
+    *,
+    listed: bool,
 ) -> None:
-    """Runs every chunk through the head; fills `stats` and `grads`."""
+    """Runs every chunk through the head; fills `stats` and `grads`.
+
+    listed: `grads.input` has the rows in the order of `work`, and not at their places in the input.
+    """
     vocab, hidden = head.weight.shape
     dtype, device = head.weight.dtype, input.device
     narrow = grads.weight is not None and grads.weight.dtype == dtype
@@ -194,21 +210,21 @@ def chunk_loop(
     chunk = max(1, min(chunk, work.size))
     buffer = backend.scratch((chunk, chunking.padded(vocab)), dtype, device)
     want_grad = any(g is not None for g in grads)
+    gather, rows = backend.implementation("gather", device), backend.implementation("rows", device)
     for start in range(0, work.size, chunk):
         end = min(start + chunk, work.size)
-        index = None if work.rows is None else work.rows[start:end]
-        x = hidden_rows(input, index, work.weight[start:end], slice(start, end)).to(dtype)
+        index = None if listed or work.rows is None else work.rows[start:end]
+        x, logit = gather.take_rows(input, work, start, end, head)
         lora_hidden = None if head.lora is None else product_fp32(x, head.lora.a.t())
         raw = raw_logits(buffer[: end - start, :vocab], x, head, lora_hidden)
-        logit, own = target_logits(x, head, work.target[start:end], lora_hidden, raw)
+        add_lora(logit, head, work.target[start:end], lora_hidden)
         targets = Targets(
             work.target[start:end],
             logit,
             work.weight[start:end],
             None if work.reference is None else work.reference[start:end],
-            own,
         )
-        factor = backend.implementation("rows", device).loss_rows(
+        factor = rows.loss_rows(
             raw,
             targets,
             head.transform,
@@ -294,17 +310,21 @@ class _LinearLoss(torch.autograd.Function):
         loss, logprob, entropy, is_top1, *grads = result
         ctx.needs = needs
         ctx.dtypes = [None if t is None else t.dtype for t in (input, weight, bias, lora_a, lora_b)]
-        ctx.save_for_backward(*grads)
+        ctx.shape = input.shape
+        ctx.save_for_backward(rows, *grads)
         ctx.mark_non_differentiable(logprob, entropy, is_top1)
         return loss, logprob, entropy, is_top1
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output, *_):
+        rows, *made = ctx.saved_tensors
         grads = [
             scaled(grad, grad_output, dtype) if needed else None
-            for grad, needed, dtype in zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
+            for grad, needed, dtype in zip(made[1:], ctx.needs[1:], ctx.dtypes[1:], strict=True)
         ]
+        d_input = spread_scaled(made[0], rows, grad_output, ctx.dtypes[0], ctx.shape) if ctx.needs[0] else None
+        grads.insert(0, d_input)
         return None, None, *grads, None, None, None, None
 
 
@@ -320,6 +340,18 @@ def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     with backend.computing_on(grad.device):
         backend.implementation("scale", grad.device).scale_in_place(grad, factor)
     return grad
+
+
+def spread_scaled(grad: Tensor, rows: Tensor | None, factor: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    """`scaled` for the gradient of the hidden states: at their places in a tensor of `shape`, zeros elsewhere."""
+    if rows is None:
+        return scaled(grad, factor, dtype)
+    out = torch.zeros(shape, device=grad.device, dtype=dtype)
+    if torch.compiler.is_compiling():
+        return out.index_copy(0, rows, (grad * factor.reshape(1).float()).to(dtype))
+    with backend.computing_on(grad.device):
+        backend.implementation("scale", grad.device).scale_into(out, rows, grad, factor.reshape(1).float())
+    return out
 
 
 def graph_is_kept() -> bool:
@@ -353,6 +385,7 @@ def linear_selective_cross_entropy(
     floor: float | None = None,
     entropy_gate: float | None = None,
     anchor: float | None = None,
+    z_loss: float | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     lora_a: Tensor | None = None,  # [r, H]
@@ -388,6 +421,8 @@ def linear_selective_cross_entropy(
             the entropy of its row, detached: entropy-adaptive fine-tuning (arXiv 2601.02151), which takes ln 20.
         anchor: A weight above 0. Adds `anchor * KL(q || p)` for every row with a weight, of the target against all
             other tokens, q from `reference_logprob`: p stays close to what it was. Not multiplied by the weight.
+        z_loss: A weight above 0. Adds `z_loss * logsumexp(z)^2` for every row with a weight, of the logits z that the
+            model ends with (after bias, scale and softcap). Not multiplied by the weight either.
         softcap, logit_scale: Final logit softcapping and scale of the model; the scale comes first.
         lora_a, lora_b, lora_scale: LoRA on the head: `input W^T + lora_scale * (input A^T) B^T`, A `[r, H]`,
             B `[V, r]`, floating; computed in the dtype of `input`.
@@ -417,7 +452,7 @@ def linear_selective_cross_entropy(
         checks.per_token("reference_logprob", reference_logprob, input, torch.float32)
     checks.bias_vector(linear_bias, linear_weight)
     checks.lora(lora_a, lora_b, linear_weight)
-    checks.objective(positive, forget, beta, floor, reference_logprob, entropy_gate, anchor)
+    checks.objective(positive, forget, beta, floor, reference_logprob, entropy_gate, anchor, z_loss)
     checks.head_options(softcap, logit_scale)
     wanted = checks.output_names(outputs)
     checks.row_indices(active_rows, input)
@@ -438,6 +473,7 @@ def linear_selective_cross_entropy(
         floor,
         entropy_gate,
         anchor,
+        z_loss,
         softcap,
         float(logit_scale),
         float(lora_scale),

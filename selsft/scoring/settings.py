@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from ..data.chunks import TOKENS_PER_CHUNK
 
+ENGINES = ("processes", "ray")
+
 
 @dataclass
 class ScoreArguments:
@@ -36,6 +38,18 @@ class ScoreArguments:
             "help": "Score model and reference in one forward pass where both are LoRA adapters of one model: faster "
             "for small batches, twice the memory, equal to rounding."
         },
+    )
+    engine: str = field(
+        default="processes",
+        metadata={
+            "help": "What runs the models: the processes of this command, or workers on a Ray cluster (pip install "
+            "'selsft[ray]'), to which RAY_ADDRESS leads; without it Ray starts on this machine.",
+            "choices": list(ENGINES),
+        },
+    )
+    ray_workers: int | None = field(
+        default=None,
+        metadata={"help": "How many Ray workers. Default: one per GPU of the cluster, without GPUs one per node."},
     )
     rescore: bool = field(default=False, metadata={"help": "Remove the scores in the folder, whatever made them."})
 

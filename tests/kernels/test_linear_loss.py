@@ -380,6 +380,35 @@ def test_anchor_to_the_reference(options: dict) -> None:
     assert_matches(p, call.linear(p, chunk_size=16))
 
 
+Z_LOSS = [
+    {},
+    {"bias": True, "softcap": 3.0, "logit_scale": 1.7, "lora": True, "lora_scale": 2.0},
+    {"logit_scale": -0.7, "floor": -1e-3},
+    {"positive": "dft", "forget": "npo", "entropy_gate": 2.1, "anchor": 0.7},
+]
+
+
+@pytest.mark.parametrize("options", Z_LOSS, ids=lambda o: "+".join(o))
+def test_z_loss(options: dict) -> None:
+    """Also below the floor, where it is all that there is; rows of weight 0 stay out of it."""
+    p = problem(rows=40, vocab=23, spread=3.0, z_loss=0.02, seed=4, **options)
+    assert_matches(p, call.linear(p, chunk_size=16))
+    without = call.linear(p, chunk_size=16, z_loss=None)
+    assert relative(without["d_weight"], call.linear(p)["d_weight"]) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_z_loss_pulls_where_no_function_of_the_log_odds_does(dtype: torch.dtype) -> None:
+    """All logits equal and large: the likelihood of a certain token has no gradient, and the z-loss that of Z^2."""
+    hidden, head = torch.ones(1, 1, dtype=dtype), torch.full((4, 1), 64.0, dtype=dtype, requires_grad=True)
+    weight = torch.tensor([1e-30])
+    loss = linear_selective_cross_entropy(hidden, head, torch.tensor([2]), weight, z_loss=0.5).loss
+    loss.backward()
+    total = 64.0 + torch.log(torch.tensor(4.0))
+    assert loss.item() == pytest.approx(0.5 * total.item() ** 2, rel=1e-5)
+    assert head.grad is not None and torch.allclose(head.grad.float(), (total / 4).expand(4, 1), rtol=8e-3)
+
+
 @pytest.mark.parametrize("dead", [11, 16, 40])
 @pytest.mark.parametrize("prompt", [False, True])
 def test_rows_without_a_gradient_do_not_go_through_the_products(

@@ -53,10 +53,11 @@ CASES = {
 }
 
 
-# Evaluated in every step, cut off after the second and resumed, saved at the end
+# Evaluated in every step, cut off after the second and resumed, saved at the end. The momentum is a state to resume
+# with; torch has no sharded checkpoint of an optimizer without one ("Expected device to be set")
 WHOLE = {
-    "whole": {"reference": True, "packing": True, "max_length": 14},
-    "whole_lora": {"reference": True, "precompute_scores": False, "lora": True},
+    "whole": {"loaded": True, "reference": "folder", "packing": True, "max_length": 14},
+    "whole_lora": {"loaded": True, "reference": "folder", "precompute_scores": False, "lora": True},
 }
 # Models that are loaded from a folder, which processes may do in different ways
 LOADED = {
@@ -124,6 +125,7 @@ def train(
     )  # fmt: skip
     if case in WHOLE:
         whole = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 1}
+        whole |= {"optim_args": "momentum=0.9"}
         whole |= {} if kind == "single" else {"save_strategy": "steps", "save_steps": 2}
         args = dataclasses.replace(args, **whole)
     columns = {"token_weights": weights} if weights else {}

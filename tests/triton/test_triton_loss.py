@@ -227,6 +227,24 @@ def test_anchor_to_the_reference(options: dict, device: torch.device) -> None:
     assert_logits_match(p, z)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": True, "softcap": 3.0, "logit_scale": 1.7},
+        {"positive": "dft", "forget": "npo", "entropy_gate": 2.1, "anchor": 0.7, "logit_scale": -0.7, "floor": -1e-3},
+    ],
+    ids=lambda o: "+".join(o),
+)
+def test_z_loss(options: dict, device: torch.device, short_blocks: None) -> None:
+    """Also below the floor, where it is all that there is; rows of weight 0 stay out of it."""
+    p = problem(rows=40, vocab=70, spread=3.0, z_loss=0.02, seed=4, device=device, **options)
+    assert_matches(p, call.linear(p, chunk_size=16))
+    if p.bias is None:
+        z = 3 * torch.randn(40, 70, generator=torch.Generator().manual_seed(1)).to(device)
+        assert_logits_match(p, z)
+
+
 @pytest.mark.parametrize("case", ["no rows", "all ignored", "all weights zero"])
 def test_nothing_to_compute_gives_connected_zeros(case: str, device: torch.device) -> None:
     p = problem(rows=0 if case == "no rows" else 3, bias=True, lora=True, device=device)
