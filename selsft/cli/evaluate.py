@@ -16,7 +16,9 @@ from datasets import Dataset, load_dataset
 from rich.console import Console
 from rich.table import Table
 
+from ..data.cards import write_card
 from ..data.loading import BUILDERS, load_rows
+from ..data.source_rows import with_own_columns
 from ..errors import InputError, input_errors
 from ..evaluation.kept import FOLDER, Kept
 from ..evaluation.settings import METRICS, ROWS, EvaluateArguments
@@ -123,7 +125,7 @@ def _evaluate(arguments: Arguments, has_rows: bool, kept: Kept) -> tuple[dict[st
                 kept=kept,
             )
         metrics |= found.metrics
-        tables[ROWS] = found.rows
+        tables[ROWS] = with_own_columns(found.rows, rows, {"prompt", "completion", training.dataset_text_field})
     else:
         model = cast(Any, model).to(training.device)
     if texts:
@@ -200,6 +202,7 @@ def save(folder: Path, metrics: dict[str, Any], tables: dict[str, Any], argument
             "settings": vars(arguments.extra),
         }
         write_json(part / NAME, record)
+        write_card(part, "Figures of each row, by `selsft evaluate`.")
 
 
 def _print(metrics: dict[str, Any], folder: str) -> None:
