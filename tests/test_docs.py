@@ -154,9 +154,11 @@ def flags_of(command: str) -> frozenset[str]:
     from selsft.evaluation.settings import EvaluateArguments
     from selsft.pipeline.recipe import RunSettings
     from selsft.pipeline.split import SplitSettings
-    from selsft.scoring.settings import ScoreArguments
+    from selsft.scoring.settings import ScoreArguments, TokensArguments
 
-    own: dict[str, type | None] = {"train": None, "score": ScoreArguments, "evaluate": EvaluateArguments}
+    own: dict[str, type | None] = {
+        "train": None, "score": ScoreArguments, "tokens": TokensArguments, "evaluate": EvaluateArguments,
+    }  # fmt: skip
     if command in own:
         parsers = [CommandParser(command, "", "", own[command]), launch_command_parser()]
         more = {"--config", "--help_all", "--accelerate_config"}

@@ -26,6 +26,7 @@ from peft import LoraConfig, get_peft_model
 from selsft.cli import main
 from selsft.config import SelectiveSFTConfig
 from selsft.data.scored_folder import load_scores
+from tests.data.test_foreign import SAMPLES
 from tests.support import judged, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -47,10 +48,12 @@ NOT_RUN = {
     ("docs/pipeline.md", "minutes"): 1,
     ("docs/pipeline.md", "a part of a recipe"): 1,
     ("docs/quickstart.md", "installs packages"): 1,
+    ("docs/recipes.md", "tasks of the Hub"): 1,
     ("docs/scaling.md", "several processes and machines"): 1,
     ("docs/schemes.md", "minutes of measuring"): 1,
     ("docs/scoring.md", "needs a Ray cluster"): 1,
     ("docs/skills.md", "tasks of the Hub"): 1,
+    ("docs/tokens.md", "needs a server"): 1,
 }
 NAMES = {
     "Qwen/Qwen3-0.6B": "model",
@@ -76,7 +79,7 @@ SHORT = {
     "dataloader_pin_memory": False,
 }
 FLAGS = {
-    **{command: {**SHORT, "dtype": "float32"} for command in ("train", "score")},
+    **{command: {**SHORT, "dtype": "float32"} for command in ("train", "score", "tokens")},
     "run": {**{key: value for key, value in SHORT.items() if key != "save_strategy"}, "dtype": "float32"},
     "evaluate": {**{key: SHORT[key] for key in ("use_cpu", "bf16", "max_length")}, "max_new_tokens": 4},
     "skills": {
@@ -109,6 +112,8 @@ LONG = {
     "README.md",
     "docs/judged.md",
     "docs/api.md",
+    "docs/formats.md",
+    "docs/export.md",
 }
 
 
@@ -146,6 +151,8 @@ def world(tmp_path_factory):
     (folder / "choices.jsonl").write_text(json.dumps({**question, "id": "q", "gold": 0}) + "\n")
     recipe = {"model_name_or_path": str(folder / "model"), "dataset_name": "messy.jsonl", "output_dir": "out"}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for name, content in SAMPLES.values():
+        (folder / name).write_text(content)
     tiny.tokenised_data(8).save_to_disk(folder / "last_run_prepared" / "0f3a")
     with pytest.MonkeyPatch.context() as patch:  # scores of these very rows, as a server would hand them over
         patch.chdir(folder)

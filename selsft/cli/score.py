@@ -17,11 +17,12 @@ from datasets import Dataset
 
 from .._compat import adapter_on_lm_head, end_training
 from ..data.columns import BASE_LOGPS
-from ..data.loading import data_errors
+from ..data.loading import data_errors, load_splits
 from ..data.scored_folder import is_scored, load_scores
+from ..data.source_rows import numbered
 from ..errors import InputError, input_errors
 from ..report.terminal import print_judged, print_summary, summarize
-from ..score import ScoringRun, check_score_settings, judged_data, row_settings
+from ..score import ScoringRun, check_score_settings, check_unmarked, judged_data, row_settings
 from ..score_ray import connect, ray_columns
 from ..scoring.settings import ScoreArguments
 from .arguments import Arguments, CommandParser
@@ -135,11 +136,16 @@ def prepare(arguments: Arguments, folder: Path, rows: Dataset | None = None) -> 
     extra, training = arguments.extra, arguments.training
     reference = training.reference_model
     data = judged_data(training)
+    source = None
+    if rows is None:
+        source, _ = load_splits(arguments.source, None, training.dataset_text_field, strict=True)
+        check_unmarked(source, training.dataset_text_field)
     with adapter_on_lm_head():
         settings = dataclasses.replace(arguments, training=row_settings(training, folder))
-        trainer = build_trainer(settings, evaluate=False, strict=True, scored=True, rows=rows)
+        given = rows if source is None else numbered(source)
+        trainer = build_trainer(settings, evaluate=False, scored=True, rows=given)
     with input_errors():
         return ScoringRun(
             trainer, training, folder, reference, base_logps=extra.base_logps, ref_logps=extra.ref_logps,
-            shard_tokens=extra.shard_tokens, mixed_batches=extra.mixed_batches, **data,
+            shard_tokens=extra.shard_tokens, mixed_batches=extra.mixed_batches, source=source, **data,
         )  # fmt: skip

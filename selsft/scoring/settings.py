@@ -1,4 +1,4 @@
-"""Flags of `selsft score`."""
+"""Flags of `selsft score` and `selsft tokens`."""
 
 from __future__ import annotations
 
@@ -52,3 +52,15 @@ class ScoreArguments:
         metadata={"help": "How many Ray workers. Default: one per GPU of the cluster, without GPUs one per node."},
     )
     rescore: bool = field(default=False, metadata={"help": "Remove the scores in the folder, whatever made them."})
+
+
+@dataclass
+class TokensArguments:
+    """Flags of `selsft tokens` only."""
+
+    tokens_dir: str | None = field(
+        default=None, metadata={"help": "Folder for the token ids, which must be new. Default: output_dir."}
+    )
+    part_tokens: int = field(
+        default=TOKENS_PER_CHUNK, metadata={"help": "Tokens of a file: what a server scores before anything is kept."}
+    )

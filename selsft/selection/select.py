@@ -48,6 +48,8 @@ def select_tokens(
     args = args if args is not None else SelectiveSFTConfig("unused", use_cpu=True, bf16=False)
     check_type("tokenizer", tokenizer, PreTrainedTokenizerBase, "that of the policy")
     check_type("args", args, SelectiveSFTConfig, "a SelectiveSFTConfig")
+    if args.score == "excess":
+        raise InputError("score='excess' selects in every step, against the model in training: use another score")
     if gone := [
         name for name in ("input_ids", "labels", *READ_COLUMNS[args.score]) if name not in scored.column_names
     ]:
@@ -60,7 +62,7 @@ def select_tokens(
 
 def selection_args(scored: Path, options: dict[str, Any]) -> SelectiveSFTConfig:
     """Settings of a selection: those given, and what the folder of scores was given by judged rows (`chosen`)."""
-    args = SelectiveSFTConfig("unused", use_cpu=True, bf16=False, go_on=True, **options)
+    args = SelectiveSFTConfig("unused", use_cpu=True, bf16=False, **{"go_on": True, **options})
     use_folder(args, scored)
     return args
 
