@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 __all__ = ["inputs"]  # a fixture
 
-KILLS = 4  # of each of the ten commands
+KILLS = 4  # of each command
 MOMENTS = [(signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGTERM, False), (signal.SIGTERM, True)]
 
 
@@ -130,7 +130,7 @@ def test_killed_at_random_moments(inputs, tmp_path, command, record_property):
     assert commands.results(cut) == commands.results(whole)
 
 
-@pytest.mark.parametrize("command", [name for name in commands.COMMANDS if name not in ("inspect", "bench")])
+@pytest.mark.parametrize("command", [name for name in commands.COMMANDS if name not in ("inspect", "export", "bench")])
 def test_two_at_once_in_one_folder(inputs, tmp_path, command):
     folder = commands.copy(inputs, tmp_path / "work")
     argv = commands.COMMANDS[command]

@@ -115,6 +115,8 @@ GIVEN: dict[str, list[str]] = {
     "train without checkpoints": ["--config", "secret.yaml"],
     "score": ["--config", "secret.yaml", f"--hub_token={MARK}", "--reference_model_init_kwargs", NESTED],
     "score with a probe": ["--hub_token", MARK],
+    "tokens": ["--hub_token", MARK],
+    "export": [],
     "evaluate": ["--hub_token", MARK, "--model_init_kwargs", NESTED],
     "run": [
         "--go_on",

@@ -29,7 +29,7 @@ from ..score import check_prepared, check_unmarked, row_settings
 from ..scoring.settings import TokensArguments
 from .arguments import MODEL_MISSING, Arguments, CommandParser
 from .launch import at_work
-from .manifest import NAME
+from .manifest import NAME, begun, settings_sha256
 from .train import check_new
 
 DESCRIPTION = (
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         return 0
     if arguments.launch:
         raise InputError(f"unknown argument {arguments.launch[0]}: selsft tokens runs in one process")
-    training, extra = arguments.training, arguments.extra
+    training, extra, settings = arguments.training, arguments.extra, settings_sha256(arguments)
     folder, field = (
         Path(str(extra.tokens_dir or training.output_dir)),
         "tokens_dir" if extra.tokens_dir else "output_dir",
@@ -61,17 +61,21 @@ def main(argv: list[str]) -> int:
     if not arguments.model.model_name_or_path:
         raise InputError(MODEL_MISSING)
     arguments.source.check()
-    check_new(folder, field, "choose another folder")
-    with at_work(folder, field, "what is there is not complete: remove it and start again"):
-        counts = _write(arguments, folder)
+    if not begun(folder, settings):
+        check_new(folder, field, "choose another folder")
+    with at_work(folder, field, "what is there is not complete, the same command writes it anew"):
+        for part in folder.glob("part-*.parquet"):  # of a run that was cut off
+            part.unlink()
+        counts = _write(arguments, folder, settings)
     print(
         f"{counts['rows']:,} rows, {counts['tokens']:,} tokens, {counts['supervised']:,} of them supervised: {folder}"
     )
     return 0
 
 
-def _write(arguments: Arguments, folder: Path) -> dict[str, int]:
+def _write(arguments: Arguments, folder: Path, settings: str) -> dict[str, int]:
     training = arguments.training
+    record = {"command": "tokens", "arguments": arguments.own, "settings_sha256": settings, "versions": versions()}
     source, _ = load_splits(arguments.source, None, training.dataset_text_field, strict=True)
     check_unmarked(source, training.dataset_text_field)
     with input_errors(), data_errors(arguments.source):
@@ -80,6 +84,7 @@ def _write(arguments: Arguments, folder: Path) -> dict[str, int]:
             trust_remote_code=training.trust_remote_code, chat_template_path=training.chat_template_path,
         )  # fmt: skip
         validate_rows(source, facts, training)
+        write_json(folder / NAME, record)
         tokenizer = facts.tokenizer
         template = set_up(tokenizer, vars(training))
         args = row_settings(training, folder)
@@ -95,9 +100,10 @@ def _write(arguments: Arguments, folder: Path) -> dict[str, int]:
             counts["supervised"] += int(supervised_mask(chunk, padding_free=False).sum())
         write_source_rows(folder, source, prepared)
     write_card(folder, "Token ids, by `selsft tokens`.")
-    record = {"command": "tokens", "arguments": arguments.own, "finished": now(), "versions": versions(), **counts}
     facts_of = {"model": arguments.model.model_name_or_path, "tokenizer_sha256": sha256}
-    write_json(folder / NAME, record | facts_of | {"data": arguments.source.description})
+    write_json(
+        folder / NAME, record | {"finished": now(), **counts} | facts_of | {"data": arguments.source.description}
+    )
     return counts
 
 
