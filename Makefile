@@ -7,7 +7,7 @@ DEEPSPEED := .venv-deepspeed
 
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-fast test-compat lint docs gpu-check clean
+.PHONY: demo test test-fast test-compat test-ray lint docs gpu-check hub clean
 
 demo: $(STAMP)
 	$(BIN)/selsft demo
@@ -37,6 +37,17 @@ $(DEEPSPEED)/.installed: $(STAMP)
 	$(DEEPSPEED)/bin/python -m pip install --quiet --constraint constraints.txt deepspeed
 	touch $@
 
+# Scoring on a local Ray cluster whose workers are killed. Ray is in an environment on top of the other one.
+RAY := .venv-ray
+test-ray: $(RAY)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(RAY)/bin/python -m pytest -q tests/test_score_ray.py
+
+$(RAY)/.installed: $(STAMP)
+	test -x $(RAY)/bin/python || $(PYTHON) -m venv $(RAY)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$(echo $(RAY)/lib/python*/site-packages)/below.pth
+	$(RAY)/bin/python -m pip install --quiet --constraint constraints.txt "ray[data]"
+	touch $@
+
 # The core tests with the oldest supported versions; `make test` has the newest tested ones.
 OLDEST := .venv-oldest
 test-compat: $(OLDEST)/.installed
@@ -63,10 +74,18 @@ gpu-check: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/gpu_check.py
 
+# The kernels in the layout of the kernel hub; its builder, which is not run here, makes `_ops.py`.
+HUB ?= build/hub
+hub:
+	mkdir -p $(HUB)/torch-ext/selsft_kernels
+	cp kernels/hub/* kernels/README.md $(HUB)
+	cp kernels/selsft_kernels/*.py $(HUB)/torch-ext/selsft_kernels
+	rm $(HUB)/torch-ext/selsft_kernels/_ops.py
+
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEEPSPEED) $(OLDEST) build dist
+	rm -rf $(VENV) $(DEEPSPEED) $(RAY) $(OLDEST) build dist

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import PAPER_2508_04329, RHO_1_2404_07965, TOKEN_CLEANING_2502_01968, SelectiveSFTConfig
+    from .data.foreign import load_marked
     from .data.judged import JudgedRows, judged_rows
     from .data.scored_folder import load_scores
     from .evaluation.evaluate import Evaluation, evaluate
@@ -36,6 +37,7 @@ __all__ = [
     "compare_arms",
     "evaluate",
     "judged_rows",
+    "load_marked",
     "load_scores",
     "score_dataset",
     "select_tokens",
@@ -54,6 +56,7 @@ _MODULES = {
     "compare_arms": "workflow.arms",
     "evaluate": "evaluation.evaluate",
     "judged_rows": "data.judged",
+    "load_marked": "data.foreign",
     "load_scores": "data.scored_folder",
     "score_dataset": "score",
     "select_tokens": "selection.select",

@@ -199,6 +199,16 @@ class SelectiveSFTConfig(SFTConfig):
             beta of `"npo"` and exponent of `"wga"`.
         forget_floor (`float`, *optional*):
             Log-probability below which a negative token is no longer forgotten.
+        entropy_gate (`float`, *optional*):
+            Entropy in nats below which a positive token counts less: its weight is multiplied by
+            `min(1, entropy / entropy_gate)`, with the entropy of the model's distribution at its position as a
+            constant (arXiv 2601.02151, whose unit is `math.log(20)`, about 3.0).
+        anchor_weight (`float`, *optional*):
+            Weight of a term that keeps every token with a weight close to its probability q at the start of training:
+            KL(q || p) of the token against all others.
+        z_loss_weight (`float`, *optional*):
+            Weight of the squared log-sum-exp of the logits at every token with a weight, for example `1e-4`: keeps
+            logits from drifting (arXiv 2204.02311).
 
     > [!NOTE]
     > `loss_type="dft"` applies to the positive tokens. `label_smoothing_factor` and `compute_loss_func` are refused
@@ -418,10 +428,20 @@ class SelectiveSFTConfig(SFTConfig):
         default=None,
         metadata={"help": "Log-probability below which a negative token is no longer forgotten, for example -20."},
     )
+    entropy_gate: float | None = field(
+        default=None,
+        metadata={"help": "Entropy in nats below which a positive token counts less, for example 3."},
+    )
     anchor_weight: float | None = field(
         default=None,
         metadata={
             "help": "Weight of a term that keeps tokens close to their probability at the start, for example 0.1."
+        },
+    )
+    z_loss_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the squared log-sum-exp of the logits, which keeps them small; for example 1e-4."
         },
     )
 
@@ -510,6 +530,8 @@ class SelectiveSFTConfig(SFTConfig):
         _check_number("forget_weight", self.forget_weight, low=0.0)
         _check_number("forget_beta", self.forget_beta, low=0.0, open_low=True)
         _check_number("forget_floor", self.forget_floor, low=-math.inf, high=0.0, open_high=True)
+        _check_number("entropy_gate", self.entropy_gate, low=0.0, open_low=True)
+        _check_number("z_loss_weight", self.z_loss_weight, low=0.0, open_low=True)
         _check_number("anchor_weight", self.anchor_weight, low=0.0, open_low=True)
         for name in ("scoring_batch_size", "scoring_batch_tokens", "score_row_worst"):
             if (given := getattr(self, name)) is not None and given < 1:

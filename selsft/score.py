@@ -27,11 +27,14 @@ from transformers import PreTrainedTokenizerBase
 
 from ._compat import adapter_on_lm_head
 from .config import SELECTION_DEFAULTS, SelectiveSFTConfig
+from .data.cards import write_card
 from .data.chunks import TOKENS_PER_CHUNK, TokenChunk, supervised_mask, token_chunks
 from .data.columns import BASE_LOGPS, NOISY_LOGPS, PROBE_SCORES, READ_COLUMNS, REF_LOGPS, token_columns
 from .data.loading import DataSource, load_rows
 from .data.rows import check_dataset
 from .data.scored_folder import ScoredFolder, is_scored, load_scores
+from .data.source_rows import numbered, write_source_rows
+from .data.spans import has_marks
 from .data.tokenizers import tokenizer_sha256
 from .errors import InputError
 from .evaluation.judging import Judging, Verdict
@@ -42,6 +45,8 @@ from .scoring.logprobs import ROW_COLUMNS
 from .trainer import SelectiveSFTTrainer
 from .training.model import Model, base_model
 
+# Takes a chunk and tells the other argument of the tokens it has run; returns column -> `(tokens,)` float32
+Columns = Callable[[TokenChunk, Callable[[int], object]], dict[str, np.ndarray]]
 SCORED = ("influence", "surprisal", "probe", "contrast")
 JUDGED_DATA = ("judged", "judged_test", "probe_clean")
 
@@ -106,18 +111,19 @@ def score_dataset(
         raise InputError(
             f"output_dir={str(folder)!r} exists and is not empty, nothing was overwritten: choose another"
         )
+    check_unmarked(dataset, args.dataset_text_field)
     data = judged_data(args) | given
     with adapter_on_lm_head():
         trainer = SelectiveSFTTrainer(
             model,
             row_settings(args, folder),
-            train_dataset=dataset,
+            train_dataset=numbered(dataset),
             processing_class=tokenizer,
             peft_config=peft_config,
         )
     run = ScoringRun(
         trainer, args, folder, reference, base_logps=base_logps, ref_logps=ref_logps, shard_tokens=shard_tokens,
-        mixed_batches=mixed_batches, **data,
+        mixed_batches=mixed_batches, source=dataset, **data,
     )  # fmt: skip
     run.open(
         {"model": base_logps or trainer.model.config._name_or_path, "reference": ref_logps or run.models.name}, rescore
@@ -213,6 +219,15 @@ def check_score_settings(
         raise InputError(f"shard_tokens={shard_tokens} must be at least 1")
 
 
+def check_unmarked(data: Dataset | IterableDataset, text_field: str) -> None:
+    """Raise `InputError` for rows to score that say themselves what is wrong in them."""
+    if has_marks(data, text_field):
+        raise InputError(
+            "the data says itself what is wrong in it, so it is trained on without scores: give it with --judged to "
+            "measure a score, or drop its spans and weights to score it"
+        )
+
+
 def row_settings(args: SelectiveSFTConfig, folder: Path) -> SelectiveSFTConfig:
     """Settings of the trainer that prepares the rows: as training sees them, one document each."""
     made = args.without_selection()
@@ -232,6 +247,7 @@ class ScoringRun:
         trainer: made with `row_settings(args)`; its model is the policy at the start of training.
         args: all settings; those of selection go back into the trainer's.
         folder: of the scores.
+        source: the rows before they were `numbered` and prepared, whose columns are kept beside the scores.
         reference, base_logps, ref_logps, shard_tokens, mixed_batches, judged, judged_test, probe_clean: see
             `score_dataset`.
 
@@ -253,6 +269,7 @@ class ScoringRun:
         ref_logps: str | Path | None = None,
         shard_tokens: int = TOKENS_PER_CHUNK,
         mixed_batches: bool = False,
+        source: Dataset | IterableDataset | None = None,
         judged: Dataset | None = None,
         judged_test: Dataset | None = None,
         probe_clean: Dataset | None = None,
@@ -261,7 +278,7 @@ class ScoringRun:
             raise InputError(f"the data has the columns {columns} already: leave them out to score it")
         for name in SELECTION_DEFAULTS:
             setattr(trainer.args, name, getattr(args, name))
-        self.trainer, self.shard_tokens = trainer, shard_tokens
+        self.trainer, self.shard_tokens, self.source = trainer, shard_tokens, source
         self.args = copy.copy(trainer.args)
         self.count = 0  # shards of the data, known at the end
         tokenizer: PreTrainedTokenizerBase = trainer._tokenizer
@@ -357,7 +374,18 @@ class ScoringRun:
                 values[name] = models.score(chunk, [REF_LOGPS], progress=progress)[REF_LOGPS]
         return values
 
-    def score(self, reading: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext) -> None:
+    @contextlib.contextmanager
+    def here(self) -> Iterator[Columns]:
+        """Inside, the models of this process give the scores of a chunk."""
+        # With a second reference each is made ready in turn: they may put adapters into the same layers
+        with self.models.ready() if self.noisy is None else contextlib.nullcontext():
+            yield self._columns
+
+    def score(
+        self,
+        reading: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+        engine: Callable[[ScoringRun, list[int]], AbstractContextManager[Columns]] | None = None,
+    ) -> None:
         """Score the missing shards, which processes share out in turn.
 
         Shards are independent, so processes do not talk to each other; with sharded weights all of them score every
@@ -365,6 +393,8 @@ class ScoringRun:
 
         Args:
             reading: entered while rows are read and compared.
+            engine: entered with this run and the numbers of the missing shards, for memory-mapped rows; gives their
+                scores in that order, in place of `here`.
 
         Raises:
             `ValueError` for a row without tokens or longer than the model's context, for shards of other rows, and for
@@ -379,14 +409,17 @@ class ScoringRun:
             with reading():
                 chunks = token_chunks(dataset, ROW_COLUMNS, self.shard_tokens, documents=True)
                 for index, chunk in enumerate(chunks):
-                    _check_rows(chunk, context)
+                    check_prepared(chunk, context)
                     done = store.finished(index, chunk)
                     given = {} if done else {name: source.take(chunk) for name, source in self.imported.items()}
                     yield index, chunk, given, done
 
-        total = None
+        total, missing = None, []
         if isinstance(dataset, Dataset):
-            total = sum(chunk.size for index, chunk, _, done in shards() if not done and index % world == rank)
+            total = 0
+            for index, chunk, _, done in shards():
+                if not done and index % world == rank:
+                    total, missing = total + chunk.size, [*missing, index]
             total *= self.models.passes(self.models.columns) + len(self._others)
         # With sharded weights all processes must agree which shards are missing, and the first to write would make
         # them differ
@@ -394,14 +427,12 @@ class ScoringRun:
         self.count = rows = 0
         quiet = bool(os.environ.get("TQDM_DISABLE"))
         bar = tqdm(total=total, desc="Scoring", unit="token", unit_scale=True, disable=quiet)
-        with bar, contextlib.ExitStack() as stack:
-            if self.noisy is None:  # else each is made ready in turn: they may put adapters into the same layers
-                stack.enter_context(self.models.ready())
+        with bar, self.here() if engine is None else engine(self, missing) as columns:
             for index, chunk, given, done in shards():
                 self.count, rows = index + 1, rows + len(chunk.lengths)
                 if done or index % world != rank:
                     continue
-                values = {**self._columns(chunk, bar.update), **given}
+                values = {**columns(chunk, bar.update), **given}
                 _check_finite(chunk, values)
                 if not sharded or accelerator.is_main_process:
                     store.write(index, chunk, {name: values[name] for name in sorted(values)})
@@ -423,13 +454,16 @@ class ScoringRun:
             return
         while self.store.missing(self.count):  # the others are at work on them; if one fails, the launcher ends all
             time.sleep(0.5)
+        if self.source is not None:
+            write_source_rows(self.store.path, self.source, self.trainer.train_dataset)
+        write_card(self.store.path, "Rows scored by `selsft score`.")
         selection = self.selection()
         self.store.finish(
             self.count, facts={"selection": selection, "score_base_weight": selection["score_base_weight"]}
         )
 
 
-def _check_rows(chunk: TokenChunk, context: int | None) -> None:
+def check_prepared(chunk: TokenChunk, context: int | None) -> None:
     if (empty := np.flatnonzero(chunk.lengths == 0)).size:
         raise InputError(f"row {chunk.first_row + int(empty[0])} of the prepared data has no tokens: remove it")
     if context is not None and (long := np.flatnonzero(chunk.lengths > context)).size:

@@ -309,7 +309,9 @@ class SelectiveSFTTrainer(SFTTrainer):
             forget=args.forget_objective,
             beta=args.forget_beta,
             floor=args.forget_floor,
+            entropy_gate=args.entropy_gate,
             anchor=args.anchor_weight,
+            z_loss=args.z_loss_weight,
             choose=choose,
         )
 

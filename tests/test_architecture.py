@@ -23,6 +23,8 @@ MAY_IMPORT = {
     "trainer": {"errors", "config", "_compat", "data", "training", "selection", "scoring"},
     "evaluation": {"errors", "records", "config", "_compat", "data", "training", "selection", "scoring", "trainer"},
     "score": {"errors", "records", "config", "_compat", "data", "training", "scoring", "trainer", "evaluation"},
+    "integrations": set(),
+    "score_ray": {"errors", "data", "scoring", "score"},
     "report": {"errors", "records", "config", "data", "selection", "evaluation"},
     "workflow": {"errors", "records", "config", "data", "training", "trainer", "evaluation"},
     "demo": {
@@ -38,7 +40,7 @@ MAY_IMPORT = {
     "bench": {"errors", "records"},
     "cli": {
         *("errors", "secrets", "records", "_compat", "config", "recipes", "data", "training", "selection", "scoring"),
-        *("trainer", "score", "evaluation", "report", "workflow", "demo", "skills", "pipeline", "bench"),
+        *("trainer", "score", "score_ray", "evaluation", "report", "workflow", "demo", "skills", "pipeline", "bench"),
     },
 }
 KERNEL_IMPORTS = {"torch", "triton", "selsft_kernels"}

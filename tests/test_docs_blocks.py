@@ -26,6 +26,7 @@ from peft import LoraConfig, get_peft_model
 from selsft.cli import main
 from selsft.config import SelectiveSFTConfig
 from selsft.data.scored_folder import load_scores
+from tests.data.test_foreign import SAMPLES
 from tests.support import judged, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -38,15 +39,21 @@ NOT_RUN = {
     ("README.md", "minutes"): 1,
     ("README.md", "installs packages"): 1,
     ("CONTRIBUTING.md", "runs tests"): 1,
+    ("docs/axolotl.md", "a file of axolotl"): 1,
+    ("docs/axolotl.md", "installs axolotl"): 1,
+    ("docs/axolotl.md", "repeats what docs/api.md runs"): 1,
     ("docs/demo.md", "minutes"): 1,
     ("docs/experiments.md", "hours, and a model of the Hub"): 2,
     ("docs/experiments.md", "minutes of measuring"): 1,
     ("docs/pipeline.md", "minutes"): 1,
     ("docs/pipeline.md", "a part of a recipe"): 1,
     ("docs/quickstart.md", "installs packages"): 1,
+    ("docs/recipes.md", "tasks of the Hub"): 1,
     ("docs/scaling.md", "several processes and machines"): 1,
     ("docs/schemes.md", "minutes of measuring"): 1,
+    ("docs/scoring.md", "needs a Ray cluster"): 1,
     ("docs/skills.md", "tasks of the Hub"): 1,
+    ("docs/tokens.md", "needs a server"): 1,
 }
 NAMES = {
     "Qwen/Qwen3-0.6B": "model",
@@ -72,7 +79,7 @@ SHORT = {
     "dataloader_pin_memory": False,
 }
 FLAGS = {
-    **{command: {**SHORT, "dtype": "float32"} for command in ("train", "score")},
+    **{command: {**SHORT, "dtype": "float32"} for command in ("train", "score", "tokens")},
     "run": {**{key: value for key, value in SHORT.items() if key != "save_strategy"}, "dtype": "float32"},
     "evaluate": {**{key: SHORT[key] for key in ("use_cpu", "bf16", "max_length")}, "max_new_tokens": 4},
     "skills": {
@@ -105,6 +112,8 @@ LONG = {
     "README.md",
     "docs/judged.md",
     "docs/api.md",
+    "docs/formats.md",
+    "docs/export.md",
 }
 
 
@@ -142,6 +151,8 @@ def world(tmp_path_factory):
     (folder / "choices.jsonl").write_text(json.dumps({**question, "id": "q", "gold": 0}) + "\n")
     recipe = {"model_name_or_path": str(folder / "model"), "dataset_name": "messy.jsonl", "output_dir": "out"}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for name, content in SAMPLES.values():
+        (folder / name).write_text(content)
     tiny.tokenised_data(8).save_to_disk(folder / "last_run_prepared" / "0f3a")
     with pytest.MonkeyPatch.context() as patch:  # scores of these very rows, as a server would hand them over
         patch.chdir(folder)
@@ -267,6 +278,8 @@ def given_names(page):
         ("own_spans", "", "adapter_model.safetensors"),
         ("judged_probe", "--messy messy.jsonl --judged judged.jsonl", "model/adapter_model.safetensors"),
         ("skill_forgetting", "--numbers 24", "report.html"),
+        ("bare_loop", "", "model.safetensors"),
+        ("trl_subclass", "", "model.safetensors"),
     ],
 )
 def test_examples_run(script, flags, made, here, monkeypatch, capsys):

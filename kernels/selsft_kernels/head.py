@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend
 from .rows import Transform
 
 
@@ -25,6 +24,15 @@ class Head(NamedTuple):
     transform: Transform
 
 
+class Given(NamedTuple):
+    """What the caller gave for each of the N rows."""
+
+    target: Tensor
+    weight: Tensor
+    reference: Tensor | None
+    ignore_index: int
+
+
 class Work(NamedTuple):
     """The rows to compute: `rows` [M] into the flattened input, None = all of them in order.
 
@@ -36,6 +44,7 @@ class Work(NamedTuple):
     target: Tensor  # [M]
     weight: Tensor  # [M]
     reference: Tensor | None  # [M]
+    given: Given | None = None  # what fills the three before, chunk by chunk; None: they are full
 
 
 def make_head(
@@ -55,25 +64,6 @@ def make_head(
     return Head(weight.to(dtype), lora, Transform(bias, logit_scale, softcap))
 
 
-def select_rows(
-    target: Tensor, token_weight: Tensor, reference: Tensor | None, index: Tensor | None, ignore_index: int
-) -> Work:
-    """The rows to compute. Without `index` they are looked up, for which the host waits on a GPU."""
-    if index is None:
-        index = ((token_weight != 0) & (target != ignore_index)).nonzero().squeeze(1)
-        if index.shape[0] == target.shape[0]:
-            index = None
-    count = target.shape[0]
-    if index is not None:
-        count = index.shape[0]
-        target, token_weight = target[index], token_weight[index]
-        reference = None if reference is None else reference[index]
-    elif reference is not None:
-        reference = reference.contiguous()
-    target, token_weight = without_ignored(target, token_weight, ignore_index)
-    return Work(index, count, target, token_weight, reference)
-
-
 def without_ignored(target: Tensor, token_weight: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Target and weight [n] with ignored rows at weight 0, compact in memory."""
     ignored = target == ignore_index
@@ -89,20 +79,6 @@ def spread(values: Tensor | None, index: Tensor | None, target: Tensor) -> Tenso
     return values.new_zeros(target.shape).index_copy_(0, index, values)
 
 
-def hidden_rows(input: Tensor, index: Tensor | None, weight: Tensor, rows: slice) -> Tensor:
-    """The hidden states of a chunk; zeros where a caller lists a row of weight 0.
-
-    Its logits' gradient is zero, but in the product for the head's gradient a NaN in such a row would still count.
-    """
-    if index is None:
-        return input[rows]
-    x, skip = input[index], weight == 0
-    # On a CPU, looking is cheaper than a pass over x; on a GPU, the host would wait.
-    if skip.device.type == "cpu" and not skip.any():
-        return x
-    return x.masked_fill_(skip.unsqueeze(1), 0.0)
-
-
 def raw_logits(out: Tensor, x: Tensor, head: Head, lora_hidden: Tensor | None, columns: slice = slice(None)) -> Tensor:
     """`x W^T` plus the LoRA term, without bias, into `out` [n, columns]."""
     torch.mm(x, head.weight[columns].t(), out=out)
@@ -111,11 +87,8 @@ def raw_logits(out: Tensor, x: Tensor, head: Head, lora_hidden: Tensor | None, c
     return out
 
 
-def target_logits(
-    x: Tensor, head: Head, target: Tensor, lora_hidden: Tensor | None, raw: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """`(logit, own)` of each target, see `target_dot.target_logits`; takes the targets out of `raw`, if given."""
-    b, scale = (None, 0.0) if head.lora is None else (head.lora.b, head.lora.scale)
-    dot = backend.implementation("target_dot", x.device)
-    flip = head.transform.logit_scale < 0
-    return dot.target_logits(x, head.weight, target, head.transform.bias, lora_hidden, b, scale, raw, flip)
+def add_lora(logit: Tensor, head: Head, target: Tensor, lora_hidden: Tensor | None) -> None:
+    """Adds the LoRA term to the fp32 logits of the targets [n]; lora_hidden [n, r] fp32 is `x A^T`."""
+    if head.lora is not None and lora_hidden is not None:
+        b = head.lora.b[target.clamp(0, head.lora.b.shape[0] - 1)]
+        logit.add_((lora_hidden * b.float()).sum(-1), alpha=head.lora.scale)

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backend, checks, chunking, rows
+from ._ops import add_op_namespace_prefix
 from .fold import FoldState, finish
 from .gemm import product_fp32
-from .head import Head, Work, make_head, raw_logits, select_rows, spread, target_logits
-from .linear_loss import linear_loss_op
+from .head import Head, Work, add_lora, make_head, raw_logits, spread
+from .linear_loss import linear_loss_op, spread_scaled
 
 
 class LogprobOutput(NamedTuple):
@@ -48,7 +49,7 @@ class _Settings(NamedTuple):
 
 
 # The names and defaults are those of `linear_logprob`; tensors are flattened to N rows.
-@torch.library.custom_op("selsft::linear_logprob", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("linear_logprob"), mutates_args=())
 def linear_logprob_op(
     input: Tensor,
     weight: Tensor,
@@ -71,7 +72,9 @@ def linear_logprob_op(
     with backend.computing_on(input.device):
         head = make_head(weight, bias, lora_a, lora_b, softcap, logit_scale, lora_scale, compute_dtype)
         # The same rule as in training, with weight 1 for every row.
-        work = select_rows(target, torch.ones_like(target, dtype=torch.float32), None, active_rows, ignore_index)
+        weights = torch.ones_like(target, dtype=torch.float32)
+        gather = backend.implementation("gather", input.device)
+        work = gather.select_rows(target, weights, None, active_rows, ignore_index)
         state = FoldState.start(work.size, input.device, entropy=entropy, is_top1=is_top1)
         z_y = tile_loop(input, head, work, state, chunk_size)
         z_y = rows.transform(z_y, head.transform, with_bias=False)
@@ -101,14 +104,14 @@ def tile_loop(input: Tensor, head: Head, work: Work, state: FoldState, chunk_siz
     height, width = chunking.scoring_tile(work.size, vocab, dtype.itemsize, device)
     width = min(chunk_size or width, vocab)
     buffer = backend.scratch((height, chunking.padded(width)), dtype, device)
-    fold = backend.implementation("fold", device).fold
+    gather, fold = backend.implementation("gather", device), backend.implementation("fold", device).fold
     z_y = torch.empty(work.size, device=device, dtype=torch.float32)
     for start in range(0, work.size, height):
         end = min(start + height, work.size)
-        x = (input[start:end] if work.rows is None else input[work.rows[start:end]]).to(dtype)
+        x, z_y[start:end] = gather.take_rows(input, work, start, end, head)
         lora_hidden = None if head.lora is None else product_fp32(x, head.lora.a.t())
         target = work.target[start:end]
-        z_y[start:end], _ = target_logits(x, head, target, lora_hidden)
+        add_lora(z_y[start:end], head, target, lora_hidden)
         for left in range(0, vocab, width):
             columns = slice(left, min(left + width, vocab))
             raw = raw_logits(buffer[: end - start, : columns.stop - left], x, head, lora_hidden, columns)
@@ -144,17 +147,22 @@ class _LinearLogprob(torch.autograd.Function):
             floor=None,
             entropy_gate=None,
             anchor=None,
+            z_loss=None,
             softcap=s.softcap,
             logit_scale=s.logit_scale,
             lora_scale=s.lora_scale,
             entropy=False,
             is_top1=False,
             chunk_size=None,
+            dead_below=None,
             compute_dtype=s.compute_dtype,
             weight_grad_dtype=torch.float32,
             ignore_index=s.ignore_index,
             needs=list(ctx.needs),
         )
+        if ctx.needs[0]:
+            one = torch.ones((), device=d_input.device)
+            d_input = spread_scaled(d_input, rows, one, parameters[0].dtype, parameters[0].shape)
         made = zip((d_input, d_weight, d_bias, d_lora_a, d_lora_b), parameters, ctx.needs, strict=True)
         grads = [grad.to(of.dtype) if needed else None for grad, of, needed in made]
         return None, None, *grads, None, None

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backend, checks, chunking
+from ._ops import add_op_namespace_prefix
 from .gemm import accumulate, product_fp32
-from .head import Head, Work, hidden_rows, make_head, raw_logits, select_rows, spread, target_logits
+from .head import Head, Work, add_lora, make_head, raw_logits, spread
 from .objectives import Objective
 from .rows import RowStats, Targets
 
@@ -55,19 +56,21 @@ class _Settings(NamedTuple):
     floor: float | None
     entropy_gate: float | None
     anchor: float | None
+    z_loss: float | None
     softcap: float | None
     logit_scale: float
     lora_scale: float
     entropy: bool
     is_top1: bool
     chunk_size: int | None
+    dead_below: float | None
     compute_dtype: torch.dtype
     weight_grad_dtype: torch.dtype
     ignore_index: int
 
 
 # The names and defaults are those of `linear_selective_cross_entropy`; tensors are flattened to N rows.
-@torch.library.custom_op("selsft::linear_loss", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("linear_loss"), mutates_args=())
 def linear_loss_op(
     input: Tensor,
     weight: Tensor,
@@ -84,26 +87,33 @@ def linear_loss_op(
     floor: float | None,
     entropy_gate: float | None,
     anchor: float | None,
+    z_loss: float | None,
     softcap: float | None,
     logit_scale: float,
     lora_scale: float,
     entropy: bool,
     is_top1: bool,
     chunk_size: int | None,
+    dead_below: float | None,
     compute_dtype: torch.dtype,
     weight_grad_dtype: torch.dtype,
     ignore_index: int,
     needs: list[bool],  # gradients of input, weight, bias, lora_a, lora_b
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`(loss, logprob, entropy, is_top1, d_input, d_weight, d_bias, d_lora_a, d_lora_b)`; [0] where not wanted."""
+    """`(loss, logprob, entropy, is_top1, d_input, d_weight, d_bias, d_lora_a, d_lora_b)`; [0] where not wanted.
+
+    d_input has the rows of `active_rows` in their order, if these are given, otherwise all; see `spread_scaled`.
+    """
     checks.contents(target, active_rows, weight.shape[0], ignore_index)
     with backend.computing_on(input.device):
         head = make_head(weight, bias, lora_a, lora_b, softcap, logit_scale, lora_scale, compute_dtype)
-        work = select_rows(target, token_weight, reference, active_rows, ignore_index)
-        objective = Objective(positive, forget, beta, floor, entropy_gate, anchor)
-        grads = allocate(input, head, work, needs, weight_grad_dtype)
+        gather = backend.implementation("gather", input.device)
+        work = gather.select_rows(target, token_weight, reference, active_rows, ignore_index)
+        objective = Objective(positive, forget, beta, floor, entropy_gate, anchor, z_loss)
+        listed = active_rows is not None
+        grads = allocate(input[: work.size] if listed else input, head, work, needs, weight_grad_dtype, listed=listed)
         stats = new_stats(work.size, input.device, entropy, is_top1)
-        chunk_loop(input, head, work, objective, stats, grads, chunk_size)
+        chunk_loop(input, head, work, objective, stats, grads, chunk_size, dead_below, listed=listed)
         assert stats.loss is not None
         outputs = [spread(t, work.rows, target) for t in (stats.logprob, stats.entropy, stats.is_top1)]
         loss = stats.loss.sum()
@@ -114,17 +124,18 @@ def linear_loss_op(
 @linear_loss_op.register_fake
 def _(
     input, weight, bias, lora_a, lora_b, target, token_weight, reference, active_rows, positive, forget, beta, floor,
-    entropy_gate, anchor, softcap, logit_scale, lora_scale, entropy, is_top1, chunk_size, compute_dtype,
-    weight_grad_dtype, ignore_index, needs,
+    entropy_gate, anchor, z_loss, softcap, logit_scale, lora_scale, entropy, is_top1, chunk_size, dead_below,
+    compute_dtype, weight_grad_dtype, ignore_index, needs,
 ):  # fmt: skip
     f32 = torch.float32
     n = target.shape
+    rows = target.shape[0] if active_rows is None else active_rows.shape[0]
     return (
         input.new_empty((), dtype=f32),
         input.new_empty(n, dtype=f32),
         input.new_empty(n if entropy else 0, dtype=f32),
         input.new_empty(n if is_top1 else 0, dtype=torch.bool),
-        input.new_empty(input.shape, dtype=compute_dtype) if needs[0] else input.new_empty(0),
+        input.new_empty((rows, input.shape[1]), dtype=compute_dtype) if needs[0] else input.new_empty(0),
         input.new_empty(weight.shape, dtype=weight_grad_dtype) if needs[1] else input.new_empty(0),
         input.new_empty(bias.shape, dtype=f32) if needs[2] else input.new_empty(0),
         input.new_empty(lora_a.shape, dtype=f32) if needs[3] else input.new_empty(0),
@@ -135,26 +146,32 @@ def _(
 class Gradients(NamedTuple):
     """Buffers of the gradients, None where not needed. All but `input` are sums over chunks."""
 
-    input: Tensor | None  # [N, H]
+    input: Tensor | None  # [N, H], or [M, H]: the listed rows
     weight: Tensor | None  # [V, H] fp32 or the dtype of the products
     bias: Tensor | None  # [V] fp32
     lora_a: Tensor | None  # [r, H] fp32
     lora_b: Tensor | None  # [V, r] fp32
 
 
-def allocate(input: Tensor, head: Head, work: Work, needs: list[bool], weight_grad_dtype: torch.dtype) -> Gradients:
-    """Gradient buffers; zeros where the chunks do not write every element."""
+def allocate(
+    input: Tensor, head: Head, work: Work, needs: list[bool], weight_grad_dtype: torch.dtype, *, listed: bool
+) -> Gradients:
+    """Gradient buffers; zeros where the chunks do not write every element. The first is shaped like `input`."""
     f32 = torch.float32
     bias, lora = head.transform.bias, head.lora
     # The first chunk overwrites the sums, so that only an empty batch needs zeros.
     new = torch.empty_like if work.size else torch.zeros_like
     d_input = None
     if needs[0]:
-        new_input = torch.empty if work.rows is None else torch.zeros
+        new_input = torch.empty if listed or work.rows is None else torch.zeros
         d_input = new_input(input.shape, device=input.device, dtype=head.weight.dtype)
+    d_weight = None
+    if needs[1]:
+        d_weight = new(head.weight, dtype=weight_grad_dtype, memory_format=torch.contiguous_format)
+        d_weight = backend.in_large_pages(d_weight)
     return Gradients(
         d_input,
-        new(head.weight, dtype=weight_grad_dtype, memory_format=torch.contiguous_format) if needs[1] else None,
+        d_weight,
         torch.zeros_like(bias, dtype=f32) if needs[2] and bias is not None else None,
         new(lora.a, dtype=f32, memory_format=torch.contiguous_format) if needs[3] and lora is not None else None,
         new(lora.b, dtype=f32, memory_format=torch.contiguous_format) if needs[4] and lora is not None else None,
@@ -181,8 +198,14 @@ def chunk_loop(
     stats: RowStats,
     grads: Gradients,
     chunk_size: int | None,
+    dead_below: float | None,
+    *,
+    listed: bool,
 ) -> None:
-    """Runs every chunk through the head; fills `stats` and `grads`."""
+    """Runs every chunk through the head; fills `stats` and `grads`.
+
+    listed: `grads.input` has the rows in the order of `work`, and not at their places in the input.
+    """
     vocab, hidden = head.weight.shape
     dtype, device = head.weight.dtype, input.device
     narrow = grads.weight is not None and grads.weight.dtype == dtype
@@ -194,32 +217,36 @@ def chunk_loop(
     chunk = max(1, min(chunk, work.size))
     buffer = backend.scratch((chunk, chunking.padded(vocab)), dtype, device)
     want_grad = any(g is not None for g in grads)
+    gather, rows = backend.implementation("gather", device), backend.implementation("rows", device)
     for start in range(0, work.size, chunk):
         end = min(start + chunk, work.size)
-        index = None if work.rows is None else work.rows[start:end]
-        x = hidden_rows(input, index, work.weight[start:end], slice(start, end)).to(dtype)
+        index = None if listed or work.rows is None else work.rows[start:end]
+        x, logit = gather.take_rows(input, work, start, end, head)
         lora_hidden = None if head.lora is None else product_fp32(x, head.lora.a.t())
         raw = raw_logits(buffer[: end - start, :vocab], x, head, lora_hidden)
-        logit, own = target_logits(x, head, work.target[start:end], lora_hidden, raw)
+        add_lora(logit, head, work.target[start:end], lora_hidden)
         targets = Targets(
             work.target[start:end],
             logit,
             work.weight[start:end],
             None if work.reference is None else work.reference[start:end],
-            own,
         )
-        factor = backend.implementation("rows", device).loss_rows(
+        filled = stats.part(start, end)
+        if want_grad and dead_below is not None:
+            filled = filled._replace(lse=torch.empty_like(logit), grad=torch.empty_like(logit))
+            filled = filled._replace(others=torch.empty_like(logit))
+        factor = rows.loss_rows(
             raw,
             targets,
             head.transform,
             objective,
-            stats.part(start, end),
+            filled,
             want_grad=want_grad,
             padding=buffer.shape[1] - vocab,
         )
         if want_grad:
             place = slice(start, end) if index is None else index
-            alive = living_rows(factor)
+            alive = living_rows(end - start, factor, filled, dead_below)
             if alive is not None:
                 if grads.input is not None:
                     grads.input[place] = 0.0
@@ -229,16 +256,22 @@ def chunk_loop(
             add_gradients(grads, raw, factor, x, head, lora_hidden, place, first=start == 0)
 
 
-def living_rows(factor: Tensor | None) -> Tensor | None:
-    """The rows of a chunk whose gradient is not exactly 0, int64; None if the others are too few to leave them out.
+def living_rows(rows: int, factor: Tensor | None, stats: RowStats, dead_below: float | None) -> Tensor | None:
+    """Those of the `rows` rows of a chunk whose gradient counts, int64; None if too few others can be left out.
 
-    Negative tokens below the floor, or forgotten so far that fp32 has no gradient left. Taking the others together
-    costs a fifth of a product. On a GPU the host does not know how many there are, and does not wait to know.
+    The others are negative tokens below the floor, or forgotten so far that nothing of their gradient is left. Taking
+    the living together costs a fifth of a product. On a GPU the host has to wait to know how many there are, so there
+    it is done only where `dead_below` asks for it.
     """
-    if factor is None or factor.device.type != "cpu":
+    if dead_below is not None and stats.grad is not None and stats.others is not None:
+        # A comparison with NaN is false, so that such a row is alive.
+        dead = (stats.grad.abs() <= dead_below) & (stats.others.abs() <= dead_below)
+        alive = dead.logical_not_().nonzero().squeeze(1)
+    elif factor is not None and factor.device.type == "cpu":
+        alive = factor.nonzero().squeeze(1)
+    else:
         return None
-    alive = factor.nonzero().squeeze(1)  # a NaN is not 0
-    return alive if alive.numel() <= _LIVING_SHARE * factor.numel() else None
+    return alive if alive.numel() <= _LIVING_SHARE * rows else None
 
 
 def add_gradients(
@@ -294,18 +327,22 @@ class _LinearLoss(torch.autograd.Function):
         loss, logprob, entropy, is_top1, *grads = result
         ctx.needs = needs
         ctx.dtypes = [None if t is None else t.dtype for t in (input, weight, bias, lora_a, lora_b)]
-        ctx.save_for_backward(*grads)
+        ctx.shape = input.shape
+        ctx.save_for_backward(rows, *grads)
         ctx.mark_non_differentiable(logprob, entropy, is_top1)
         return loss, logprob, entropy, is_top1
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output, *_):
+        rows, d_input, *made = ctx.saved_tensors
+        first, *rest = zip(ctx.needs, ctx.dtypes, strict=True)
+        d_input = spread_scaled(d_input, rows, grad_output, first[1], ctx.shape) if first[0] else None
         grads = [
             scaled(grad, grad_output, dtype) if needed else None
-            for grad, needed, dtype in zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
+            for grad, (needed, dtype) in zip(made, rest, strict=True)
         ]
-        return None, None, *grads, None, None, None, None
+        return None, None, d_input, *grads, None, None, None, None
 
 
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -320,6 +357,18 @@ def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     with backend.computing_on(grad.device):
         backend.implementation("scale", grad.device).scale_in_place(grad, factor)
     return grad
+
+
+def spread_scaled(grad: Tensor, rows: Tensor | None, factor: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    """`scaled` for the gradient of the hidden states: at their places in a tensor of `shape`, zeros elsewhere."""
+    if rows is None:
+        return scaled(grad, factor, dtype)
+    out = torch.zeros(shape, device=grad.device, dtype=dtype)
+    if torch.compiler.is_compiling():
+        return out.index_copy(0, rows, (grad * factor.reshape(1).float()).to(dtype))
+    with backend.computing_on(grad.device):
+        backend.implementation("scale", grad.device).scale_into(out, rows, grad, factor.reshape(1).float())
+    return out
 
 
 def graph_is_kept() -> bool:
@@ -353,6 +402,7 @@ def linear_selective_cross_entropy(
     floor: float | None = None,
     entropy_gate: float | None = None,
     anchor: float | None = None,
+    z_loss: float | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     lora_a: Tensor | None = None,  # [r, H]
@@ -362,6 +412,7 @@ def linear_selective_cross_entropy(
     ignore_index: int = -100,
     outputs: Sequence[str] = ("logprob",),
     chunk_size: int | None = None,
+    dead_below: float | None = None,
     weight_grad_dtype: torch.dtype | None = None,
 ) -> SelectiveLossOutput:
     """Likelihood for positive tokens and a forgetting objective for negative ones, without the logits of the batch.
@@ -388,6 +439,8 @@ def linear_selective_cross_entropy(
             the entropy of its row, detached: entropy-adaptive fine-tuning (arXiv 2601.02151), which takes ln 20.
         anchor: A weight above 0. Adds `anchor * KL(q || p)` for every row with a weight, of the target against all
             other tokens, q from `reference_logprob`: p stays close to what it was. Not multiplied by the weight.
+        z_loss: A weight above 0. Adds `z_loss * logsumexp(z)^2` for every row with a weight, of the logits z that the
+            model ends with (after bias, scale and softcap). Not multiplied by the weight either.
         softcap, logit_scale: Final logit softcapping and scale of the model; the scale comes first.
         lora_a, lora_b, lora_scale: LoRA on the head: `input W^T + lora_scale * (input A^T) B^T`, A `[r, H]`,
             B `[V, r]`, floating; computed in the dtype of `input`.
@@ -397,6 +450,11 @@ def linear_selective_cross_entropy(
         ignore_index: The target of rows to skip.
         outputs: Any of `"logprob"`, `"entropy"`, `"is_top1"`.
         chunk_size: Rows at a time; None chooses (`chunking.training_rows`).
+        dead_below: Rows with `|w| |dL/dm|` of at most this are left out of the products for the gradients, where they
+            are a quarter of a chunk or more. What is lost of a row's hidden state's gradient is at most
+            `2 dead_below |logit_scale|` times the norm of the longest row of the head, and of the head's gradient
+            likewise times that of the hidden state. None: 0 on a CPU, where nothing is lost; no row on a GPU, whose
+            host would have to wait for the device to know which.
         weight_grad_dtype: What the gradient of the head is accumulated in over the chunks: float32, or the dtype of
             the head for half of the memory and a rounding per chunk. None chooses: the dtype of a 16-bit head where
             all rows fit one chunk (`chunking.one_chunk`), so that nothing is accumulated; else float32.
@@ -417,11 +475,12 @@ def linear_selective_cross_entropy(
         checks.per_token("reference_logprob", reference_logprob, input, torch.float32)
     checks.bias_vector(linear_bias, linear_weight)
     checks.lora(lora_a, lora_b, linear_weight)
-    checks.objective(positive, forget, beta, floor, reference_logprob, entropy_gate, anchor)
+    checks.objective(positive, forget, beta, floor, reference_logprob, entropy_gate, anchor, z_loss)
     checks.head_options(softcap, logit_scale)
     wanted = checks.output_names(outputs)
     checks.row_indices(active_rows, input)
     checks.size_option("chunk_size", chunk_size)
+    checks.bound("dead_below", dead_below)
     if weight_grad_dtype not in (None, torch.float32, compute_dtype):
         raise ValueError(f"weight_grad_dtype={weight_grad_dtype} must be None, torch.float32 or {compute_dtype}")
     if weight_grad_dtype is None:
@@ -438,12 +497,14 @@ def linear_selective_cross_entropy(
         floor,
         entropy_gate,
         anchor,
+        z_loss,
         softcap,
         float(logit_scale),
         float(lora_scale),
         "entropy" in wanted or entropy_gate is not None,
         "is_top1" in wanted,
         chunk_size,
+        dead_below,
         compute_dtype,
         weight_grad_dtype,
         ignore_index,

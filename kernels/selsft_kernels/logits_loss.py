@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backend, checks
+from ._ops import add_op_namespace_prefix
 from .head import without_ignored
 from .linear_loss import SelectiveLossOutput, new_stats
 from .objectives import Objective
@@ -28,6 +29,7 @@ class _Settings(NamedTuple):
     floor: float | None
     entropy_gate: float | None
     anchor: float | None
+    z_loss: float | None
     softcap: float | None
     logit_scale: float
     entropy: bool
@@ -36,7 +38,7 @@ class _Settings(NamedTuple):
 
 
 # The names and defaults are those of `selective_cross_entropy`; tensors are flattened to N rows.
-@torch.library.custom_op("selsft::logits_loss", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("logits_loss"), mutates_args=())
 def logits_loss_op(
     logits: Tensor,
     target: Tensor,
@@ -48,15 +50,16 @@ def logits_loss_op(
     floor: float | None,
     entropy_gate: float | None,
     anchor: float | None,
+    z_loss: float | None,
     softcap: float | None,
     logit_scale: float,
     entropy: bool,
     is_top1: bool,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`(loss, logprob, entropy, is_top1, lse, target_logit, grad)`; the last three [N] are for the backward pass.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`(loss, logprob, entropy, is_top1, lse, target_logit, grad, others)`; the last four [N] are for backward.
 
-    target_logit is the raw one, and grad is `|w| dL/dm`, NaN for a row whose logits are not finite.
+    target_logit is the raw one; grad and others are as in `rows.RowStats`, NaN for a row whose logits are not finite.
     """
     vocab, device = logits.shape[1], logits.device
     checks.contents(target, None, vocab, ignore_index)
@@ -66,21 +69,22 @@ def logits_loss_op(
     reference = None if reference is None else reference.contiguous()
     targets = Targets(target, z_y.masked_fill_(~inside, torch.nan), weight, reference)
     transform = Transform(None, logit_scale, softcap)
-    objective = Objective(positive, forget, beta, floor, entropy_gate, anchor)
+    objective = Objective(positive, forget, beta, floor, entropy_gate, anchor, z_loss)
     stats = new_stats(target.shape[0], device, entropy, is_top1)._replace(
-        lse=torch.empty_like(weight), grad=torch.empty_like(weight)
+        lse=torch.empty_like(weight), grad=torch.empty_like(weight), others=torch.empty_like(weight)
     )
     with backend.computing_on(device):
         backend.implementation("rows", device).loss_rows(logits, targets, transform, objective, stats, want_grad=False)
-    assert stats.loss is not None and stats.logprob is not None and stats.lse is not None and stats.grad is not None
+    assert stats.loss is not None and stats.logprob is not None
+    assert stats.lse is not None and stats.grad is not None and stats.others is not None
     entropies = logits.new_empty(0, dtype=torch.float32) if stats.entropy is None else stats.entropy
     top1 = logits.new_empty(0, dtype=torch.bool) if stats.is_top1 is None else stats.is_top1
-    return stats.loss.sum(), stats.logprob, entropies, top1, stats.lse, z_y, stats.grad
+    return stats.loss.sum(), stats.logprob, entropies, top1, stats.lse, z_y, stats.grad, stats.others
 
 
 @logits_loss_op.register_fake
 def _(
-    logits, target, token_weight, reference, positive, forget, beta, floor, entropy_gate, anchor, softcap,
+    logits, target, token_weight, reference, positive, forget, beta, floor, entropy_gate, anchor, z_loss, softcap,
     logit_scale, entropy, is_top1, ignore_index,
 ):  # fmt: skip
     def new(n):
@@ -88,7 +92,7 @@ def _(
 
     n = target.shape[0]
     top1 = logits.new_empty(n if is_top1 else 0, dtype=torch.bool)
-    return new(()), new(n), new(n if entropy else 0), top1, new(n), new(n), new(n)
+    return new(()), new(n), new(n if entropy else 0), top1, new(n), new(n), new(n), new(n)
 
 
 def write_grad(
@@ -99,6 +103,7 @@ def write_grad(
     lse: Tensor,
     target_logit: Tensor,
     grad: Tensor,
+    others: Tensor,
     factor: Tensor,  # [] fp32, the incoming gradient, on the device
     softcap: float | None,
     logit_scale: float,
@@ -108,13 +113,13 @@ def write_grad(
     target, weight = without_ignored(target, token_weight, ignore_index)
     transform = Transform(None, logit_scale, softcap)
     targets = Targets(target, target_logit, weight, None)
-    grad = grad * factor
+    grad, others = grad * factor, others * factor
     with backend.computing_on(logits.device):
         module = backend.implementation("rows", logits.device)
-        module.grad_rows(out, logits, targets, transform, lse, grad)
+        module.grad_rows(out, logits, targets, transform, lse, grad, others)
 
 
-@torch.library.custom_op("selsft::logits_grad", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("logits_grad"), mutates_args=())
 def logits_grad_op(
     logits: Tensor,
     target: Tensor,
@@ -122,6 +127,7 @@ def logits_grad_op(
     lse: Tensor,
     target_logit: Tensor,
     grad: Tensor,
+    others: Tensor,
     factor: Tensor,
     softcap: float | None,
     logit_scale: float,
@@ -129,16 +135,18 @@ def logits_grad_op(
 ) -> Tensor:
     """The gradient in a new tensor; see `write_grad`."""
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    write_grad(out, logits, target, token_weight, lse, target_logit, grad, factor, softcap, logit_scale, ignore_index)
+    write_grad(
+        out, logits, target, token_weight, lse, target_logit, grad, others, factor, softcap, logit_scale, ignore_index
+    )
     return out
 
 
 @logits_grad_op.register_fake
-def _(logits, target, token_weight, lse, target_logit, grad, factor, softcap, logit_scale, ignore_index):
+def _(logits, target, token_weight, lse, target_logit, grad, others, factor, softcap, logit_scale, ignore_index):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("selsft::logits_grad_", mutates_args=("logits",))
+@torch.library.custom_op(add_op_namespace_prefix("logits_grad_"), mutates_args=("logits",))
 def logits_grad_inplace_op(
     logits: Tensor,
     target: Tensor,
@@ -146,6 +154,7 @@ def logits_grad_inplace_op(
     lse: Tensor,
     target_logit: Tensor,
     grad: Tensor,
+    others: Tensor,
     factor: Tensor,
     softcap: float | None,
     logit_scale: float,
@@ -153,12 +162,23 @@ def logits_grad_inplace_op(
 ) -> None:
     """The gradient over the logits; see `write_grad`."""
     write_grad(
-        logits, logits, target, token_weight, lse, target_logit, grad, factor, softcap, logit_scale, ignore_index
+        logits,
+        logits,
+        target,
+        token_weight,
+        lse,
+        target_logit,
+        grad,
+        others,
+        factor,
+        softcap,
+        logit_scale,
+        ignore_index,
     )
 
 
 @logits_grad_inplace_op.register_fake
-def _(logits, target, token_weight, lse, target_logit, grad, factor, softcap, logit_scale, ignore_index):
+def _(logits, target, token_weight, lse, target_logit, grad, others, factor, softcap, logit_scale, ignore_index):
     return None
 
 
@@ -196,6 +216,7 @@ def selective_cross_entropy(
     floor: float | None = None,
     entropy_gate: float | None = None,
     anchor: float | None = None,
+    z_loss: float | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
@@ -207,7 +228,7 @@ def selective_cross_entropy(
     Args:
         logits: `[..., V]`, float32, bfloat16 or float16; before `logit_scale` and `softcap`, if those are given.
         target, token_weight, reference_logprob, positive, forget, beta, floor, entropy_gate, anchor,
-            softcap, logit_scale, ignore_index, outputs: As in `linear_selective_cross_entropy`.
+            z_loss, softcap, logit_scale, ignore_index, outputs: As in `linear_selective_cross_entropy`.
         inplace_backward: Write the gradient over the logits, which saves a buffer of their size and leaves them
             unusable after the backward pass. The logits must be contiguous rows: `[..., V]` with a last stride of 1.
 
@@ -229,7 +250,7 @@ def selective_cross_entropy(
     if reference_logprob is not None:
         checks.per_token("reference_logprob", reference_logprob, logits, torch.float32, of="logits")
         reference_logprob = reference_logprob.detach().reshape(-1)
-    checks.objective(positive, forget, beta, floor, reference_logprob, entropy_gate, anchor)
+    checks.objective(positive, forget, beta, floor, reference_logprob, entropy_gate, anchor, z_loss)
     checks.head_options(softcap, logit_scale)
     wanted = checks.output_names(outputs)
     if inplace_backward and not logits.is_contiguous():
@@ -242,6 +263,7 @@ def selective_cross_entropy(
         floor,
         entropy_gate,
         anchor,
+        z_loss,
         softcap,
         float(logit_scale),
         "entropy" in wanted or entropy_gate is not None,
@@ -253,7 +275,7 @@ def selective_cross_entropy(
     if torch.is_grad_enabled() and logits.requires_grad:
         loss, *per_token = _LogitsLoss.apply(settings, inplace_backward, flat, *per_row)
     else:
-        loss, *per_token, _, _, _ = logits_loss_op(flat, *per_row, *settings)
+        loss, *per_token, _, _, _, _ = logits_loss_op(flat, *per_row, *settings)
     values = [
         t.view(target.shape) if name in wanted else None for t, name in zip(per_token, checks.OUTPUTS, strict=True)
     ]

@@ -99,7 +99,8 @@ class Objective(NamedTuple):
     `floor` is a log-probability. A negative token below it has nothing left to forget: its loss is `L` at the floor
     and its gradient is zero, that is, the loss is `L(max(m, m_floor))` for every forget objective.
 
-    `entropy_gate` is an entropy in nats, see `gated`; `anchor` is a weight, see `anchored`.
+    `entropy_gate` is an entropy in nats, see `gated`; `anchor` and `z_loss` are weights, see `anchored` and
+    `normalised`.
     """
 
     positive: str = "nll"
@@ -108,6 +109,7 @@ class Objective(NamedTuple):
     floor: float | None = None
     entropy_gate: float | None = None
     anchor: float | None = None
+    z_loss: float | None = None
 
     @property
     def floor_log_odds(self) -> float:
@@ -152,6 +154,24 @@ def anchored(
     # Both forms of p - q are exact where p and q are on the same side.
     slope = torch.where(m > 0, rest - torch.sigmoid(-m), torch.sigmoid(m) - q)
     return value + objective.anchor * divergence, grad + objective.anchor * slope
+
+
+def normalised(
+    value: Tensor, grad: Tensor, m: Tensor, lse: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(value, grad, others)` [n] with `z_loss` times the square of the log-sum-exp Z of *all* logits.
+
+    The z-loss of PaLM (arXiv 2204.02311) keeps logits from drifting, which no function of the log-odds can: they stay
+    when all logits move together. So the gradient no longer adds up to 0 over a row: `2 z_loss Z p_j` is added to each
+    entry. With `lse` [n] that of the logits without the target, `Z = lse + softplus(m)`, the target's entry is `grad`,
+    and `-others exp(z_j - lse)` are the others'. Not multiplied by the weight of the token.
+    """
+    if objective.z_loss is None:
+        return value, grad, grad
+    total = lse + F.softplus(m)
+    push = 2 * objective.z_loss * total
+    penalty = objective.z_loss * total.square()
+    return value + penalty, grad + push * torch.sigmoid(m), grad - push * torch.sigmoid(-m)
 
 
 def token_loss(

@@ -78,6 +78,14 @@ def anchored(value, grad, m, reference, anchor):
 
 
 @triton.jit
+def normalised(value, grad, m, lse, z_loss):
+    """See the twin."""
+    total = lse + softplus(m)
+    push = 2.0 * z_loss * total
+    return value + z_loss * total * total, grad + push * sigmoid(m), grad - push * sigmoid(-m)
+
+
+@triton.jit
 def token_loss(m, weight, reference, beta, floor, POSITIVE: tl.constexpr, FORGET: tl.constexpr):
     """`(|w| L(m), |w| dL/dm)`; `floor` in log-odds, -inf without one. Comparisons, not min or max, keep a NaN."""
     keep, keep_grad = positive_loss(m, POSITIVE)

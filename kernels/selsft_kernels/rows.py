@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .objectives import Objective, anchored, gated, token_loss
+from .objectives import Objective, anchored, gated, normalised, token_loss
 
 # 1 MiB of fp32: the level-2 cache of a core.
 _CACHED_ELEMENTS = 2**18
@@ -48,7 +48,6 @@ class Targets(NamedTuple):
     logit: Tensor  # fp32, raw (bias included); NaN where the column is outside of the vocabulary
     weight: Tensor  # fp32, signed, 0 = skip
     reference: Tensor | None  # fp32 log-probabilities
-    own: Tensor | None = None  # fp32, the rounded logit (bias included) that was in `raw`; None if it is there still
 
     def part(self, start: int, end: int) -> "Targets":
         return Targets(*(None if t is None else t[start:end] for t in self))  # type: ignore[arg-type]
@@ -66,7 +65,8 @@ class RowStats(NamedTuple):
     entropy: Tensor | None = None  # an objective with an entropy gate needs it
     is_top1: Tensor | None = None  # bool
     lse: Tensor | None = None  # log-sum-exp without the target
-    grad: Tensor | None = None  # |w| dL/dm
+    grad: Tensor | None = None  # gradient of the target's logit: |w| dL/dm, but for a z-loss
+    others: Tensor | None = None  # minus the sum of those of the other logits; the same without a z-loss
 
     def part(self, start: int, end: int) -> "RowStats":
         return RowStats(*(None if t is None else t[start:end] for t in self))
@@ -96,7 +96,7 @@ def entropy_from(m: Tensor, rest: Tensor) -> Tensor:
 
 
 def loss_rows(
-    raw: Tensor,  # [n, V], any strides; overwritten with the gradient if `want_grad`, which needs `targets.own`
+    raw: Tensor,  # [n, V], any strides; overwritten with the gradient if `want_grad`
     targets: Targets,
     t: Transform,
     objective: Objective,
@@ -148,9 +148,8 @@ def _loss_rows(
     z_y = transform(targets.logit.clone(), t, with_bias=False)
     slope = z.div(t.softcap).square_().neg_().add_(1.0) if want_grad and t.softcap is not None else None
 
-    own = z.gather(1, column).squeeze(1) if targets.own is None else transform(targets.own.clone(), t, with_bias=False)
-    if targets.own is None or t != Transform():
-        z.scatter_(1, column, -torch.inf)
+    own = z.gather(1, column).squeeze(1)
+    z.scatter_(1, column, -torch.inf)
     largest = z.amax(1)
     if stats.is_top1 is not None:
         stats.is_top1.copy_(top1(z, own, largest, targets.column))
@@ -166,13 +165,18 @@ def _loss_rows(
         weight = gated(weight, entropy, objective)
     value, grad = token_loss(m, weight, targets.reference, objective)
     skip = targets.weight == 0
-    if objective.anchor is not None:
-        value, grad = (t.masked_fill(skip, 0.0) for t in anchored(value, grad, m, targets.reference, objective))
-    _store(stats, value, m, lse, grad, entropy, skip)
+    value, grad = anchored(value, grad, m, targets.reference, objective)
+    value, grad, others = normalised(value, grad, m, lse, objective)
+    if objective.anchor is not None or objective.z_loss is not None:
+        value, grad, others = (each.masked_fill(skip, 0.0) for each in (value, grad, others))
+    _store(stats, value, m, lse, grad, others, entropy, skip)
 
-    scale = grad * -t.logit_scale / rest
+    scale = others * -t.logit_scale / rest
     if want_grad:
         at_target = -rest
+        if objective.z_loss is not None:  # no factor is common to a row
+            z.mul_(scale.unsqueeze(1))
+            at_target, scale = grad * t.logit_scale, torch.ones_like(scale)
         if slope is not None and t.softcap is not None:
             z.mul_(slope)
             at_target = at_target * (1.0 - (z_y / t.softcap).square())
@@ -193,7 +197,14 @@ def entropy_of(p: Tensor, column: Tensor, rest: Tensor) -> Tensor:
 
 
 def _store(
-    stats: RowStats, value: Tensor, m: Tensor, lse: Tensor, grad: Tensor, entropy: Tensor | None, skip: Tensor
+    stats: RowStats,
+    value: Tensor,
+    m: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    others: Tensor,
+    entropy: Tensor | None,
+    skip: Tensor,
 ) -> None:
     if stats.loss is not None:
         stats.loss.copy_(value)
@@ -207,10 +218,15 @@ def _store(
         stats.lse.copy_(lse)
     if stats.grad is not None:
         stats.grad.copy_(grad)
+    if stats.others is not None:
+        stats.others.copy_(others)
 
 
-def grad_rows(out: Tensor, raw: Tensor, targets: Targets, t: Transform, lse: Tensor, grad: Tensor) -> None:
-    """Gradient of each row from its `lse` and `grad` [n], as `loss_rows` kept them, into `out` (may be `raw`)."""
+def grad_rows(
+    out: Tensor, raw: Tensor, targets: Targets, t: Transform, lse: Tensor, grad: Tensor, others: Tensor
+) -> None:
+    """Gradient of each row from its `lse`, `grad` and `others` [n], as `loss_rows` kept them, into `out`, which may be
+    `raw`."""
     targets = targets.inside(raw.shape[1])
     for start, end in row_blocks(raw):
         part = targets.part(start, end)
@@ -219,7 +235,7 @@ def grad_rows(out: Tensor, raw: Tensor, targets: Targets, t: Transform, lse: Ten
         slope = None
         if t.softcap is not None:
             slope = z.div(t.softcap).square_().neg_().add_(1.0)
-        d = z.sub_(lse[start:end].unsqueeze(1)).exp_().mul_(-at_target.unsqueeze(1))
+        d = z.sub_(lse[start:end].unsqueeze(1)).exp_().mul_(others[start:end].mul(-t.logit_scale).unsqueeze(1))
         if slope is not None and t.softcap is not None:
             d.mul_(slope)
             z_y = transform(part.logit.clone(), t, with_bias=False)

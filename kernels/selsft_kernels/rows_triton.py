@@ -32,7 +32,7 @@ from .blocks_triton import (
     without_target,
 )
 from .objectives import Objective
-from .objectives_triton import anchored, sigmoid, softplus, token_loss
+from .objectives_triton import anchored, normalised, sigmoid, softplus, token_loss
 from .rows import RowStats, Targets, Transform
 
 _MAX_LANES = 2048
@@ -177,7 +177,6 @@ def loss_rows_kernel(
     raw_stride,
     target_ptr,
     target_logit_ptr,
-    own_ptr,
     weight_ptr,
     reference_ptr,
     bias_ptr,
@@ -187,6 +186,7 @@ def loss_rows_kernel(
     is_top1_ptr,
     lse_ptr,
     grad_ptr,
+    others_ptr,
     vocab,
     readable,
     scale,
@@ -195,6 +195,7 @@ def loss_rows_kernel(
     floor,
     gate,  # 1 / entropy_gate
     anchor,
+    z_loss,
     POSITIVE: tl.constexpr,
     FORGET: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
@@ -205,9 +206,10 @@ def loss_rows_kernel(
     ENTROPY: tl.constexpr,
     GATE: tl.constexpr,  # positive tokens count by their entropy; needs ENTROPY
     ANCHOR: tl.constexpr,  # needs HAS_REFERENCE
+    ZLOSS: tl.constexpr,
     IS_TOP1: tl.constexpr,
-    KEEP: tl.constexpr,  # lse and grad are wanted, for a backward pass
-    MASKED: tl.constexpr,  # the target's logit is in its place, and not -inf; never with WRITE_GRAD
+    KEEP: tl.constexpr,  # lse, grad and others are wanted, for a backward pass
+    MASKED: tl.constexpr,  # the row is not written to: columns are compared with the target's
     WRITE_GRAD: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
@@ -221,12 +223,22 @@ def loss_rows_kernel(
     entropy = 0.0
     top1 = False
     lse = 0.0
-    grad = 0.0
+    grad = 0.0  # of the target's logit
+    others = 0.0  # minus the sum of those of the others
     level = 0.0
     target_grad = 0.0
     # What is known of the row is read where it is used, so that it occupies no register during the passes.
     if tl.load(weight_ptr + row) != 0.0:
         target = tl.load(target_ptr + row)
+        inside = (target >= 0) & (target < vocab)
+        own = 0.0
+        if not MASKED:
+            # All threads have read the target's logit before one overwrites it, and see the new one afterwards.
+            own = tl.load(row_ptr + target, mask=inside, other=0.0).to(tl.float32)
+            tl.debug_barrier()
+            out = tl.full((), float("inf") if FLIP else float("-inf"), tl.float32)
+            tl.store(row_ptr + target, out.to(raw_ptr.dtype.element_ty), mask=inside)
+            tl.debug_barrier()
         largest, total, weighted = statistics(
             row_ptr, bias_ptr, target, vocab, readable, a, k, HAS_BIAS, HAS_SOFTCAP, FLIP, NVIDIA, ENTROPY, MASKED,
             LANES, VEC, ALIGNED,
@@ -257,17 +269,17 @@ def loss_rows_kernel(
         if ANCHOR:
             tl.static_assert(HAS_REFERENCE, "the anchor is a function of the reference")
             loss, grad = anchored(loss, grad, m, reference, tl.cast(anchor, tl.float32))
+        others = grad
+        if ZLOSS:
+            loss, grad, others = normalised(loss, grad, m, lse, tl.cast(z_loss, tl.float32))
         target_grad = grad * slope(z_y, scale, softcap, HAS_SOFTCAP)
         logprob = -softplus(-m)
         if IS_TOP1:
             # The rounded logit and not the exact one: among others as rounded, that would decide ties.
-            inside = (target >= 0) & (target < vocab)
             if MASKED:
                 own = tl.load(row_ptr + target, mask=inside, other=0.0).to(tl.float32)
-                if HAS_BIAS:
-                    own += tl.load(bias_ptr + target, mask=inside, other=0.0)
-            else:
-                own = tl.load(own_ptr + row)
+            if HAS_BIAS:
+                own += tl.load(bias_ptr + target, mask=inside, other=0.0)
             y_own = increasing(own, k, HAS_SOFTCAP, FLIP, NVIDIA)
             top1 = inside & (y_own >= largest)
             if inside & (y_own == largest):
@@ -285,10 +297,14 @@ def loss_rows_kernel(
     if KEEP:
         tl.store(lse_ptr + row, lse)
         tl.store(grad_ptr + row, grad)
+        tl.store(others_ptr + row, others)
     if WRITE_GRAD:
-        tl.static_assert(not MASKED, "the gradient is written over rows that the caller has prepared")
-        if grad != 0.0:
-            coefficient = -grad * tl.cast(scale, tl.float32) * (4.0 if HAS_SOFTCAP else 1.0)
+        tl.static_assert(not MASKED, "-inf is in the place of the target")
+        alive = others != 0.0
+        if ZLOSS:
+            alive = alive | (target_grad != 0.0)
+        if alive:
+            coefficient = -others * tl.cast(scale, tl.float32) * (4.0 if HAS_SOFTCAP else 1.0)
             write_gradient(
                 row_ptr, bias_ptr, vocab, readable, a, k, level, coefficient, HAS_BIAS, HAS_SOFTCAP, FLIP, NVIDIA,
                 LANES, VEC, ALIGNED,
@@ -313,6 +329,7 @@ def grad_rows_kernel(
     weight_ptr,
     lse_ptr,
     grad_ptr,
+    others_ptr,
     bias_ptr,
     vocab,
     scale,
@@ -335,7 +352,7 @@ def grad_rows_kernel(
     y = load_tile(
         row_ptr, bias_ptr, offsets, vocab, vocab, k, HAS_BIAS, HAS_SOFTCAP, FLIP, NVIDIA, True, "evict_first",
     )  # fmt: skip
-    coefficient = -grad * tl.cast(scale, tl.float32) * (4.0 if HAS_SOFTCAP else 1.0)
+    coefficient = -tl.load(others_ptr + row) * tl.cast(scale, tl.float32) * (4.0 if HAS_SOFTCAP else 1.0)
     d = grad_tile(y, a, b - tl.load(lse_ptr + row) * LOG2E, coefficient, HAS_SOFTCAP)
     d = tl.where(offsets == tl.load(target_ptr + row), grad * slope(z_y, scale, softcap, HAS_SOFTCAP), d)
     # A skipped row may hold NaN, and 0 * NaN is not 0.
@@ -368,7 +385,6 @@ def loss_rows(
         raw.stride(0),
         targets.column,
         targets.logit,
-        targets.own,
         targets.weight,
         targets.reference,
         t.bias,
@@ -378,6 +394,7 @@ def loss_rows(
         stats.is_top1,
         stats.lse,
         stats.grad,
+        stats.others,
         vocab,
         vocab + padding,
         t.logit_scale,
@@ -386,15 +403,17 @@ def loss_rows(
         objective.floor_log_odds,
         1.0 if objective.entropy_gate is None else 1.0 / objective.entropy_gate,
         0.0 if objective.anchor is None else objective.anchor,
+        0.0 if objective.z_loss is None else objective.z_loss,
         POSITIVE=objective.positive,
         FORGET=objective.forget,
         HAS_REFERENCE=targets.reference is not None,
         ENTROPY=stats.entropy is not None,
         GATE=objective.entropy_gate is not None,
         ANCHOR=objective.anchor is not None,
+        ZLOSS=objective.z_loss is not None,
         IS_TOP1=stats.is_top1 is not None,
         KEEP=stats.lse is not None,
-        MASKED=targets.own is None,
+        MASKED=not want_grad,
         WRITE_GRAD=want_grad,
         LANES=lanes,
         VEC=vec,
@@ -406,7 +425,9 @@ def loss_rows(
     return None
 
 
-def grad_rows(out: Tensor, raw: Tensor, targets: Targets, t: Transform, lse: Tensor, grad: Tensor) -> None:
+def grad_rows(
+    out: Tensor, raw: Tensor, targets: Targets, t: Transform, lse: Tensor, grad: Tensor, others: Tensor
+) -> None:
     """See the twin."""
     rows, vocab = raw.shape
     if rows == 0:
@@ -424,6 +445,7 @@ def grad_rows(out: Tensor, raw: Tensor, targets: Targets, t: Transform, lse: Ten
         targets.weight,
         lse,
         grad,
+        others,
         t.bias,
         vocab,
         t.logit_scale,

@@ -17,3 +17,11 @@ def scale_in_place(grad: Tensor, factor: Tensor) -> None:
     if factor.device.type == "cpu" and factor.item() == 1.0:
         return
     torch.mul(grad, factor, out=grad)
+
+
+def scale_into(out: Tensor, rows: Tensor, grad: Tensor, factor: Tensor) -> None:
+    """`out[rows] = factor * grad`; out [N, H], rows [M] int64, grad [M, H], both contiguous, factor [1] fp32.
+
+    No matrix product writes through an index. This pass does, which the multiplication needs anyway.
+    """
+    out.index_copy_(0, rows, (grad * factor).to(out.dtype))

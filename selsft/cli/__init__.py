@@ -8,17 +8,20 @@ Rejected: click or typer, since the flags are the fields of TRL's dataclasses, f
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
+import platform
 import sys
 
 from ..errors import InputError, failed_write, one_line
+from ..records import versions
 from ..workflow.child import end_with_parent
 from .launch import launched
 
 COMMANDS = {
     "train": "fine-tune a model: learn the useful tokens, forget the misleading ones (flags of `trl sft` and more)",
     "score": "score the tokens of a data set with a reference, save them for `train`, and print a summary",
+    "tokens": "the token ids of a data set, for scores from an inference server (no model needed)",
+    "export": "scored rows for other trainers: masked labels, token weights, or spans of the text",
     "inspect": "look at the tokens of a data set: choose a threshold, mark what is wrong",
     "evaluate": "NLL, exact match, EOS rate, KL to the base and more of a trained model on held-out rows",
     "run": "a recipe from raw data to a verdict: split, score, select, train every arm, evaluate",
@@ -37,13 +40,19 @@ def main(argv: list[str] | None = None) -> int:
         print(help_text())
         return 0
     if argv[0] in ("-V", "--version"):
-        print(f"selsft {importlib.metadata.version('selsft')}")
+        print(_version())
         return 0
     name, *rest = argv
     if name not in COMMANDS:
         print(f"selsft: error: unknown command {name!r}: use one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     return dispatch(name, rest)
+
+
+def _version() -> str:
+    """selsft and what its results depend on, for reports of bugs."""
+    own, *others = (f"{name} {number}" for name, number in versions().items())
+    return f"{own} ({', '.join([f'Python {platform.python_version()}', *others])})"
 
 
 def dispatch(name: str, argv: list[str]) -> int:

@@ -19,6 +19,7 @@ import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from ..config import SelectiveSFTConfig
+from ..data.foreign import FORMATS, with_format
 from ..data.loading import DataSource, parse_columns
 from ..errors import InputError, input_errors
 from ..recipes import find_recipe
@@ -27,6 +28,7 @@ from ..secrets import to_environment
 MODEL_MISSING = "model_name_or_path is missing: give --model_name_or_path NAME or FOLDER"
 COMMON = (
     "config", "model_name_or_path", "dataset_name", "dataset_train_split", "dataset_test_split", "columns",
+    "format",
     "output_dir", "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size",
     "gradient_accumulation_steps", "max_length", "packing", "dtype", "bf16", "use_cpu", "use_peft", "lora_r",
     "lora_alpha", "eval_strategy",
@@ -42,6 +44,14 @@ class DataArguments(ScriptArguments):
         default=None,
         metadata={"help": "New names of the data's columns, as in prompt=question,completion=answer."},
     )
+    format: str | None = field(
+        default=None,
+        metadata={"help": f"Read the file dataset_name as {', '.join(FORMATS)} (docs/formats.md)."},
+    )
+
+    def __post_init__(self):
+        """The format goes in front of the name, which is how every other flag takes it."""
+        self.dataset_name = with_format(self.dataset_name, self.format)
 
 
 @dataclass

@@ -44,13 +44,18 @@ def main(argv: list[str]) -> int:
 def flags_of(command: str) -> list[str]:
     """The flags of a command, sorted."""
     from ..evaluation.settings import EvaluateArguments
-    from ..scoring.settings import ScoreArguments
+    from ..scoring.settings import ScoreArguments, TokensArguments
     from .arguments import CommandParser
     from .skills import SkillsParser
 
     parser: argparse.ArgumentParser
     more: set[str] = set()
-    extra: dict[str, type | None] = {"train": None, "score": ScoreArguments, "evaluate": EvaluateArguments}
+    extra: dict[str, type | None] = {
+        "train": None,
+        "score": ScoreArguments,
+        "tokens": TokensArguments,
+        "evaluate": EvaluateArguments,
+    }
     if command in extra:
         parser = CommandParser(command, "", "", extra[command])
         more = {"--config", "--help_all"}
@@ -61,7 +66,8 @@ def flags_of(command: str) -> list[str]:
     elif command == "completion":
         return []
     else:
-        place = {"inspect": ".inspect", "demo": "..demo.run", "bench": "..bench.kernels"}[command]
+        elsewhere = {"demo": "..demo.run", "bench": "..bench.kernels"}
+        place = elsewhere.get(command, f".{command}")
         module = importlib.import_module(place, __package__)
         make = next(getattr(module, name) for name in ("_parser", "make_parser", "parser") if hasattr(module, name))
         parser = make()

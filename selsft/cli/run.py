@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from ..errors import InputError, input_errors
+from ..errors import InputError, first_line, input_errors
 
 if TYPE_CHECKING:
     from ..pipeline.plan import Plan
@@ -86,7 +86,7 @@ def _print_costs(plan: Plan, from_stage: str | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..pipeline.budget import costs, count_tokens, measure
+    from ..pipeline.budget import costs, count_tokens, harness_requests, measure
 
     waiting = [stage for stage in plan.stages if from_stage or stage.state() != "finished"]
     if "world" in plan.recipe.stages or plan.recipe.get("datasets") or not waiting:
@@ -96,13 +96,23 @@ def _print_costs(plan: Plan, from_stage: str | None) -> None:
     print(f"About {rows}. Measuring a second of scoring, training and decoding ...", flush=True)
     count, size = tokens.get("train", (0, 0))
     speed = measure(plan, size // max(count, 1))
+    harness = None
+    try:
+        harness = harness_requests(plan)
+    except Exception as error:  # libraries disagree about what an unreachable hub is
+        print(f"Not in the estimate: lm_eval_tasks, whose data cannot be had ({first_line(error)})")
+    if harness is not None:
+        print(
+            f"lm-evaluation-harness, for each model: {harness.documents:,} documents, {harness.read:,} tokens read, "
+            f"at most {harness.written:,} written"
+        )
     table = Table(
         title=f"Estimated from {speed.scoring:,.0f} tokens a second of scoring, {speed.training:,.0f} of training and "
         f"{speed.decoding:,.0f} of decoding, measured here"
     )
     for name in ("stage", "tokens", "minutes"):
         table.add_column(name, justify="left" if name == "stage" else "right")
-    found = costs(plan, tokens, speed)
+    found = costs(plan, tokens, speed, harness)
     for stage in waiting:
         if cost := found.get(stage.name):
             table.add_row(stage.name, f"{cost.tokens:,}", f"{cost.seconds / 60:.1f}")

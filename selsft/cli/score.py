@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from datasets import Dataset
+
 from .._compat import adapter_on_lm_head, end_training
-from ..data.loading import data_errors
+from ..data.loading import data_errors, load_splits
 from ..data.scored_folder import is_scored, load_scores
-from ..errors import input_errors
+from ..data.source_rows import numbered
+from ..errors import InputError, input_errors
 from ..report.terminal import print_judged, print_summary, summarize
-from ..score import ScoringRun, check_score_settings, judged_data, row_settings
+from ..score import ScoringRun, check_score_settings, check_unmarked, judged_data, row_settings
+from ..score_ray import connect, ray_columns
 from ..scoring.settings import ScoreArguments
 from .arguments import Arguments, CommandParser
-from .launch import at_work, launch_command, needs_launch
+from .launch import at_work, launch_command, launched, needs_launch
 from .manifest import run_manifest, write_manifest
 from .train import build_trainer, check_model_and_data, check_new
 
@@ -37,6 +43,7 @@ EXAMPLES = """examples:
   selsft score --model_name_or_path Qwen/Qwen3-0.6B --dataset_name data.jsonl --score probe --judged judged.jsonl \
       --target_precision 0.6 --scored_dir runs/scored
   selsft score --config recipe.yaml --scored_dir runs/scored --num_processes 8
+  selsft score --config recipe.yaml --scored_dir runs/scored --engine ray
   selsft score --config recipe.yaml --ref_logps from-server.parquet --scored_dir runs/scored"""
 
 
@@ -52,9 +59,19 @@ def main(argv: list[str]) -> int:
     check_model_and_data(arguments)
     field = "scored_dir" if extra.scored_dir else "output_dir"
     with at_work(folder, field, "finished shards are kept in it, the same command resumes from there"):
-        if needs_launch(arguments.launch):
+        if extra.engine == "ray":
+            _check_ray(arguments)
+        elif needs_launch(arguments.launch):
             return launch_command("score", arguments.launch, arguments.own, training.use_cpu)
         return _score(arguments, folder)
+
+
+def _check_ray(arguments: Arguments) -> None:
+    if arguments.launch or launched():
+        flag = arguments.launch[0] if arguments.launch else "accelerate launch"
+        raise InputError(f"engine='ray' starts its own workers: leave {flag} out, and give --ray_workers")
+    connect()
+    arguments.training._n_gpu = min(arguments.training.n_gpu, 1)  # of the command itself, which needs no more
 
 
 def _score(arguments: Arguments, folder: Path) -> int:
@@ -83,7 +100,11 @@ def _score(arguments: Arguments, folder: Path) -> int:
         run.judge()
     if main_process:
         print_judged(run.verdict.record if run.verdict else None, run.selection())
-    run.score(reading)
+    engine = None
+    if extra.engine == "ray":
+        make = functools.partial(_worker_run, arguments.own, os.getcwd(), folder)
+        engine = functools.partial(ray_columns, make=make, workers=extra.ray_workers)
+    run.score(reading, engine)
     with input_errors():
         run.finish()
     if main_process:
@@ -96,16 +117,33 @@ def _score(arguments: Arguments, folder: Path) -> int:
     return 0
 
 
-def prepare(arguments: Arguments, folder: Path) -> ScoringRun:
-    """Rows as training sees them, and what scores them."""
+def _worker_run(argv: list[str], directory: str, folder: Path, rows: Dataset) -> ScoringRun:
+    """What this command line makes in another process, where the paths in it mean the same."""
+    os.chdir(directory)
+    arguments = CommandParser("score", DESCRIPTION, EXAMPLES, ScoreArguments).parse(argv)
+    assert arguments is not None
+    return prepare(arguments, folder, rows)
+
+
+def prepare(arguments: Arguments, folder: Path, rows: Dataset | None = None) -> ScoringRun:
+    """Rows as training sees them, and what scores them.
+
+    Args:
+        rows: prepared rows, in place of the data.
+    """
     extra, training = arguments.extra, arguments.training
     reference = training.reference_model
     data = judged_data(training)
+    source = None
+    if rows is None:
+        source, _ = load_splits(arguments.source, None, training.dataset_text_field, strict=True)
+        check_unmarked(source, training.dataset_text_field)
     with adapter_on_lm_head():
-        rows = dataclasses.replace(arguments, training=row_settings(training, folder))
-        trainer = build_trainer(rows, evaluate=False, strict=True, scored=True)
+        settings = dataclasses.replace(arguments, training=row_settings(training, folder))
+        given = rows if source is None else numbered(source)
+        trainer = build_trainer(settings, evaluate=False, scored=True, rows=given)
     with input_errors():
         return ScoringRun(
             trainer, training, folder, reference, base_logps=extra.base_logps, ref_logps=extra.ref_logps,
-            shard_tokens=extra.shard_tokens, mixed_batches=extra.mixed_batches, **data,
+            shard_tokens=extra.shard_tokens, mixed_batches=extra.mixed_batches, source=source, **data,
         )  # fmt: skip

@@ -123,17 +123,19 @@ def check_model_and_data(arguments: Arguments) -> None:
 
 
 def build_trainer(
-    arguments: Arguments, evaluate: bool, strict: bool = False, scored: bool = False
+    arguments: Arguments, evaluate: bool, scored: bool = False, rows: Split | None = None
 ) -> SelectiveSFTTrainer:
     """Data, model and trainer; with a reference, this scores the data.
 
     Args:
-        strict: of `load_splits`.
         scored: whether the rows will be scored later; they are where training selects.
+        rows: to train on, in place of the data: loaded already, or prepared.
     """
     training, model = arguments.training, arguments.model
     test_split = arguments.script.dataset_test_split if evaluate else None
-    train, test = load_splits(arguments.source, test_split, training.dataset_text_field, strict)
+    train, test = (
+        (rows, None) if rows is not None else load_splits(arguments.source, test_split, training.dataset_text_field)
+    )
     training.model_init_kwargs = init_kwargs(arguments)
     assert model.model_name_or_path is not None
     with input_errors(), data_errors(arguments.source):

@@ -85,6 +85,26 @@ class Alignment:
                 ranges = [_whole_characters(text, start, end) for start, end in ranges]
         return [np.flatnonzero((starts < end) & (ends > start) & (ends > starts)) for start, end in ranges]
 
+    def characters(self, input_ids: Sequence[int], text: str, special: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Start and end (exclusive) of each token in characters of `text`, two `(n,)` int64; equal where a token
+        spells nothing of it. A token that spells part of a character has all of it. Arguments and errors as for
+        `tokens`."""
+        if not self._prepared:
+            self._prepare()
+        ids = np.asarray(input_ids, np.int64)
+        spelled = self._spelled(input_ids, text, special)
+        if spelled is None:
+            return self._offsets(ids, text, special)
+        shift, size = spelled
+        ends = np.cumsum(self._lengths[ids]) - shift
+        starts = np.clip(ends - self._lengths[ids], 0, size)
+        ends = np.clip(ends, 0, size)
+        data = np.frombuffer(text.encode(), np.uint8)
+        number = np.cumsum((data & 0xC0) != 0x80) - 1  # of the character of each byte
+        number = np.append(number, len(text))
+        spells = starts < ends
+        return number[starts], np.where(spells, number[np.maximum(ends - 1, 0)] + 1, number[starts])
+
     def _spelled(self, input_ids: Sequence[int], text: str, special: bool) -> tuple[int, int] | None:
         """Number of bytes that the tokens spell before the text, and the length of the text in bytes; `None` where
         the bytes of the tokens are not the text."""

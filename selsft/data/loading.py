@@ -1,4 +1,5 @@
-"""Loading rows: a name on the Hub, a local file, a folder of scores or of `save_to_disk`, a TRL mixture.
+"""Loading rows: a name on the Hub, a local file, a folder of scores or of `save_to_disk`, a TRL mixture, and files in
+which other tools say what is wrong (`foreign`).
 
 `trl sft` hands `--dataset_name` to `load_dataset`, which takes a folder of files but neither a file nor a saved data
 set nor what `selsft score` writes. Rejected: a flag of our own per kind of file.
@@ -27,6 +28,7 @@ from trl import DatasetMixtureConfig, get_dataset
 
 from ..errors import InputError, failed_write, input_errors
 from ..records import make_writable
+from .foreign import check_unread, read_marked, split_format
 from .rows import Split, check_rows
 from .scored_folder import is_scored, load_scores
 
@@ -39,7 +41,8 @@ class DataSource:
     """Where rows come from.
 
     Args:
-        name: a file, a folder of files, of `save_to_disk` or of scores, or a name on the Hub.
+        name: a file, a folder of files, of `save_to_disk` or of scores, or a name on the Hub. `FORMAT:FILE` is a file
+            in the format of another tool (`foreign.FORMATS`).
         config: configuration of a data set on the Hub.
         split: the split that is trained on. A single file is one split, whatever its name.
         streaming: whether rows are read while they are used.
@@ -59,7 +62,7 @@ class DataSource:
         """What the data is loaded from, for messages."""
         if self._parts:
             return ", ".join(f"{part.path} {part.data_files or part.name or ''}".strip() for part in self._parts)
-        return self.name or ""
+        return split_format(self.name or "")[1]
 
     @property
     def _parts(self) -> list[Any]:
@@ -73,11 +76,14 @@ class DataSource:
             raise InputError(
                 "dataset_name is missing: give --dataset_name NAME, FILE or FOLDER, or `datasets:` in YAML"
             )
-        if _builder(self.name):
-            if not Path(self.name).is_file():
-                raise InputError(f"dataset_name={self.name!r}: no such file in {os.getcwd()}")
-            if not Path(self.name).stat().st_size:
-                raise InputError(f"dataset_name={self.name!r} is an empty file: it needs at least one row")
+        form, name = split_format(self.name)
+        if form is not None and self.streaming:
+            raise InputError(f"dataset_streaming=True is not possible with a file of the format {form}: leave it out")
+        if form is not None or _builder(name):
+            if not Path(name).is_file():
+                raise InputError(f"dataset_name={name!r}: no such file in {os.getcwd()}")
+            if not Path(name).stat().st_size:
+                raise InputError(f"dataset_name={name!r} is an empty file: it needs at least one row")
 
 
 def load_splits(
@@ -162,9 +168,12 @@ def _load(source: DataSource) -> DatasetDict | IterableDatasetDict | dict[str, D
     if source.mixture is not None and source.mixture.datasets:
         return get_dataset(source.mixture)
     source.check()
-    name = source.name
-    assert name is not None
+    assert source.name is not None
+    form, name = split_format(source.name)
     path = Path(name)
+    if form is not None:
+        with _open(path) as file:
+            return {source.split: read_marked(file.read().decode("utf-8"), form, name)}
     scored = is_scored(path)
     if scored or (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         if source.streaming:
@@ -176,8 +185,12 @@ def _load(source: DataSource) -> DatasetDict | IterableDatasetDict | dict[str, D
             raise InputError(
                 f"{name!r} cannot be read as data: its first row is null, not an object with a key per column"
             )
-        return load_dataset(builder, data_files={source.split: name}, streaming=source.streaming)
-    return load_dataset(name, name=source.config, streaming=source.streaming)
+        found = load_dataset(builder, data_files={source.split: name}, streaming=source.streaming)
+    else:
+        found = load_dataset(name, name=source.config, streaming=source.streaming)
+    for data in found.values():
+        check_unread(data, name)
+    return found
 
 
 def _builder(name: str) -> str | None:

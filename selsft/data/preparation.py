@@ -8,7 +8,6 @@ columns alike, with the same rules and `trl.pack_dataset`. Rejected: encoding a 
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from trl.data_utils import get_dataset_column_names
 from ..errors import InputError
 from .alignment import Alignment
 from .columns import BASE_LOGPS, NOISY_LOGPS, PROBE_SCORES, REF_LOGPS, TOKEN_SCORES, WEIGHTS, token_columns
-from .spans import TokenMarks, has_marks, mark_tokens, read_marks, weight_of
+from .spans import TokenMarks, chat_options, chat_renderer, has_marks, mark_tokens, read_marks, weight_of
 
 
 def brings_weights(dataset: Dataset | IterableDataset, score: str = "influence", text_field: str = "text") -> bool:
@@ -92,19 +91,14 @@ def read_token_marks(
         `InputError` naming the row.
     """
     marks = read_marks(example, row, text_field, tokenizer.eos_token)
-    tools = example.get("tools")
-    options = {
-        "chat_template": chat_template,
-        "tools": json.loads(tools) if isinstance(tools, str) else tools,
-        **(example.get("chat_template_kwargs") or {}),
-    }
+    options = chat_options(example, chat_template)
     ids = example["input_ids"]
     try:
         return mark_tokens(
             marks,
             ids,
             alignment,
-            lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False, **options)),
+            chat_renderer(example, tokenizer, chat_template),
             lambda messages, default: np.array(
                 message_token_weights(messages, ids, tokenizer, default, **options), np.float32
             ),

@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, Value
+from transformers import PreTrainedTokenizerBase
 from trl.data_utils import get_dataset_column_names
 
 from ..errors import InputError
@@ -551,6 +552,61 @@ def mark_tokens(
     for index, own in enumerate(numbered):
         numbers[own] = index
     return TokenMarks(weights, covered, numbers, bool(looked_at) and not any(text.detailed for text in looked_at))
+
+
+def text_places(
+    row: Mapping[str, Any], text_field: str, tokenizer: PreTrainedTokenizerBase, chat_template: str | None
+) -> tuple[str, list[tuple[int, int, int, int]], bool]:
+    """Where the texts of a row stand in what was tokenised.
+
+    Args:
+        row: as TRL has prepared it, with its text.
+
+    Returns:
+        the text that was tokenised; for each text its message (-1: the text or completion of the row), start and end
+        in that text, and how many characters of its own stand before the start; and whether the tokenizer put its
+        special tokens around the whole.
+
+    Raises:
+        `ValueError` for a template that rewrites the text.
+    """
+    marks = read_marks(row, 0, text_field, str(tokenizer.eos_token or ""))
+    if marks.messages is None:
+        base = len(marks.prompt)
+        return marks.whole, [(-1, base, base + len(marks.texts[0].text), 0)], True
+    texts = [text for text in marks.texts if text.field == "content" and text.text]
+    ranges = [(text, 0, len(text.text)) for text in texts]
+    render = chat_renderer(row, tokenizer, chat_template)
+    whole, places = _rendered(marks.messages, ranges, 0, render) if ranges else (render(marks.messages), [])
+    found = []
+    for text, (start, end) in zip(texts, places, strict=True):
+        shift = text.text.find(whole[start:end])
+        if shift not in (0, len(text.text) - len(text.text.lstrip())):
+            raise ValueError(
+                f"the chat template rewrites message {text.message}, so its characters cannot be found: export labels "
+                "or weights"
+            )
+        if start < end:
+            found.append((text.message, start, end, shift))
+    return whole, found, False
+
+
+def chat_renderer(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: str | None
+) -> Callable[[list[dict[str, Any]]], str]:
+    """What renders conversations as TRL does for this row, with its tools and settings."""
+    options = chat_options(row, chat_template)
+    return lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+
+def chat_options(row: Mapping[str, Any], chat_template: str | None) -> dict[str, Any]:
+    """Arguments of `apply_chat_template` for a row."""
+    tools = row.get("tools")
+    return {
+        "chat_template": chat_template,
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **(row.get("chat_template_kwargs") or {}),
+    }
 
 
 def _rendered(

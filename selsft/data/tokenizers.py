@@ -1,12 +1,36 @@
-"""What selsft asks of a tokenizer: which ids are special, and a hash of what it makes of text."""
+"""What selsft asks of a tokenizer: to be set up as for training, which ids are special, a hash of what it makes of
+text."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+
+def set_up(tokenizer: PreTrainedTokenizerBase, flags: Mapping[str, Any]) -> str | None:
+    """Set special tokens and chat template of a tokenizer, in place, as `SFTTrainer` does under these settings.
+
+    Returns:
+        the chat template that it renders with instead of the tokenizer's own, if any.
+    """
+    if flags.get("eos_token"):
+        tokenizer.eos_token = flags["eos_token"]
+    tokenizer.pad_token = flags.get("pad_token") or tokenizer.pad_token or tokenizer.eos_token
+    if source := flags.get("chat_template_path"):
+        if Path(source).is_file():
+            tokenizer.chat_template = Path(source).read_text(encoding="utf-8")
+        else:
+            tokenizer.chat_template = AutoTokenizer.from_pretrained(source).chat_template
+    if flags.get("assistant_only_loss") and not has_generation_markers(tokenizer.chat_template):
+        return get_training_chat_template(tokenizer)
+    return None
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

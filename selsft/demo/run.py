@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from ..data.cards import write_card
 from ..records import exclusive, replaced, resumable, versions, write_json
 
 THREADS = 2
@@ -101,6 +102,7 @@ def run(config, seeds: Sequence[int], output: Path, console) -> list:
     writer.writerows(rows)
     with replaced(output / "results.csv") as file:
         file.write(text.getvalue().encode())
+    write_card(output, "What `selsft demo` measured.")
     render(console, results)
     write_report(output / "report.html", results)
     # The last file: with it, the demo is finished

@@ -15,11 +15,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from ..config import SelectiveSFTConfig
 from ..data.judged import judged_rows, tokenize_rows
 from ..data.spans import has_marks, without_marks
+from ..data.tokenizers import set_up
 from ..errors import InputError, one_line
 from ..records import write_json
 from .split import LINE, TRAINED
@@ -55,7 +55,7 @@ def check(parts: Path, model: str, flags: dict[str, Any], folder: Path) -> str:
     args = SelectiveSFTConfig(
         str(folder), use_cpu=True, bf16=False, **{key: flags[key] for key in _READ if key in flags}
     )
-    template = _template(tokenizer, flags)
+    template = set_up(tokenizer, flags)
     found: dict[str, Any] = {"context": context, "parts": {}, "warnings": []}
     for path in sorted(parts.glob("*.parquet")):
         if path.stem in ("rows", "marked"):
@@ -71,21 +71,6 @@ def check(parts: Path, model: str, flags: dict[str, Any], folder: Path) -> str:
     write_json(folder / CHECK, found)
     counts = ", ".join(f"{name} {part['tokens']:,} tokens" for name, part in found["parts"].items())
     return "\n  ".join([counts, *(f"warning: {warning}" for warning in found["warnings"])])
-
-
-def _template(tokenizer: PreTrainedTokenizerBase, flags: dict[str, Any]) -> str | None:
-    """The chat template that `SFTTrainer` renders with instead of the tokenizer's own, which it may replace."""
-    for name in ("eos_token", "pad_token"):
-        if flags.get(name):
-            setattr(tokenizer, name, flags[name])
-    if source := flags.get("chat_template_path"):
-        if Path(source).is_file():
-            tokenizer.chat_template = Path(source).read_text(encoding="utf-8")
-        else:
-            tokenizer.chat_template = AutoTokenizer.from_pretrained(source).chat_template
-    if flags.get("assistant_only_loss") and not has_generation_markers(tokenizer.chat_template):
-        return get_training_chat_template(tokenizer)
-    return None
 
 
 def _tokens(

@@ -480,7 +480,8 @@ class Plan:
 
     def _evaluate(self, name: str, trained: Stage | None) -> None:
         flags, data = self.recipe.flags("evaluate"), self.parts
-        files = {key: flags[key] for key in ("neutral_text", "options_file", "dataset_name") if flags.get(key)}
+        names = ("neutral_text", "options_file", "dataset_name", "lm_eval_include")
+        files = {key: flags[key] for key in names if flags.get(key)}
         own_data = "dataset_name" in self.recipe.stages.get("evaluate", {})
         settings = self.recipe.split
         has_rows = own_data or settings.eval_size > 0 or settings.eval_dataset or "world" in self.recipe.stages

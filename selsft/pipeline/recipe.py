@@ -24,6 +24,7 @@ import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from ..config import SelectiveSFTConfig
+from ..data.foreign import with_format
 from ..data.loading import parse_columns
 from ..errors import InputError
 from ..evaluation.settings import EvaluateArguments
@@ -42,7 +43,7 @@ def _names(*types: Any) -> set[str]:
 
 
 SFT = _names(SFTConfig)
-DATA = _names(ScriptArguments, DatasetMixtureConfig) | {"columns"}
+DATA = _names(ScriptArguments, DatasetMixtureConfig) | {"columns", "format"}
 MODEL = _names(ModelConfig)
 OWN = _names(SelectiveSFTConfig) - SFT
 FORGET = {name for name in OWN if name.startswith("forget_")}
@@ -210,6 +211,8 @@ def load_recipe(source: str, overrides: list[str]) -> Recipe:
             group.setdefault(place, {})[name] = value
     for flags in (recipe.common, *recipe.stages.values()):
         to_environment(flags)
+    if form := recipe.common.pop("format", None):
+        recipe.common["dataset_name"] = with_format(recipe.common.get("dataset_name"), form)
     _check(recipe)
     return recipe
 

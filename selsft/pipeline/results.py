@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from ..evaluation.harness import compare_harness
 from ..evaluation.settings import METRICS, ROWS
 from ..records import read_json
 from ..secrets import redact
@@ -87,7 +88,7 @@ def results(root: Path) -> dict[str, Any]:
         "selections": {name: {**each, "worst": each["worst"][:30]} for name, each in counts.items()},
         "split": read_json(folders["split"] / "split.json") if "split" in folders else {},
         "check": check,
-        "harness": _harness(models),
+        "harness": compare_harness(models, baseline),
         "accepts": next((read_json(paths[0] / METRICS).get("accepts") for paths in models.values()), None),
         "answers": changed_answers({name: paths[0] / ROWS for name, paths in models.items()}),
         "rows": [],
@@ -259,14 +260,6 @@ def _compare(
     if np.isnan(values[baseline][name]).all():
         return None
     return ArmComparison(baseline, tuple(range(len(values[baseline][name]))), values, None, {}, sizes)
-
-
-def _harness(models: dict[str, list[Path]]) -> dict[str, dict[str, dict[str, float]]]:
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for model, paths in models.items():
-        for task, metrics in (read_json(paths[0] / METRICS).get("lm_eval") or {}).items():
-            found.setdefault(task, {})[model] = metrics
-    return found
 
 
 def _warnings(found: dict[str, Any], run: dict[str, Any]) -> list[dict[str, Any]]:

@@ -22,11 +22,12 @@ import numpy as np
 from datasets import Dataset, Value, concatenate_datasets
 
 from ..data.columns import SCORE_COLUMNS
+from ..data.source_rows import SOURCE_ROW
 from ..data.spans import CORRECTED, SPANS, WEIGHT, has_marks, without_marks
 from ..errors import InputError
 from ..records import write_json
 
-LINE, PART, ROWS = "source_row", "part", "rows.parquet"
+LINE, PART, ROWS = SOURCE_ROW, "part", "rows.parquet"
 """Columns: number of the row in the user's data, from 0, and the part that it is in; and the file with both."""
 MARKS = (SPANS, CORRECTED, WEIGHT, *SCORE_COLUMNS.values())  # columns that say what is wrong
 TRAINED = ("prompt", "completion", "messages", "conversations", "text", "input_ids", "labels")

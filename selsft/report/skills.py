@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..data.cards import write_card
 from ..records import replaced
 from . import charts
 from .page import write_page
@@ -61,6 +62,7 @@ def write_report(folder: Path, found: Any) -> Path:
     for name, frame in frames.items():
         with replaced(folder / "tables" / f"{name}.csv") as file:
             file.write(frame.to_csv(index=False, lineterminator="\n").encode())
+    write_card(folder / "tables", "Tables of a skill study, by `selsft skills`.")
     content = {
         "model": _model(found.manifest),
         "areas": _by_area(sorted(set(found.own["eval_task"])), areas),

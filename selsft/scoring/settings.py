@@ -1,10 +1,12 @@
-"""Flags of `selsft score`."""
+"""Flags of `selsft score` and `selsft tokens`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from ..data.chunks import TOKENS_PER_CHUNK
+
+ENGINES = ("processes", "ray")
 
 
 @dataclass
@@ -37,4 +39,28 @@ class ScoreArguments:
             "for small batches, twice the memory, equal to rounding."
         },
     )
+    engine: str = field(
+        default="processes",
+        metadata={
+            "help": "What runs the models: the processes of this command, or workers on a Ray cluster (pip install "
+            "'selsft[ray]'), to which RAY_ADDRESS leads; without it Ray starts on this machine.",
+            "choices": list(ENGINES),
+        },
+    )
+    ray_workers: int | None = field(
+        default=None,
+        metadata={"help": "How many Ray workers. Default: one per GPU of the cluster, without GPUs one per node."},
+    )
     rescore: bool = field(default=False, metadata={"help": "Remove the scores in the folder, whatever made them."})
+
+
+@dataclass
+class TokensArguments:
+    """Flags of `selsft tokens` only."""
+
+    tokens_dir: str | None = field(
+        default=None, metadata={"help": "Folder for the token ids, which must be new. Default: output_dir."}
+    )
+    part_tokens: int = field(
+        default=TOKENS_PER_CHUNK, metadata={"help": "Tokens of a file: what a server scores before anything is kept."}
+    )

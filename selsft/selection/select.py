@@ -46,6 +46,8 @@ def select_tokens(
     """
     check_dataset("scored", scored)
     args = args if args is not None else SelectiveSFTConfig("unused", use_cpu=True, bf16=False)
+    if args.score == "excess":
+        raise InputError("score='excess' selects in every step, against the model in training: use another score")
     if gone := [
         name for name in ("input_ids", "labels", *READ_COLUMNS[args.score]) if name not in scored.column_names
     ]:
@@ -58,7 +60,7 @@ def select_tokens(
 
 def selection_args(scored: Path, options: dict[str, Any]) -> SelectiveSFTConfig:
     """Settings of a selection: those given, and what the folder of scores was given by judged rows (`chosen`)."""
-    args = SelectiveSFTConfig("unused", use_cpu=True, bf16=False, go_on=True, **options)
+    args = SelectiveSFTConfig("unused", use_cpu=True, bf16=False, **{"go_on": True, **options})
     use_folder(args, scored)
     return args
 

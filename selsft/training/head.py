@@ -67,7 +67,8 @@ class SelectiveHead:
             log-probabilities of the labels, `(batch, width)` float32 without gradient, 0 where `active_rows` has no
             position, and returns the signed weights, of that shape. `token_weights` then says which tokens it chooses
             from (`active_rows` must list them all).
-        positive, forget, beta, floor, anchor: see `selsft_kernels.linear_selective_cross_entropy`.
+        positive, forget, beta, floor, entropy_gate, anchor, z_loss: see
+            `selsft_kernels.linear_selective_cross_entropy`.
     """
 
     def __init__(
@@ -79,7 +80,9 @@ class SelectiveHead:
         forget: str = "unlikelihood",
         beta: float = 1.0,
         floor: float | None = None,
+        entropy_gate: float | None = None,
         anchor: float | None = None,
+        z_loss: float | None = None,
         metrics: bool = False,
         choose: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
@@ -90,7 +93,9 @@ class SelectiveHead:
         self.forget = forget
         self.beta = beta
         self.floor = floor
+        self.entropy_gate = entropy_gate
         self.anchor = anchor
+        self.z_loss = z_loss
         self.metrics = metrics
         self.choose = choose
 
@@ -276,7 +281,9 @@ def _selective_loss(
         forget=head.forget,
         beta=head.beta,
         floor=head.floor,
+        entropy_gate=head.entropy_gate,
         anchor=head.anchor,
+        z_loss=head.z_loss,
         active_rows=rows,
         outputs=("logprob", "entropy", "is_top1"),
         **keywords,

@@ -41,7 +41,7 @@ _PLAIN_SCORE = {"score_base_weight": 1.0, "score_pooling": "token"}
 _SCORE_ONLY = ("judged", "judged_test", "judged_group", "target_precision", "probe_clean", "probe_corruptions")
 _FORGETTING = (
     "forget_objective", "forget_weight", "forget_schedule", "forget_normalization", "forget_beta", "forget_floor",
-    "anchor_weight",
+    "entropy_gate", "anchor_weight", "z_loss_weight",
 )  # fmt: skip
 
 

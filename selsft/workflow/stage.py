@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..data.cards import write_card
+from ..data.foreign import split_format
 from ..data.loading import BUILDERS
 from ..errors import InputError
 from ..records import file_sha256, now, read_json, sweep, versions, write_json
@@ -101,6 +103,7 @@ class Stage:
         write_json(self.folder / RECORD, record)
         start = time.perf_counter()
         remark = self.work(self.folder)
+        write_card(self.folder, f"Rows of the stage {self.name} of `selsft run`.")
         seconds = time.perf_counter() - start
         record |= {"status": "finished", "seconds": round(seconds, 1), "outputs": _contents(self.folder)}
         write_json(self.folder / RECORD, record)
@@ -194,8 +197,9 @@ def model_source(name: str, revision: str | None = None) -> str:
 def data_source(name: str) -> str:
     """What identifies a data set: the content of a file or folder; on the Hub its name alone, so that a new version
     there is read only on request (`--from split`)."""
-    if Path(name).exists():
-        return file_fingerprint(name)
-    if Path(name).suffix in BUILDERS:
-        raise InputError(f"dataset_name={name!r}: no such file in {os.getcwd()}")
+    form, path = split_format(name)
+    if Path(path).exists():
+        return file_fingerprint(path) + (f" {form}" if form else "")
+    if form or Path(path).suffix in BUILDERS:
+        raise InputError(f"dataset_name={path!r}: no such file in {os.getcwd()}")
     return name

@@ -53,8 +53,8 @@ def test_every_kernel_module_has_a_twin() -> None:
     called = {
         "rows": {"loss_rows", "grad_rows"},
         "fold": {"fold", "natural"},
-        "target_dot": {"target_logits"},
-        "scale": {"scale_in_place"},
+        "gather": {"select_rows", "take_rows"},
+        "scale": {"scale_in_place", "scale_into"},
     }
     for name, functions in called.items():
         kernel, twin = (

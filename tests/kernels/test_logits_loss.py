@@ -117,6 +117,14 @@ def test_anchor_to_the_reference() -> None:
     check(p, logits_of(p))
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 3.0, "logit_scale": -1.7, "anchor": 0.7}], ids=["plain", "others"]
+)
+def test_z_loss(options: dict) -> None:
+    p = problem(rows=40, z_loss=0.02, floor=-4.0, **options)
+    check(p, logits_of(p))
+
+
 def test_positives_gated_by_entropy() -> None:
     p = problem(rows=40, entropy_gate=2.5, floor=-4.0)
     check(p, logits_of(p))

@@ -16,7 +16,7 @@ if backend.INTERPRETED:
 
 from triton.backends.compiler import GPUTarget
 
-from selsft_kernels import rows_triton, target_dot_triton
+from selsft_kernels import gather_triton, rows_triton, scale_triton
 from tests.support.kernel_build import (
     AMPERE,
     EVERYTHING,
@@ -55,7 +55,9 @@ def test_other_kernels(target: GPUTarget) -> None:
     tile = {"LANES": 512, "VEC": 8, "ALIGNED": True}
     strides = {"out_stride": 4096, "raw_stride": 4096, "vocab": 4096}
     assert build(rows_triton.grad_rows_kernel, target, "bf16", {"num_warps": 4}, strides, **transform, **tile).asm
-    sizes = dict.fromkeys(("x_stride", "weight_stride_v", "lora_b_stride", "raw_stride", "hidden", "vocab"), 4096)
-    sizes |= {"weight_stride_h": 1, "rank": 16}
-    dot = {"HAS_BIAS": True, "HAS_LORA": True, "HAS_RAW": True, "FLIP": True, "BLOCK": 2048, "RANK_BLOCK": 16}
-    assert build(target_dot_triton.target_dot_kernel, target, "bf16", {"num_warps": 4}, sizes, **dot).asm
+    sizes = dict.fromkeys(("input_stride", "weight_stride_v", "hidden", "vocab"), 4096)
+    sizes |= {"input_stride_h": 1, "weight_stride_h": 1, "first": 0, "ignore_index": -100}
+    gather = {"HAS_ROWS": True, "HAS_REFERENCE": True, "HAS_BIAS": True, "COPY": True, "BLOCK": 2048}
+    assert build(gather_triton.gather_kernel, target, "bf16", {"num_warps": 4}, sizes, **gather).asm
+    width = {"hidden": 4096}
+    assert build(scale_triton.scale_rows_kernel, target, "bf16", {"num_warps": 4}, width, BLOCK=2048).asm

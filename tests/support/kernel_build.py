@@ -10,14 +10,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from selsft_kernels import fold_triton, rows_triton, target_dot_triton
+from selsft_kernels import fold_triton, gather_triton, rows_triton
 from selsft_kernels.chunking import padded
 
 HOPPER, AMPERE, MI300 = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 80, 32), GPUTarget("hip", "gfx942", 64)
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-POINTERS = {"target_ptr": "*i64", "column_ptr": "*i64", "is_top1_ptr": "*i1"}
-FLOATS = {"scale", "softcap", "beta", "floor", "gate", "anchor", "lora_scale"}
-DATA = {"raw_ptr", "out_ptr", "x_ptr", "weight_ptr", "lora_b_ptr"}
+POINTERS = {"is_top1_ptr": "*i1"} | dict.fromkeys(("target_ptr", "target_out_ptr", "column_ptr", "rows_ptr"), "*i64")
+FLOATS = {"scale", "softcap", "beta", "floor", "gate", "anchor", "z_loss", "lora_scale"}
+DATA = {"raw_ptr", "out_ptr", "x_ptr", "input_ptr", "weight_ptr"}
 
 
 def build(
@@ -25,8 +25,8 @@ def build(
 ) -> Any:
     """A compiled kernel for pointers at multiples of 16 bytes and these integers, specialised as a launch would."""
     names = kernel.arg_names
-    # `weight_ptr` is the head in the dot, and the token weights elsewhere; `out_ptr` of the dot is fp32.
-    data = DATA - ({"out_ptr"} if kernel is target_dot_triton.target_dot_kernel else {"weight_ptr"})
+    # `weight_ptr` is the head in the gather, and the token weights elsewhere.
+    data = DATA - (set() if kernel is gather_triton.gather_kernel else {"weight_ptr"})
     signature, hints = {}, {}
     for place, name in enumerate(names):
         if name in constants:
@@ -53,6 +53,7 @@ def row_constants(**changes: Any) -> dict[str, Any]:
         "ENTROPY",
         "GATE",
         "ANCHOR",
+        "ZLOSS",
         "IS_TOP1",
         "KEEP",
         "MASKED",
@@ -70,6 +71,7 @@ EVERYTHING = row_constants(
     ENTROPY=True,
     GATE=True,
     ANCHOR=True,
+    ZLOSS=True,
     IS_TOP1=True,
     KEEP=True,
     FORGET="npo",

@@ -101,7 +101,7 @@ def log_probabilities(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def token_losses(lp: Tensor, l1mp: Tensor, p: Problem, z: Tensor | None = None) -> Tensor:
-    """`|w| L` of each row, fit for autograd: what is under a stop-gradient is detached. An entropy gate needs z."""
+    """`|w| L` of each row, what is under a stop-gradient is detached. An entropy gate and a z-loss need z."""
     positive, forget = p.options.get("positive", "nll"), p.options.get("forget", "unlikelihood")
     beta, floor = p.options.get("beta", 1.0), p.options.get("floor")
     reference = p.reference.to(lp.dtype)
@@ -127,6 +127,9 @@ def token_losses(lp: Tensor, l1mp: Tensor, p: Problem, z: Tensor | None = None) 
     if p.options.get("anchor") is not None:
         q = torch.stack([reference, torch.log1p(-reference.exp())]).exp()
         value = value + p.options["anchor"] * (q * (q.log() - torch.stack(both))).nan_to_num(0.0).sum(0)
+    if p.options.get("z_loss") is not None:
+        assert z is not None
+        value = value + p.options["z_loss"] * z.logsumexp(1) ** 2
     return value[used(p)]
 
 

@@ -77,6 +77,41 @@ def test_anchor_adds_the_divergence_from_the_start(options, tmp_path):
 
 
 @pytest.mark.parametrize("normalization", ["joint", "separate"])
+def test_terms_beside_the_objective_on_materialised_logits(normalization, options):
+    """Loss and gradient of the first step, against autograd through ordinary logits in float64."""
+    gate, data = 5.698, weighted_data(12)  # the tiny model's entropies lie on both sides
+    run = make(
+        options, data, entropy_gate=gate, z_loss_weight=0.01, forget_normalization=normalization, forget_weight=0.7,
+        forget_schedule="constant", per_device_train_batch_size=4, gradient_accumulation_steps=3, max_steps=1,
+    )  # fmt: skip
+    rows = list(run.train_dataset)
+    run.train()
+    model = tiny.llama().double()
+    positive, negative, squares, shares = [], [], [], []
+    for row in rows:
+        logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        logps = logits.log_softmax(-1)
+        entropy = -(logps.exp() * logps).sum(-1).detach()
+        for place, weight in enumerate(row["token_weights"][1:]):
+            if not weight or row["labels"][place + 1] == -100:
+                continue
+            logp = logps[place, row["input_ids"][place + 1]]
+            squares.append(logits[place].logsumexp(-1) ** 2)
+            if weight > 0:
+                shares.append(min(1.0, entropy[place].item() / gate))
+                positive.append(-weight * shares[-1] * logp)
+            else:
+                negative.append(weight * torch.log1p(-logp.exp()))
+    assert min(shares) < 1.0 == max(shares)
+    counts = (len(positive) + len(negative),) * 2 if normalization == "joint" else (len(positive), len(negative))
+    loss = (sum(positive) + 0.01 * sum(squares)) / counts[0] + 0.7 * sum(negative) / counts[1]
+    loss.backward()
+    norm = torch.stack([each.grad.norm() for each in model.parameters()]).norm().item()
+    assert steps(run)[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert steps(run)[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("normalization", ["joint", "separate"])
 def test_batches_of_a_step_are_one_batch(normalization, options):
     histories, states = [], []
     for size in (8, 4, 1):
@@ -328,8 +363,8 @@ def test_refused_with_a_reason(case, options):
     ("field", "value"),
     [
         ("forget_weight", -0.1), ("forget_weight", math.nan), ("positive_fraction", 1.5), ("neutral_band", -1.0),
-        ("forget_beta", 0.0), ("forget_floor", 0.5),
-        ("anchor_weight", 0.0), ("scoring_batch_size", 0), ("forget_objective", "ascent"),
+        ("forget_beta", 0.0), ("forget_floor", 0.5), ("entropy_gate", 0.0), ("entropy_gate", math.inf),
+        ("anchor_weight", 0.0), ("z_loss_weight", 0.0), ("scoring_batch_size", 0), ("forget_objective", "ascent"),
         ("forget_schedule", "step"), ("selection_scope", "batch"), ("forget_normalization", "mean"), ("score", "loss"),
     ],
 )  # fmt: skip

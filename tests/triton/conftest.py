@@ -44,8 +44,8 @@ def device() -> torch.device:
 @pytest.fixture
 def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels go along a row in several steps also for the small vocabularies of these tests: 64 bytes at a time."""
-    from selsft_kernels import fold_triton, rows_triton, target_dot_triton
+    from selsft_kernels import fold_triton, gather_triton, rows_triton
 
     monkeypatch.setattr(rows_triton, "_MAX_LANES", 4)
     monkeypatch.setattr(fold_triton, "_MAX_LANES", 4)
-    monkeypatch.setattr(target_dot_triton, "_MAX_BLOCK", 8)
+    monkeypatch.setattr(gather_triton, "_MAX_BLOCK", 8)
