@@ -52,9 +52,9 @@ def main(argv: list[str]) -> int:
     resume = check_paths(arguments, settings)
     check_model_and_data(arguments)
     check_trackers(arguments.training.report_to)
-    scored = bool(arguments.source.name) and is_scored(arguments.source.name)
-    if scored:
-        use_folder(arguments.training, arguments.source.name)
+    scored = arguments.source.name if arguments.source.name and is_scored(arguments.source.name) else None
+    if scored is not None:
+        use_folder(arguments.training, scored)
     output = Path(str(arguments.training.output_dir))
     with at_work(output, "output_dir", "checkpoints are kept in it, the same command resumes from the last one"):
         if needs_launch(arguments.launch):
@@ -62,8 +62,8 @@ def main(argv: list[str]) -> int:
             return launch_command("train", arguments.launch, own, arguments.training.use_cpu)
         evaluate = arguments.training.eval_strategy != "no"
         trainer = build_trainer(arguments, evaluate)
-        if scored:
-            check_scored_for(arguments.source.name, trainer)
+        if scored is not None:
+            check_scored_for(scored, trainer)
         _train(trainer, arguments, resume, settings)
     return 0
 
@@ -172,8 +172,8 @@ def _validate(arguments: Arguments, splits: dict[str, Split | None], scored: boo
         chat_template_path=training.chat_template_path,
     )  # fmt: skip
     for what, data in splits.items():
-        if data is not None:
-            validate_rows(data, facts, training, what=what, context=scored)
+        if data is not None and (warning := validate_rows(data, facts, training, what=what, context=scored)):
+            logger.warning(warning)
     return facts.processor
 
 
