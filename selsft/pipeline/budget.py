@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from ..config import SelectiveSFTConfig
 from ..data.judged import tokenize_rows
-from ..data.loading import DataSource, load_rows, parse_columns
+from ..data.loading import DataSource, load_rows
 from ..data.spans import without_marks
 from ..errors import input_errors
 from ..evaluation.harness import Requests
@@ -65,7 +65,7 @@ def count_tokens(plan: Plan) -> dict[str, tuple[int, int]]:
         data = load_rows(
             DataSource(
                 recipe.get("dataset_name"), recipe.get("dataset_config"), recipe.get("dataset_train_split", "train"),
-                columns=parse_columns(recipe.get("columns")),
+                columns=recipe.columns,
             ), text,
         )  # fmt: skip
         sample = without_marks(data.select(range(min(SAMPLE, len(data)))), text)

@@ -22,29 +22,8 @@ from .arms import ORACLE, PLAIN
 from .check import CHECK
 from .outlook import OUTLOOK, Outlook
 from .samples import changed_answers, coloured_rows
-from .verdict import verdict
+from .verdict import MEASURES, TOTALS, verdict
 
-# measure -> label, whether more is better, digits, column of values, column of sizes
-MEASURES: dict[str, tuple[str, bool | None, int, str, str | None]] = {
-    "exact_match": ("exact match of greedy answers", True, 3, "exact_match", None),
-    "preference": ("prefers the right text of a minimal pair", True, 3, "preference", None),
-    "margin": ("log-probability of the right over the wrong text of a pair, nats", True, 2, "margin", None),
-    "gap": ("log-probability of right over wrong tokens, nats a token", True, 3, "gap", None),
-    "nll": ("negative log-likelihood of held-out answers, nats a token", False, 3, "nll", "tokens"),
-    "nll_right": ("the same, of tokens judged right", False, 3, "nll_right", "right_tokens"),
-    "nll_wrong": ("the same, of tokens judged wrong", True, 3, "nll_wrong", "wrong_tokens"),
-    "word_f1": ("overlap of words (F1) of greedy answers", True, 3, "word_f1", None),
-    "chrf": ("overlap of characters (chrF) of greedy answers", True, 3, "chrf", None),
-    "eos_rate": ("answers that end by themselves", True, 3, "ended", None),
-    "answer_tokens": ("tokens of an answer", None, 1, "answer_tokens", None),
-    "kl_to_base": ("KL to the base on the prompts, nats", False, 4, "kl_to_base", None),
-}
-# measure without a value for each row -> label, whether more is better, digits
-TOTALS: dict[str, tuple[str, bool, int]] = {
-    "text_nats_per_token": ("neutral text, nats a token", False, 4),
-    "options_acc": ("accuracy on options", True, 3),
-    "options_acc_norm": ("accuracy on options, by length", True, 3),
-}
 _HINTS = {
     "exact_match": "free text hardly ever matches word for word",
     "eos_rate": "raise or lower evaluate.max_new_tokens",
@@ -118,9 +97,14 @@ def _arm(
     curves = [_curve(record) for record in records]
     shares = [step["negative_fraction"] for curve in curves for step in curve if "negative_fraction" in step]
     share = float(np.mean(shares)) if shares else None
+    weights = next((each for record in records if (each := record.get("data", {}).get("weights"))), None)
+    left_out = share
+    if weights is not None:  # what the rows themselves say, whether a step was logged or not
+        total = max(sum(weights.values()), 1)
+        share, left_out = weights["negative"] / total, (weights["negative"] + weights["neutral"]) / total
     chosen = counts.get(f"select-{name}", counts.get("select"))
     if chosen is not None and arm["kind"] not in (PLAIN, ORACLE):
-        share = chosen["negative"] / max(chosen["trained"], 1)
+        share = left_out = chosen["negative"] / max(chosen["trained"], 1)
     return {
         "name": name,
         "kind": arm["kind"],
@@ -134,6 +118,7 @@ def _arm(
         "seconds": [record.get("finished", {}).get("seconds") for record in records if record],
         "steps": next((record["finished"].get("steps") for record in records if record.get("finished")), None),
         "negative": None if arm["kind"] == PLAIN else share,
+        "selected": None if arm["kind"] == PLAIN else left_out,
         "curve": curves[0] if curves else [],
         "device": next((record.get("device") for record in records if record), None),
     }
