@@ -40,7 +40,7 @@ $(DEEPSPEED)/.installed: $(STAMP)
 # Scoring on a local Ray cluster whose workers are killed. Ray is in an environment on top of the other one.
 RAY := .venv-ray
 test-ray: $(RAY)/.installed
-	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(RAY)/bin/python -m pytest -q tests/test_score_ray.py
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(RAY)/bin/python -m pytest -q tests/test_score_ray.py
 
 $(RAY)/.installed: $(STAMP)
 	test -x $(RAY)/bin/python || $(PYTHON) -m venv $(RAY)

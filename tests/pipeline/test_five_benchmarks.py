@@ -88,14 +88,23 @@ def test_requests_are_counted(five):
     assert (found.documents, found.read, found.written) == (8, sum(prompts) + sum(wholes), 12)
 
 
-def test_answers_are_greedy(five, capsys):
-    def answers(seed):
-        flags = ["--model_name_or_path", "model", "--lm_eval_tasks", "tydiqa_goldp", "--lm_eval_include", "tasks"]
-        flags += ["--use_cpu", "true", "--bf16", "false", "--seed", str(seed), "--evaluation_dir", f"out-{seed}"]
-        assert main(["evaluate", *flags]) == 0
-        return pq.read_table(f"out-{seed}/{DOCUMENTS}").to_pylist()
+def test_answers_are_greedy(five, monkeypatch):
+    """The task asks for samples."""
+    from lm_eval.models.huggingface import HFLM
 
-    assert answers(1) == answers(2) and "tydiqa_goldp_en" in Path("out-1", METRICS).read_text()
+    asked, generate = [], HFLM._model_generate
+
+    def record(self, *args, **kwargs):
+        asked.append(kwargs)
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(HFLM, "_model_generate", record)
+    flags = ["--model_name_or_path", "model", "--lm_eval_tasks", "tydiqa_goldp", "--lm_eval_include", "tasks"]
+    assert main(["evaluate", *flags, "--use_cpu", "true", "--bf16", "false", "--evaluation_dir", "out"]) == 0
+    assert asked and not any(each.get("do_sample") or each.get("temperature") for each in asked)
+    kept = pq.read_table(f"out/{DOCUMENTS}").to_pylist()
+    assert len(kept) == 6 and {row["task"] for row in kept} == {"tydiqa_goldp_en"}
+    assert "tydiqa_goldp_en" in Path("out", METRICS).read_text()
 
 
 def test_differences_are_paired_over_documents_and_seeds(tmp_path):
