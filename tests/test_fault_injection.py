@@ -19,7 +19,7 @@ import selsft.cli.evaluate
 import selsft.cli.inspect
 import selsft.cli.score
 import selsft.cli.train
-import selsft.pipeline.plan
+import selsft.pipeline.stages
 import selsft.report.inspect
 import selsft.skills.study
 from tests.support import commands
@@ -53,7 +53,7 @@ def inputs(tmp_path_factory):
 
 def in_this_process() -> None:
     """The commands that `selsft run` starts run in its own process, so that their writes are counted, too."""
-    selsft.pipeline.plan.run_child = lambda argv: commands.main(list(argv[3:]))
+    selsft.pipeline.stages.run_child = lambda argv: commands.main(list(argv[3:]))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """`score_dataset` with judged rows: what it fits, measures, refuses, and hands to training."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from selsft import SelectiveSFTConfig, SelectiveSFTTrainer
 from selsft.cli import main
 from selsft.data.scored_folder import load_scores, read_manifest
 from selsft.errors import InputError
+from selsft.evaluation.judging import choose_threshold
 from selsft.score import score_dataset
 from selsft.selection.chosen import use_folder
 from tests.support import judged, tiny
@@ -56,6 +58,9 @@ def test_a_probe_is_fitted_measured_and_used_by_training(score, options, tmp_pat
         assert found[sample]["random"]["token"]["auc"] < 0.7
     assert found["probe"]["labels"] == "judged rows" and found["test_threshold"]["precision"] > 0.8
     assert [line["share"] for line in found["learning_curve"]] == [0.25, 0.5, 1.0, 2.0]
+    again, threshold = choose_threshold(tmp_path / "scored", 0.9)  # from the folder, without a model
+    assert again == {name: found[name] for name in ("threshold", "test_threshold")}
+    assert asdict(threshold) == found["threshold"]
     args = train_settings(options)
     use_folder(args, tmp_path / "scored")
     assert args.score == "probe" and args.pooling == "word"

@@ -147,6 +147,11 @@ def size_option(name: str, value: int | None) -> None:
         raise ValueError(f"{name}={value} must be None or at least 1")
 
 
+def bound(name: str, value: float | None) -> None:
+    if value is not None and not 0 <= value < math.inf:
+        raise ValueError(f"{name}={value} must be None or a finite number of at least 0")
+
+
 def row_indices(rows: Tensor | None, input: Tensor) -> None:
     if rows is None:
         return
@@ -159,18 +164,29 @@ def contents(target: Tensor, rows: Tensor | None, vocab: int, ignore_index: int)
     """Checks the values in `target` [N] and `active_rows` [M]; on CPU tensors only (see above)."""
     if target.device.type != "cpu":
         return
-    bad = ((target < 0) | (target >= vocab)) & (target != ignore_index)
-    if bad.any():
-        raise ValueError(
-            f"target has the value {int(target[bad][0])}; it must be in [0, {vocab}) or ignore_index={ignore_index}"
-        )
+    low, high = extent(target)
+    if low < 0 or high >= vocab:
+        bad = ((target < 0) | (target >= vocab)) & (target != ignore_index)
+        if bad.any():
+            raise ValueError(
+                f"target has the value {int(target[bad][0])}; it must be in [0, {vocab}) or ignore_index="
+                f"{ignore_index}"
+            )
     if rows is None or rows.numel() == 0:
         return
     total = target.numel()
-    low, high = int(rows.min()), int(rows.max())
+    low, high = extent(rows)
     if low < 0 or high >= total:
         raise ValueError(f"active_rows has the value {low if low < 0 else high}; it must be in [0, {total})")
     seen = torch.zeros(total, dtype=torch.bool)
     seen[rows] = True
     if int(seen.sum()) != rows.numel():
         raise ValueError("active_rows names a row twice; pass each index once")
+
+
+def extent(values: Tensor) -> tuple[int, int]:
+    """The least and the greatest value; `(0, 0)` of none."""
+    if values.numel() == 0:
+        return 0, 0
+    low, high = torch.aminmax(values)
+    return int(low), int(high)

@@ -25,8 +25,9 @@ def select_rows(
     """The rows to compute, with what is known of each."""
     rows = used_rows(target, token_weight, index, ignore_index)
     if rows is not None:
-        target, token_weight = target[rows], token_weight[rows]
-        reference = None if reference is None else reference[rows]
+        # Of small tensors, `index_select` costs a third of what indexing does.
+        target, token_weight = target.index_select(0, rows), token_weight.index_select(0, rows)
+        reference = None if reference is None else reference.index_select(0, rows)
     elif reference is not None:
         reference = reference.contiguous()
     target, token_weight = without_ignored(target, token_weight, ignore_index)
@@ -44,13 +45,13 @@ def take_rows(input: Tensor, work: Work, start: int, end: int, head: Head) -> tu
     if work.rows is None:
         x = input[start:end]
     else:
-        x, skip = input[work.rows[start:end]], work.weight[start:end] == 0
+        x, skip = input.index_select(0, work.rows[start:end]), work.weight[start:end] == 0
         # Looking is cheaper than a pass over x.
         x = x.masked_fill_(skip.unsqueeze(1), 0.0) if skip.any() else x
     x = x.to(weight.dtype)
     given = work.target[start:end]
     target = given.clamp(0, weight.shape[0] - 1)
-    logit = (x.float() * weight[target].float()).sum(-1)
+    logit = (x.float() * weight.index_select(0, target).float()).sum(-1)
     if bias is not None:
-        logit.add_(bias[target])
+        logit.add_(bias.index_select(0, target))
     return x, logit.masked_fill_(given != target, torch.nan)

@@ -154,6 +154,7 @@ class _LinearLogprob(torch.autograd.Function):
             entropy=False,
             is_top1=False,
             chunk_size=None,
+            dead_below=None,
             compute_dtype=s.compute_dtype,
             weight_grad_dtype=torch.float32,
             ignore_index=s.ignore_index,

@@ -63,6 +63,7 @@ class _Settings(NamedTuple):
     entropy: bool
     is_top1: bool
     chunk_size: int | None
+    dead_below: float | None
     compute_dtype: torch.dtype
     weight_grad_dtype: torch.dtype
     ignore_index: int
@@ -93,6 +94,7 @@ def linear_loss_op(
     entropy: bool,
     is_top1: bool,
     chunk_size: int | None,
+    dead_below: float | None,
     compute_dtype: torch.dtype,
     weight_grad_dtype: torch.dtype,
     ignore_index: int,
@@ -111,7 +113,7 @@ def linear_loss_op(
         listed = active_rows is not None
         grads = allocate(input[: work.size] if listed else input, head, work, needs, weight_grad_dtype, listed=listed)
         stats = new_stats(work.size, input.device, entropy, is_top1)
-        chunk_loop(input, head, work, objective, stats, grads, chunk_size, listed=listed)
+        chunk_loop(input, head, work, objective, stats, grads, chunk_size, dead_below, listed=listed)
         assert stats.loss is not None
         outputs = [spread(t, work.rows, target) for t in (stats.logprob, stats.entropy, stats.is_top1)]
         loss = stats.loss.sum()
@@ -122,8 +124,8 @@ def linear_loss_op(
 @linear_loss_op.register_fake
 def _(
     input, weight, bias, lora_a, lora_b, target, token_weight, reference, active_rows, positive, forget, beta, floor,
-    entropy_gate, anchor, z_loss, softcap, logit_scale, lora_scale, entropy, is_top1, chunk_size, compute_dtype,
-    weight_grad_dtype, ignore_index, needs,
+    entropy_gate, anchor, z_loss, softcap, logit_scale, lora_scale, entropy, is_top1, chunk_size, dead_below,
+    compute_dtype, weight_grad_dtype, ignore_index, needs,
 ):  # fmt: skip
     f32 = torch.float32
     n = target.shape
@@ -163,9 +165,13 @@ def allocate(
     if needs[0]:
         new_input = torch.empty if listed or work.rows is None else torch.zeros
         d_input = new_input(input.shape, device=input.device, dtype=head.weight.dtype)
+    d_weight = None
+    if needs[1]:
+        d_weight = new(head.weight, dtype=weight_grad_dtype, memory_format=torch.contiguous_format)
+        d_weight = backend.in_large_pages(d_weight)
     return Gradients(
         d_input,
-        new(head.weight, dtype=weight_grad_dtype, memory_format=torch.contiguous_format) if needs[1] else None,
+        d_weight,
         torch.zeros_like(bias, dtype=f32) if needs[2] and bias is not None else None,
         new(lora.a, dtype=f32, memory_format=torch.contiguous_format) if needs[3] and lora is not None else None,
         new(lora.b, dtype=f32, memory_format=torch.contiguous_format) if needs[4] and lora is not None else None,
@@ -192,6 +198,7 @@ def chunk_loop(
     stats: RowStats,
     grads: Gradients,
     chunk_size: int | None,
+    dead_below: float | None,
     *,
     listed: bool,
 ) -> None:
@@ -224,18 +231,22 @@ def chunk_loop(
             work.weight[start:end],
             None if work.reference is None else work.reference[start:end],
         )
+        filled = stats.part(start, end)
+        if want_grad and dead_below is not None:
+            filled = filled._replace(lse=torch.empty_like(logit), grad=torch.empty_like(logit))
+            filled = filled._replace(others=torch.empty_like(logit))
         factor = rows.loss_rows(
             raw,
             targets,
             head.transform,
             objective,
-            stats.part(start, end),
+            filled,
             want_grad=want_grad,
             padding=buffer.shape[1] - vocab,
         )
         if want_grad:
             place = slice(start, end) if index is None else index
-            alive = living_rows(factor)
+            alive = living_rows(end - start, factor, filled, dead_below)
             if alive is not None:
                 if grads.input is not None:
                     grads.input[place] = 0.0
@@ -245,16 +256,22 @@ def chunk_loop(
             add_gradients(grads, raw, factor, x, head, lora_hidden, place, first=start == 0)
 
 
-def living_rows(factor: Tensor | None) -> Tensor | None:
-    """The rows of a chunk whose gradient is not exactly 0, int64; None if the others are too few to leave them out.
+def living_rows(rows: int, factor: Tensor | None, stats: RowStats, dead_below: float | None) -> Tensor | None:
+    """Those of the `rows` rows of a chunk whose gradient counts, int64; None if too few others can be left out.
 
-    Negative tokens below the floor, or forgotten so far that fp32 has no gradient left. Taking the others together
-    costs a fifth of a product. On a GPU the host does not know how many there are, and does not wait to know.
+    The others are negative tokens below the floor, or forgotten so far that nothing of their gradient is left. Taking
+    the living together costs a fifth of a product. On a GPU the host has to wait to know how many there are, so there
+    it is done only where `dead_below` asks for it.
     """
-    if factor is None or factor.device.type != "cpu":
+    if dead_below is not None and stats.grad is not None and stats.others is not None:
+        # A comparison with NaN is false, so that such a row is alive.
+        dead = (stats.grad.abs() <= dead_below) & (stats.others.abs() <= dead_below)
+        alive = dead.logical_not_().nonzero().squeeze(1)
+    elif factor is not None and factor.device.type == "cpu":
+        alive = factor.nonzero().squeeze(1)
+    else:
         return None
-    alive = factor.nonzero().squeeze(1)  # a NaN is not 0
-    return alive if alive.numel() <= _LIVING_SHARE * factor.numel() else None
+    return alive if alive.numel() <= _LIVING_SHARE * rows else None
 
 
 def add_gradients(
@@ -318,14 +335,14 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output, *_):
-        rows, *made = ctx.saved_tensors
+        rows, d_input, *made = ctx.saved_tensors
+        first, *rest = zip(ctx.needs, ctx.dtypes, strict=True)
+        d_input = spread_scaled(d_input, rows, grad_output, first[1], ctx.shape) if first[0] else None
         grads = [
             scaled(grad, grad_output, dtype) if needed else None
-            for grad, needed, dtype in zip(made[1:], ctx.needs[1:], ctx.dtypes[1:], strict=True)
+            for grad, (needed, dtype) in zip(made, rest, strict=True)
         ]
-        d_input = spread_scaled(made[0], rows, grad_output, ctx.dtypes[0], ctx.shape) if ctx.needs[0] else None
-        grads.insert(0, d_input)
-        return None, None, *grads, None, None, None, None
+        return None, None, d_input, *grads, None, None, None, None
 
 
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -395,6 +412,7 @@ def linear_selective_cross_entropy(
     ignore_index: int = -100,
     outputs: Sequence[str] = ("logprob",),
     chunk_size: int | None = None,
+    dead_below: float | None = None,
     weight_grad_dtype: torch.dtype | None = None,
 ) -> SelectiveLossOutput:
     """Likelihood for positive tokens and a forgetting objective for negative ones, without the logits of the batch.
@@ -432,6 +450,11 @@ def linear_selective_cross_entropy(
         ignore_index: The target of rows to skip.
         outputs: Any of `"logprob"`, `"entropy"`, `"is_top1"`.
         chunk_size: Rows at a time; None chooses (`chunking.training_rows`).
+        dead_below: Rows with `|w| |dL/dm|` of at most this are left out of the products for the gradients, where they
+            are a quarter of a chunk or more. What is lost of a row's hidden state's gradient is at most
+            `2 dead_below |logit_scale|` times the norm of the longest row of the head, and of the head's gradient
+            likewise times that of the hidden state. None: 0 on a CPU, where nothing is lost; no row on a GPU, whose
+            host would have to wait for the device to know which.
         weight_grad_dtype: What the gradient of the head is accumulated in over the chunks: float32, or the dtype of
             the head for half of the memory and a rounding per chunk. None chooses: the dtype of a 16-bit head where
             all rows fit one chunk (`chunking.one_chunk`), so that nothing is accumulated; else float32.
@@ -457,6 +480,7 @@ def linear_selective_cross_entropy(
     wanted = checks.output_names(outputs)
     checks.row_indices(active_rows, input)
     checks.size_option("chunk_size", chunk_size)
+    checks.bound("dead_below", dead_below)
     if weight_grad_dtype not in (None, torch.float32, compute_dtype):
         raise ValueError(f"weight_grad_dtype={weight_grad_dtype} must be None, torch.float32 or {compute_dtype}")
     if weight_grad_dtype is None:
@@ -480,6 +504,7 @@ def linear_selective_cross_entropy(
         "entropy" in wanted or entropy_gate is not None,
         "is_top1" in wanted,
         chunk_size,
+        dead_below,
         compute_dtype,
         weight_grad_dtype,
         ignore_index,

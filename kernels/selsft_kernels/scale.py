@@ -24,4 +24,4 @@ def scale_into(out: Tensor, rows: Tensor, grad: Tensor, factor: Tensor) -> None:
 
     No matrix product writes through an index. This pass does, which the multiplication needs anyway.
     """
-    out[rows] = (grad * factor).to(out.dtype)
+    out.index_copy_(0, rows, (grad * factor).to(out.dtype))

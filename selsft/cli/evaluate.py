@@ -81,6 +81,8 @@ def _check(extra: EvaluateArguments) -> None:
         path = getattr(extra, name)
         if path and not Path(path).is_file():
             raise InputError(f"{name}={path!r}: no such file in {os.getcwd()}")
+    if extra.lm_eval_include and not Path(extra.lm_eval_include).is_dir():
+        raise InputError(f"lm_eval_include={extra.lm_eval_include!r}: no such folder in {os.getcwd()}")
 
 
 def _models(arguments: Arguments) -> list[str]:
@@ -136,14 +138,17 @@ def _evaluate(arguments: Arguments, has_rows: bool, kept: Kept) -> tuple[dict[st
         metrics |= accuracy
         tables["options.parquet"] = table
     if extra.lm_eval_tasks:
-        from ..evaluation.harness import run_harness
+        from ..evaluation.harness import DOCUMENTS, document_table, run_harness
 
         names = [task.strip() for task in extra.lm_eval_tasks.split(",") if task.strip()]
         with input_errors():
-            metrics["lm_eval"] = kept.one(
-                "harness", "lm-evaluation-harness", [names, extra.lm_eval_limit],
-                lambda: run_harness(model, tokenizer, names, limit=extra.lm_eval_limit),
+            metrics["lm_eval"], documents = kept.one(
+                "harness", "lm-evaluation-harness", [names, extra.lm_eval_limit, extra.lm_eval_include],
+                lambda: run_harness(
+                    model, tokenizer, names, limit=extra.lm_eval_limit, include_path=extra.lm_eval_include
+                ),
             )  # fmt: skip
+        tables[DOCUMENTS] = document_table(documents)
     return metrics, tables
 
 

@@ -167,8 +167,8 @@ def _validate(arguments: Arguments, splits: dict[str, Split | None], scored: boo
         chat_template_path=training.chat_template_path,
     )  # fmt: skip
     for what, data in splits.items():
-        if data is not None:
-            validate_rows(data, facts, training, what=what, context=scored)
+        if data is not None and (warning := validate_rows(data, facts, training, what=what, context=scored)):
+            logger.warning(warning)
     return facts.processor
 
 

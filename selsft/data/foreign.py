@@ -19,12 +19,14 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from datasets import Dataset, IterableDataset
 
 from ..errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
 
 Row = dict[str, Any]
 Range = tuple[int, int, bool]  # start, end, and whether it is surely wrong
@@ -92,6 +94,8 @@ def read_marked(content: str, form: str, name: str) -> Dataset:
     if not rows:
         raise InputError(f"{where} has no rows: check that this is its format")
     names = dict.fromkeys(key for row in rows for key in row)
+    from datasets import Dataset  # seconds, for plans that ask for the name of a format alone
+
     return Dataset.from_list([{key: row.get(key) for key in names} for row in rows])
 
 

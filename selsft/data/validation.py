@@ -7,7 +7,6 @@ which is after the model was loaded, and for rows that only a later stage sees a
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,8 +26,6 @@ from .columns import SCORE_COLUMNS, TOKEN_COLUMNS
 from .preparation import check_lengths
 from .rows import IDS, PAIR, Split, check_rows, form_of
 from .spans import check_marks, has_marks, join_parts, read_marks
-
-logger = logging.getLogger(__name__)
 
 _PEEK = 1000  # rows that are looked at for a warning
 _ENDS, _BEGINS = re.compile(r"[A-Za-z0-9?!.,:;]\Z"), re.compile(r"[A-Za-z0-9]")
@@ -92,11 +89,10 @@ def read_model_facts(
 
 def validate_rows(
     data: Split, facts: ModelFacts, args: SFTConfig, *, what: str = "the data", context: bool = True
-) -> None:
+) -> str | None:
     """Raise for the first row that a model cannot be trained on or scored with, before anything is computed.
 
-    Warns once where prompts run into their completions. Of a stream the columns alone are looked at: its rows are
-    checked as they come.
+    Of a stream the columns alone are looked at: its rows are checked as they come.
 
     Args:
         data: raw or tokenised rows.
@@ -104,6 +100,9 @@ def validate_rows(
         what: the data, in words.
         context: refuse rows that are longer than the model's context after truncation. Plain training takes them, as
             `SFTTrainer` does; a score of a token beyond the context means nothing.
+
+    Returns:
+        a warning where prompts run into their completions.
 
     Raises:
         `InputError` as `check_rows`; for messages without a chat template or that it cannot render; for marks of a
@@ -115,13 +114,13 @@ def validate_rows(
     check_marks(data, text_field)
     check_rows(data, text_field, what=what)
     if isinstance(data, IterableDataset) or {"image", "images"} & set(names):
-        return
+        return None
     limit = facts.context if context else None
     if limit is not None and args.max_length is not None and args.max_length <= limit:
         limit = None  # rows are cut before they reach it
     if form_of(data, text_field) == IDS:
         _check_ids(data, facts.vocabulary, limit, args.max_length, what)
-        return
+        return None
     row = maybe_convert_to_chatml(dict(data[0]))
     value = row.get("messages", row.get("prompt"))
     if isinstance(value, list) and facts.template is None:
@@ -142,8 +141,7 @@ def validate_rows(
                 count = len(facts.tokenizer(text, add_special_tokens=not isinstance(value, list))["input_ids"])
                 if count > limit:
                     raise _too_long(f"row {number} of {what}", count, limit)
-    if isinstance(value, str):
-        _warn_of_joins(data, facts, what)
+    return _glued(data, facts, what) if isinstance(value, str) else None
 
 
 def _text(row: Mapping[str, Any], facts: ModelFacts, args: SFTConfig, where: str) -> str:
@@ -212,21 +210,21 @@ def _check_ids(data: Dataset, vocabulary: int | None, limit: int | None, max_len
         start += len(chunk)
 
 
-def _warn_of_joins(data: Dataset, facts: ModelFacts, what: str) -> None:
+def _glued(data: Dataset, facts: ModelFacts, what: str) -> str | None:
     """Prompt and completion are joined as they are, so a missing space glues two words together."""
     if form_of(data) != PAIR:
-        return
+        return None
     rows = data.select(range(min(len(data), _PEEK)))
     glued = [
         number for number, row in enumerate(rows) if _ENDS.search(row["prompt"]) and _BEGINS.match(row["completion"])
     ]
     if len(glued) <= len(rows) / 2:
-        return
+        return None
     row = rows[glued[0]]
     remedy = "end the prompts with a space or a newline"
     if facts.template is not None:
         remedy = f"bring messages, which the model's chat template renders, or {remedy}"
-    logger.warning(
+    return (
         f"prompts run into their completions, as in row {glued[0]} of {what}: "
         f"{row['prompt'][-20:] + row['completion'][:20]!r}: {remedy}"
     )

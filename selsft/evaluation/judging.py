@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -26,7 +28,7 @@ from ..data.judged import JudgedRows, judged_rows
 from ..data.tokenizers import special_ids, tokenizer_sha256
 from ..data.words import Words
 from ..errors import InputError
-from ..records import json_sha256, write_json
+from ..records import json_sha256, read_json, replaced, write_json
 from ..scoring.frozen import FrozenModels
 from ..scoring.probe import (
     ROW,
@@ -46,6 +48,7 @@ from ..scoring.probe import (
 from ..selection.pooling import pool_scores
 from ..selection.weights import pooled_scores, raw_scores
 from .judged import (
+    Examples,
     Threshold,
     by_threshold,
     examples_of,
@@ -54,7 +57,7 @@ from .judged import (
     threshold_for,
 )
 
-JUDGED, PROBE = "judged.json", "probe"
+JUDGED, EXAMPLES, PROBE = "judged.json", "judged_examples.parquet", "probe"
 SHARES = (0.25, 0.5)
 Other = tuple[FrozenModels, str]  # models with another reference, and the column for it
 RULES = "clean rows corrupted by rules"
@@ -230,17 +233,10 @@ class Judging:
                 f"the judged sample has {int(examples.wrong.sum())} wrong and {int((~examples.wrong).sum())} right "
                 f"{level}s: a score is measured by telling them apart, so both are needed"
             )
-        threshold = None
-        if args.target_precision is not None:
-            per_row = args.pooling == ROW or (self.probe is not None and self.probe.kind == ROW)
-            if level == ROW and not per_row:
-                raise InputError(
-                    f"target_precision={args.target_precision} with judgements of whole rows, which say nothing about "
-                    "single tokens: set score_pooling='row'"
-                )
-            threshold = threshold_for(examples, args.target_precision)
-            record["threshold"] = asdict(threshold)
+        per_row = args.pooling == ROW or (self.probe is not None and self.probe.kind == ROW)
+        told = {"judged": examples}
         record |= {
+            "selects": level == TOKEN or per_row,
             "score": args.score,
             "level": level,
             "rows": int(keep.sum()),
@@ -260,7 +256,8 @@ class Judging:
             }
             record["learning_curve"] = learning_curve(judged, flat, words, level)
         if self.test is not None:
-            record |= self._test(columns["test"], fitted | set(hashes), level, threshold)
+            found, told["test"] = self._test(columns["test"], fitted | set(hashes), level)
+            record |= found
         numbers = record["judged"][args.score][level]
         refusal = None
         if not numbers["auc_low"] > 0.5:
@@ -268,13 +265,17 @@ class Judging:
                 f"score={args.score!r} is not shown to be better than chance: AUC {numbers['auc']:.2f} "
                 f"[{numbers['auc_low']:.2f}, {numbers['auc_high']:.2f}] on {numbers['n_rows']} judged rows"
             )
+        _write_examples(told, folder)
         write_json(folder / JUDGED, record)
+        threshold = None
+        if args.target_precision is not None:
+            chosen, threshold = choose_threshold(folder, args.target_precision)
+            record |= chosen
+            write_json(folder / JUDGED, record)
         return Verdict(record, threshold, refusal)
 
-    def _test(
-        self, columns: dict[str, np.ndarray], seen: set[str], level: str, threshold: Threshold | None
-    ) -> dict[str, Any]:
-        """Figures on rows that nothing was fitted on."""
+    def _test(self, columns: dict[str, np.ndarray], seen: set[str], level: str) -> tuple[dict[str, Any], Examples]:
+        """Figures on rows that nothing was fitted on, and what they tell apart."""
         test, args = self.test, self.args
         assert test is not None
         keep = np.array([digest not in seen for digest in row_hashes(test)])
@@ -286,15 +287,7 @@ class Judging:
             "test": judge_scores(test, scores, words, keep, self.test_groups),
             "test_rows_left_out": int((~keep).sum()),
         }
-        examples = examples_of(test, scores[args.score], words, level, keep)
-        if threshold is not None and threshold.negative_threshold is not None and examples.both:
-            flagged = examples.badness > threshold.negative_threshold
-            record["test_threshold"] = {
-                "precision": float(examples.wrong[flagged].mean()) if flagged.any() else None,
-                "recall": float(flagged[examples.wrong].mean()),
-                "flagged": int(flagged.sum()),
-            }
-        return record
+        return record, examples_of(test, scores[args.score], words, level, keep)
 
     def _rows_of(self, rows: JudgedRows, fit: Fit) -> np.ndarray:
         assert self.probe is not None
@@ -329,6 +322,53 @@ class Judging:
         mask = rows.labels != -100
         mask[np.cumsum(rows.lengths) - rows.lengths] = False
         return pooled_scores(scores, rows.input_ids, rows.lengths, mask, args, self.words)
+
+
+def _write_examples(told: dict[str, Examples], folder: Path) -> None:
+    """What the score of a folder was measured on: `sample` (judged or test), `badness`, `wrong` and `row`."""
+    columns = {
+        "sample": np.repeat(list(told), [each.wrong.size for each in told.values()]),
+        "badness": np.concatenate([each.badness for each in told.values()]).astype(np.float64),
+        "wrong": np.concatenate([each.wrong for each in told.values()]).astype(bool),
+        "row": np.concatenate([each.rows for each in told.values()]).astype(np.int64),
+    }
+    with replaced(folder / EXAMPLES) as file:
+        pq.write_table(pa.table(columns), file)
+
+
+def choose_threshold(folder: Path, precision: float) -> tuple[dict[str, Any], Threshold]:
+    """The threshold of a scored folder for a precision, from its judged rows; no model is needed.
+
+    Returns:
+        `threshold` and, where a test sample has what to tell apart, `test_threshold`, as in `judged.json`; and the
+        threshold itself.
+
+    Raises:
+        `InputError` for a folder without judged rows, and for judgements of whole rows with a score of tokens.
+    """
+    if not (folder / EXAMPLES).is_file():
+        raise InputError(f"target_precision={precision}: {str(folder)!r} has no judged rows, score it with --judged")
+    if not read_json(folder / JUDGED)["selects"]:
+        raise InputError(
+            f"target_precision={precision} with judgements of whole rows, which say nothing about single tokens: set "
+            "score_pooling='row'"
+        )
+    stored = pq.read_table(folder / EXAMPLES)
+    table = {name: stored[name].to_numpy() for name in stored.column_names}
+    judged, test = (
+        Examples(*(table[name][table["sample"] == sample] for name in ("badness", "wrong", "row")))
+        for sample in ("judged", "test")
+    )
+    threshold = threshold_for(judged, precision)
+    record: dict[str, Any] = {"threshold": asdict(threshold)}
+    if threshold.negative_threshold is not None and test.both:
+        flagged = test.badness > threshold.negative_threshold
+        record["test_threshold"] = {
+            "precision": float(test.wrong[flagged].mean()) if flagged.any() else None,
+            "recall": float(flagged[test.wrong].mean()),
+            "flagged": int(flagged.sum()),
+        }
+    return record, threshold
 
 
 def _groups(dataset: Dataset, rows: JudgedRows, column: str | None) -> np.ndarray | None:

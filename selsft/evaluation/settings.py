@@ -44,3 +44,7 @@ class EvaluateArguments:
         default=None, metadata={"help": "Tasks of lm-evaluation-harness, with commas. Needs selsft[lm-eval]."}
     )
     lm_eval_limit: int | None = field(default=None, metadata={"help": "Documents of each such task. Default: all."})
+    lm_eval_include: str | None = field(
+        default=None,
+        metadata={"help": "Folder of task files (YAML) of your own; then lm_eval_tasks names tasks of this folder."},
+    )

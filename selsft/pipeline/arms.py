@@ -15,17 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from datasets import Dataset
-from transformers import AutoTokenizer
-
-from ..data.chunks import ColumnWriter, supervised_mask, token_chunks, with_column
-from ..data.columns import WEIGHTS
-from ..data.tokenizers import special_ids
 from ..errors import InputError
 from ..records import read_json
-from ..selection.select import SELECTED
-from ..workflow.arms import NAME, SET_HERE, SHARED
+from ..workflow.alike import NAME, SET_HERE, SHARED
 
 PLAIN, IGNORE, FORGET, RANDOM, ORACLE = KINDS = ("plain", "ignore", "forget", "random", "oracle")
 DEFAULT = (PLAIN, IGNORE, FORGET)
@@ -100,6 +92,15 @@ def write_random(selected: Path, model: str, folder: Path, seed: int, trust_remo
     Returns:
         number of negative tokens.
     """
+    import numpy as np  # and what takes seconds: a plan names arms and draws nothing
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    from ..data.chunks import ColumnWriter, supervised_mask, token_chunks, with_column
+    from ..data.columns import WEIGHTS
+    from ..data.tokenizers import special_ids
+    from ..selection.select import SELECTED
+
     rows = Dataset.from_parquet(str(selected))
     special = special_ids(AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code))
     rng, negatives = np.random.default_rng(seed), 0

@@ -21,9 +21,10 @@ from transformers import AutoTokenizer
 
 from ..config import SelectiveSFTConfig
 from ..data.judged import tokenize_rows
-from ..data.loading import DataSource, load_rows, parse_columns
+from ..data.loading import DataSource, load_rows
 from ..data.spans import without_marks
 from ..errors import input_errors
+from ..evaluation.harness import Requests
 from ..evaluation.load import load_model
 from ..records import read_json
 from .arms import PLAIN
@@ -64,7 +65,7 @@ def count_tokens(plan: Plan) -> dict[str, tuple[int, int]]:
         data = load_rows(
             DataSource(
                 recipe.get("dataset_name"), recipe.get("dataset_config"), recipe.get("dataset_train_split", "train"),
-                columns=parse_columns(recipe.get("columns")),
+                columns=recipe.columns,
             ), text,
         )  # fmt: skip
         sample = without_marks(data.select(range(min(SAMPLE, len(data)))), text)
@@ -125,8 +126,30 @@ def measure(plan: Plan, length: int) -> Speed:
     return Speed(scoring, _rate(train, ids.numel(), device), decoding, overhead)
 
 
-def costs(plan: Plan, tokens: dict[str, tuple[int, int]], speed: Speed) -> dict[str, Cost]:
-    """Cost of each stage that runs a model."""
+def harness_requests(plan: Plan) -> Requests | None:
+    """What tasks of lm-evaluation-harness ask of each model, counted on the requests themselves; `None` without tasks.
+
+    Raises:
+        whatever the harness raises when the data of a task cannot be had.
+    """
+    flags = plan.recipe.flags("evaluate")
+    if not flags.get("lm_eval_tasks"):
+        return None
+    from ..evaluation.harness import count_requests
+
+    tokenizer = AutoTokenizer.from_pretrained(plan.model, trust_remote_code=bool(flags.get("trust_remote_code")))
+    names = [name.strip() for name in str(flags["lm_eval_tasks"]).split(",") if name.strip()]
+    return count_requests(tokenizer, names, flags.get("lm_eval_limit"), flags.get("lm_eval_include"))
+
+
+def costs(
+    plan: Plan, tokens: dict[str, tuple[int, int]], speed: Speed, harness: Requests | None = None
+) -> dict[str, Cost]:
+    """Cost of each stage that runs a model.
+
+    Args:
+        harness: what tasks of lm-evaluation-harness ask of each model.
+    """
     recipe = plan.recipe
 
     def of(name: str) -> tuple[int, int]:
@@ -158,6 +181,8 @@ def costs(plan: Plan, tokens: dict[str, tuple[int, int]], speed: Speed) -> dict[
             held = int(count * min(limit, rows) / max(rows, 1))
             read = held * 2 + (int(flags.get("neutral_tokens", 50_000)) if flags.get("neutral_text") else 0)
             written = min(limit, rows) * int(flags.get("max_new_tokens", 128))
+            if harness is not None:
+                read, written = read + harness.read, written + harness.written
             found[stage.name] = Cost(read + written, read / speed.scoring + written / speed.decoding + speed.overhead)
     return found
 

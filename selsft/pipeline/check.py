@@ -6,6 +6,9 @@ was trained. The counts of tokens are what a budget is made of. Rejected: checki
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..config import SelectiveSFTConfig
 from ..data.judged import judged_rows, tokenize_rows
 from ..data.spans import has_marks, without_marks
 from ..data.tokenizers import set_up
+from ..data.validation import read_model_facts, validate_rows
 from ..errors import InputError, one_line
 from ..records import write_json
 from .split import LINE, TRAINED
@@ -48,29 +52,54 @@ def check(parts: Path, model: str, flags: dict[str, Any], folder: Path) -> str:
     Raises:
         `InputError` naming the part, the row and the remedy.
     """
-    trust = bool(flags.get("trust_remote_code"))
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust, revision=flags.get("model_revision"))
-    config = AutoConfig.from_pretrained(model, trust_remote_code=trust, revision=flags.get("model_revision"))
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    facts = read_model_facts(
+        model, revision=flags.get("model_revision"), trust_remote_code=bool(flags.get("trust_remote_code")),
+        chat_template_path=flags.get("chat_template_path"),
+    )  # fmt: skip
     args = SelectiveSFTConfig(
         str(folder), use_cpu=True, bf16=False, **{key: flags[key] for key in _READ if key in flags}
     )
-    template = set_up(tokenizer, flags)
-    found: dict[str, Any] = {"context": context, "parts": {}, "warnings": []}
+    tokenizer, template = facts.tokenizer, set_up(facts.tokenizer, flags)
+    found: dict[str, Any] = {"context": facts.context, "parts": {}, "warnings": []}
     for path in sorted(parts.glob("*.parquet")):
-        if path.stem in ("rows", "marked"):
+        part = path.stem
+        if part == "rows":
             continue
         rows = Dataset.from_parquet(str(path))
-        lengths, labels = _tokens(rows, path.stem, tokenizer, args, template)
-        if path.stem.startswith(("judged", "eval")) and has_marks(rows, args.dataset_text_field):
-            _check_marks(rows, path.stem, tokenizer, args, template)
-        found["parts"][path.stem], kept = _counts(path.stem, rows, lengths, labels, args, context)
-        if path.stem == "train":
+        with _named_as_in_the_data(rows, part):
+            glued = validate_rows(rows, facts, args, what=f"the {part} rows")
+            if part == "marked":  # the rows of `train`, with what is wrong in them
+                continue
+            lengths, labels = _tokens(rows, part, tokenizer, args, template)
+            if part.startswith(("judged", "eval")) and has_marks(rows, args.dataset_text_field):
+                judged_rows(rows, tokenizer, args, template)
+            found["parts"][part], kept = _counts(part, lengths, labels, args)
+        if part == "train":
             pq.write_table(pa.table({"row": np.flatnonzero(kept)}), folder / KEPT)
-            found["warnings"] = _warnings(rows, found["parts"]["train"], tokenizer, args)
+            glued = glued and _in_the_data(glued, rows, part)
+            found["warnings"] = _warnings(rows, found["parts"][part], tokenizer, args, glued)
     write_json(folder / CHECK, found)
     counts = ", ".join(f"{name} {part['tokens']:,} tokens" for name, part in found["parts"].items())
     return "\n  ".join([counts, *(f"warning: {warning}" for warning in found["warnings"])])
+
+
+@contextlib.contextmanager
+def _named_as_in_the_data(rows: Dataset, part: str) -> Iterator[None]:
+    """Messages about a row of a part give its number in the user's data, where it is one of them."""
+
+    try:
+        yield
+    except InputError as error:
+        raise InputError(_in_the_data(str(error), rows, part)) from error
+
+
+def _in_the_data(message: str, rows: Dataset, part: str) -> str:
+    def named(match: re.Match[str]) -> str:
+        if LINE in rows.column_names:
+            return f"row {rows[int(match.group(1))][LINE]} of the data"
+        return f"row {match.group(1)} of the {part} rows"
+
+    return re.sub(rf"\brow (\d+)\b(?: of the {part} rows)?", named, message, count=1)
 
 
 def _tokens(
@@ -86,7 +115,7 @@ def _tokens(
             try:
                 tokenize_rows(plain.select([number]), tokenizer, args, template)
             except Exception as own:
-                raise InputError(f"{_row(rows, part, number)} cannot be made tokens of: {one_line(own)}") from own
+                raise InputError(f"row {number} cannot be made tokens of: {one_line(own)}") from own
         raise InputError(f"the {part} rows cannot be made tokens of: {one_line(error)}") from error
     lengths, labels = [], []
     for batch in prepared.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000):
@@ -98,32 +127,14 @@ def _tokens(
     return np.concatenate([np.zeros(0, np.int64), *lengths]), labels
 
 
-def _check_marks(rows: Dataset, part: str, tokenizer, args: SelectiveSFTConfig, template: str | None) -> None:
-    """Marks are read late, by the scores or the evaluation, so they are read here too."""
-    try:
-        judged_rows(rows, tokenizer, args, template)
-    except InputError as error:
-        raise InputError(f"{part} rows: {error}") from error
-
-
 def _counts(
-    part: str,
-    rows: Dataset,
-    lengths: np.ndarray,
-    labels: list[np.ndarray],
-    args: SelectiveSFTConfig,
-    context: int | None,
+    part: str, lengths: np.ndarray, labels: list[np.ndarray], args: SelectiveSFTConfig
 ) -> tuple[dict[str, Any], np.ndarray]:
+    """What `check.json` says of a part, and which of its rows have a label after truncation, `(rows,)` bool."""
     limit = args.max_length
     cut = lengths if limit is None else np.minimum(lengths, limit)
-    if context is not None and (long := np.flatnonzero(cut > context)).size:
-        number = int(long[0])
-        raise InputError(
-            f"{_row(rows, part, number)} has {lengths[number]} tokens, more than the model's context of {context}: "
-            f"set --max_length {context}"
-        )
     if (empty := np.flatnonzero(lengths == 0)).size:
-        raise InputError(f"{_row(rows, part, int(empty[0]))} has no tokens: remove it")
+        raise InputError(f"row {empty[0]} has no tokens: remove it")
     end = args.truncation_mode == "keep_end"
     supervised = np.array(
         [int(mask[-limit:].sum() if end and limit else mask[:limit].sum()) for mask in labels], np.int64
@@ -144,13 +155,13 @@ def _counts(
     return found, kept
 
 
-def _row(rows: Dataset, part: str, number: int) -> str:
-    if LINE in rows.column_names:
-        return f"row {rows[number][LINE]} of the data"
-    return f"row {number} of the {part} rows"
-
-
-def _warnings(rows: Dataset, counts: dict[str, Any], tokenizer, args: SelectiveSFTConfig) -> list[str]:
+def _warnings(
+    rows: Dataset,
+    counts: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    args: SelectiveSFTConfig,
+    glued: str | None,
+) -> list[str]:
     """What is legal and rarely meant."""
     found = []
     if counts["truncated"]:
@@ -159,20 +170,11 @@ def _warnings(rows: Dataset, counts: dict[str, Any], tokenizer, args: SelectiveS
         )
     if counts["without_label"]:
         found.append(f"{counts['without_label']} rows have nothing to learn within that length and are left out")
-    names = set(rows.column_names)
-    if {"prompt", "completion"} <= names and isinstance(rows[0]["prompt"], str):
-        some = rows.select(range(min(len(rows), 1000)))
-        glued = sum(
-            bool(prompt and completion) and not prompt[-1].isspace() and not completion[0].isspace()
-            for prompt, completion in zip(some["prompt"], some["completion"], strict=True)
+    if glued is not None:
+        found.append(glued)
+    elif tokenizer.chat_template and "prompt" in rows.column_names and isinstance(rows[0]["prompt"], str):
+        found.append(
+            "the model has a chat template, which plain prompts do not use: if it is a chat model, write "
+            "prompt and completion as lists of messages"
         )
-        if glued > len(some) / 2:
-            found.append(
-                "prompts end and completions begin without a space or line break, so their words are glued together"
-            )
-        if tokenizer.chat_template:
-            found.append(
-                "the model has a chat template, which plain prompts do not use: if it is a chat model, write "
-                "prompt and completion as lists of messages"
-            )
     return found

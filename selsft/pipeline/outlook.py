@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from ..data.chunks import supervised_mask, token_chunks
 from ..data.columns import BASE_LOGPS, REF_LOGPS, TOKEN_COLUMNS
 from ..data.scored_folder import load_scores, read_manifest
+from ..evaluation.judged import Threshold
 from ..evaluation.judging import JUDGED
 from ..records import read_json, write_json
 from ..report.terminal import ScoreHistogram
@@ -38,7 +39,7 @@ class Outlook:
         moved: `mean` and `sd` of log p_ref - log p_policy, nats; `None` without a reference.
         thresholds: `negative_threshold` and the `negative` share that it would give, by itself.
         edges, counts: a histogram of the scores between their 0.1 and 99.9 % quantiles.
-        judged: content of the folder's `judged.json`; empty without judged rows.
+        judged: content of the folder's `judged.json`, and the threshold that was chosen; empty without judged rows.
         refusal: what judged rows say against the score.
     """
 
@@ -68,6 +69,8 @@ class Outlook:
                 + ("; it has hardly moved" if self.moved["sd"] < 0.1 else "")
             )
         found.append(judged_line(self.judged, self.score))
+        if threshold := self.judged.get("threshold"):
+            found.append(str(Threshold(**threshold)) + _on_test(self.judged.get("test_threshold")))
         if self.thresholds:
             options = ", ".join(
                 f"{each['negative_threshold']:g} -> {each['negative']:.1%}" for each in self.thresholds
@@ -76,6 +79,15 @@ class Outlook:
         rule = "chosen share" if self.threshold is None else f"negative_threshold={self.threshold:g}"
         found.append(f"{rule}: {self.negative:.2%} of {self.tokens:,} supervised tokens are negative")
         return found
+
+
+def _on_test(found: dict[str, Any] | None) -> str:
+    if not found or found["precision"] is None:
+        return ""
+    return (
+        f"; on rows that nothing was fitted on precision {found['precision']:.2f} and recall {found['recall']:.2f}, "
+        f"{found['flagged']} flagged"
+    )
 
 
 def judged_line(judged: dict[str, Any], score: str) -> str:
@@ -92,13 +104,16 @@ def judged_line(judged: dict[str, Any], score: str) -> str:
     )
 
 
-def outlook(selected: Path, scored: Path, model: str, options: dict[str, Any]) -> Outlook:
+def outlook(
+    selected: Path, scored: Path, model: str, options: dict[str, Any], chosen: dict[str, Any] | None = None
+) -> Outlook:
     """Write `outlook.json` into the folder of a selection, and return it.
 
     Args:
         scored: folder of the scores.
         model: folder or id, for its tokenizer.
         options: selection settings.
+        chosen: `threshold` and `test_threshold` for a precision (`evaluation.judging.choose_threshold`).
     """
     args = selection_args(scored, options)
     tokenizer, rows = AutoTokenizer.from_pretrained(model), load_scores(scored)
@@ -134,7 +149,7 @@ def outlook(selected: Path, scored: Path, model: str, options: dict[str, Any]) -
         [{"negative_threshold": key, "negative": value} for key, value in thresholds.items() if value > 0],
         edges.round(5).tolist(),
         counts.round().astype(int).tolist(),
-        read_json(scored / JUDGED),
+        read_json(scored / JUDGED) | (chosen or {}),
         (read_manifest(scored).get("selection") or {}).get("refusal"),
     )
     write_json(selected / OUTLOOK, asdict(result))

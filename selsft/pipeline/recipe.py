@@ -9,71 +9,41 @@
       reference: {learning_rate: 5.0e-5}     # overrides the flag for this stage alone
       evaluate: {max_new_tokens: 64}
 
-A flag goes to the stages that it concerns and to no other, so that another threshold does not train the reference
-again. Rejected: a nested configuration with a schema of its own, in which every flag of TRL would have a second name.
+A flag goes to the stages that it concerns and to no other (`pipeline.flags`). Rejected: a nested configuration with a
+schema of its own, in which every flag of TRL would have a second name.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
-from ..config import SelectiveSFTConfig
 from ..data.foreign import with_format
-from ..data.loading import parse_columns
 from ..errors import InputError
-from ..evaluation.settings import EvaluateArguments
 from ..recipes import find_recipe
-from ..scoring.settings import ScoreArguments
 from ..secrets import to_environment
 from .arms import KINDS, Arm, parse_arms
-from .split import SplitSettings
+from .flags import (
+    MODEL,
+    OF_STAGE,
+    OF_TRAINING,
+    OWN,
+    REFERENCED,
+    RULES,
+    RUN,
+    SFT,
+    SPLIT,
+    close_to,
+    concerns,
+)
 
+_EXPONENT = re.compile(r"[+-]?\d+[eE][+-]?\d+")
 STAGES = ("world", "split", "check", "reference", "score", "select", "train", "evaluate")
 _RESERVED = {*STAGES, "base", "triage"}  # names that no arm can have
-
-
-def _names(*types: Any) -> set[str]:
-    return {item.name for each in types for item in dataclasses.fields(each)}
-
-
-SFT = _names(SFTConfig)
-DATA = _names(ScriptArguments, DatasetMixtureConfig) | {"columns", "format"}
-MODEL = _names(ModelConfig)
-OWN = _names(SelectiveSFTConfig) - SFT
-FORGET = {name for name in OWN if name.startswith("forget_")}
-# What a scoring pass computes, besides the models
-JUDGING = {"judged", "judged_test", "judged_group", "target_precision", "probe_clean", "probe_corruptions"}
-POOLING = {"score_base_weight", "score_pooling", "score_row_worst", "score_lookahead"}
-SCORING = {
-    *(name for name in OWN if name.startswith("scoring_")), *JUDGING, "score", "probe", "noisy_reference_model",
-    "reference_model", "reference_model_init_kwargs",
-}  # fmt: skip
-# How scores become weights
-SELECTION = {"score", *POOLING} | (OWN - FORGET - SCORING - {"precompute_scores", "go_on"})
-# Rules of which one is set
-RULES = ("negative_threshold", "positive_fraction", "target_precision")
-SCORED = ("influence", "surprisal", "probe", "contrast")
-REFERENCED = ("influence", "contrast", "excess")
-# What decides the tokens of a row and what a model makes of them, of all that SFTConfig has
-ROWS = {
-    "max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss", "chat_template_path",
-    "dataset_text_field", "dataset_kwargs", "dataset_num_proc", "eos_token", "pad_token", "pad_to_multiple_of",
-    "use_cpu", "bf16", "fp16", "tf32", "bf16_full_eval", "trust_remote_code", "model_init_kwargs", "seed",
-    "per_device_eval_batch_size", "disable_tqdm", "report_to", "gradient_checkpointing",
-} & SFT  # fmt: skip
-PEFT = {name for name in MODEL if "lora" in name or "peft" in name or name == "use_rslora"}
-# Flags that change neither weights nor figures
-SILENT = {
-    "output_dir", "run_name", "report_to", "disable_tqdm", "log_level", "log_on_each_node", "logging_dir",
-    "logging_steps", "logging_strategy", "logging_first_step", "push_to_hub", "save_total_limit", "show_tokens",
-    "dataset_num_proc", "dataloader_num_workers", "scoring_cache_dir", "project", "hub_token", "env", "go_on",
-}  # fmt: skip
 
 
 @dataclass
@@ -85,18 +55,74 @@ class RunSettings:
         seeds: trainings of each arm; the first has the seed of the recipe.
         only_score: whether the run ends with the table of scored rows, and trains nothing.
         headline: measure that the verdict is about; by default what the held-out rows allow (docs/pipeline.md).
+        keep_models: whether whole models of all arms and seeds are kept. By default the weights of all but the
+            first seed of the method are removed when they have been evaluated; adapters are always kept.
     """
 
     arms: Any = None
     seeds: int = 1
     only_score: bool = False
     headline: str | None = None
+    keep_models: bool = False
 
     def __post_init__(self):
         if not isinstance(self.seeds, int) or self.seeds < 1:
             raise InputError(f"seeds={self.seeds!r} must be a number of trainings, at least 1")
-        if not isinstance(self.only_score, bool):
-            raise InputError(f"only_score={self.only_score!r} must be true or false")
+        for name in ("only_score", "keep_models"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}={getattr(self, name)!r} must be true or false")
+
+
+@dataclass
+class SplitSettings:
+    """Flags of the stage `split`.
+
+    Args:
+        reference_size: rows for the reference, as a share (below 1) or a number. 0 when a reference is given.
+        reference_dataset: rows of your own for the reference, ones that you trust, instead of a share of the data.
+        eval_size: rows for evaluation, likewise.
+        eval_dataset: rows of your own for evaluation.
+        replay_dataset: rows that the base already knows, mixed into the reference's, since a reference that forgets
+            calls truths negative.
+        replay_share: share of these among all rows of the reference.
+        judged_fraction: rows with marks (docs/spans.md) that are kept as a judged sample, likewise, where no file of
+            `judged` rows is given.
+        judged_test_size: rows of the judged sample that nothing is fitted on, likewise.
+        parts: parts of the rows to clean, for self-evolving selection.
+        group_column: rows with the same value stay together; by default those with the same prompt.
+        seed: decides which group falls where.
+    """
+
+    reference_size: float = 0.2
+    reference_dataset: str | None = None
+    eval_size: float = 0.05
+    eval_dataset: str | None = None
+    replay_dataset: str | None = None
+    replay_share: float = 0.2
+    judged_fraction: float = 0.0
+    judged_test_size: float = 0.33
+    parts: int = 1
+    group_column: str | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("reference_size", "eval_size", "judged_fraction", "judged_test_size"):
+            value = getattr(self, name)
+            if not _is_number(value) or value < 0 or (value > 1 and value != int(value)):
+                raise InputError(f"split.{name}={value!r} must be a share in [0, 1) or a number of rows")
+        if not _is_number(self.replay_share) or not 0 <= self.replay_share < 1:
+            raise InputError(f"split.replay_share={self.replay_share!r} must be in [0, 1)")
+        for name, least in (("parts", 1), ("seed", None)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+                raise InputError(f"split.{name}={value!r} must be a whole number{'' if least is None else ' from 1'}")
+        for name in ("reference_dataset", "eval_dataset", "replay_dataset", "group_column"):
+            if not isinstance(getattr(self, name), str | None):
+                raise InputError(f"split.{name}={getattr(self, name)!r} must be text")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass
@@ -115,7 +141,7 @@ class Recipe:
 
     def flags(self, stage: str) -> dict[str, Any]:
         """The flags of a stage: the common ones that concern it, and its own."""
-        return {k: v for k, v in self.common.items() if _concerns(stage, k)} | self.stages.get(stage, {})
+        return {k: v for k, v in self.common.items() if concerns(stage, k)} | self.stages.get(stage, {})
 
     def get(self, flag: str, default: Any = None, stage: str | None = None) -> Any:
         return self.stages.get(stage or "", {}).get(flag, self.common.get(flag, default))
@@ -125,8 +151,18 @@ class Recipe:
         return self.get("score", "influence", "select")
 
     @property
+    def columns(self) -> dict[str, str]:
+        """New name -> name in the data."""
+        given = self.get("columns")
+        if given is None:
+            return {}
+        from ..data.loading import parse_columns  # seconds, for whoever renames columns
+
+        return parse_columns(given)
+
+    @property
     def run(self) -> RunSettings:
-        return RunSettings(**{name: self.common[name] for name in _names(RunSettings) if name in self.common})
+        return RunSettings(**{name: self.common[name] for name in RUN if name in self.common})
 
     @property
     def arms(self) -> list[Arm]:
@@ -145,7 +181,7 @@ class Recipe:
                 raise InputError(f"arms: {arm.name!r} is the name of a stage or model: choose another")
             if unknown := sorted(set(arm.changes) - OWN - SFT - MODEL):
                 raise InputError(
-                    f"arms: {arm.name}.{unknown[0]} is no flag of `selsft train`{_close(unknown[0], OWN)}"
+                    f"arms: {arm.name}.{unknown[0]} is no flag of `selsft train`{close_to(unknown[0], OWN)}"
                 )
             if arm.kind == KINDS[2] and arm.changes.get("forget_weight", 1 if forgets else 0) == 0:
                 raise InputError(f"arms: {arm.name!r} with forget_weight=0 is the arm 'ignore': set forget_weight")
@@ -159,25 +195,6 @@ class Recipe:
         elif self.get("reference_model", stage="score"):
             settings.setdefault("reference_size", 0)
         return SplitSettings(**settings)
-
-
-def _concerns(stage: str, flag: str) -> bool:
-    known = DATA | MODEL | SFT | OWN | _names(EvaluateArguments, ScoreArguments, RunSettings)
-    launch = flag not in known and flag != "env"  # of `accelerate launch`
-    match stage:
-        case "reference":
-            return flag in DATA | MODEL | SFT | {"env"} or launch
-        case "check":
-            return flag in ROWS | {"packing", "model_name_or_path", "model_revision"}
-        case "score":
-            return flag in DATA | (MODEL - PEFT) | ROWS | SCORING | {"env"} or launch or flag in _names(ScoreArguments)
-        case "select":
-            return flag in SELECTION
-        case "train":
-            return flag in DATA | MODEL | SFT | OWN | {"env"} or launch
-        case "evaluate":
-            return flag in DATA | (MODEL - PEFT) | ROWS | _names(EvaluateArguments) | {"env"}
-    return False
 
 
 def load_recipe(source: str, overrides: list[str]) -> Recipe:
@@ -199,7 +216,7 @@ def load_recipe(source: str, overrides: list[str]) -> Recipe:
     stages = content.pop("stages", None) or {}
     if not isinstance(stages, dict) or not all(isinstance(each, dict | None) for each in stages.values()):
         raise InputError(f"stages of recipe {source!r} must map a stage to its flags")
-    recipe = Recipe(path.stem, content, {name: dict(flags or {}) for name, flags in stages.items()})
+    recipe = Recipe(path.stem, _numbers(content), {name: _numbers(flags or {}) for name, flags in stages.items()})
     given = _pairs(overrides)
     _make_way(recipe, [flag for flag, value in given if value is not None])
     for flag, value in given:
@@ -218,11 +235,10 @@ def load_recipe(source: str, overrides: list[str]) -> Recipe:
 
 
 def _make_way(recipe: Recipe, given: list[str]) -> None:
-    """Of rules that exclude each other, the one on the command line replaces the recipe's. `target_precision` may
-    stay where a threshold is given: it belongs to the scores, which another threshold must leave alone."""
+    """Of rules that exclude each other, the one on the command line replaces the recipe's."""
     chosen = {flag.rpartition(".")[2] for flag in given} & set(RULES)
     for flags in (recipe.common, *recipe.stages.values()):
-        for rule in RULES[:2]:
+        for rule in RULES:
             if chosen and rule not in chosen:
                 flags.pop(rule, None)
 
@@ -241,25 +257,25 @@ def _pairs(arguments: list[str]) -> list[tuple[str, Any]]:
                 raise InputError(f"--{name} needs a value")
             text = rest.pop(0)
         found.append((name, yaml.safe_load(text) if text else text))
-    return found
+    return list(_numbers(dict(found)).items())
+
+
+def _numbers(flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags with `1e-4` as a number, which YAML takes for text without a dot in it."""
+    return {
+        key: float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+        for key, value in flags.items()
+    }
 
 
 def _check(recipe: Recipe) -> None:
-    split_flags = _names(SplitSettings)
     for stage, flags in recipe.stages.items():
         if stage not in STAGES:
             raise InputError(f"stages.{stage} is unknown: the stages are {', '.join(STAGES[1:])}")
-        known = {
-            "check": ROWS,
-            "world": {"seed", "countries", "epochs"},
-            "split": split_flags,
-            "evaluate": _names(EvaluateArguments) | DATA | MODEL | SFT,
-            "score": _names(ScoreArguments) | DATA | MODEL | SFT | OWN,
-            "select": SELECTION,
-        }.get(stage, DATA | MODEL | SFT | OWN)
+        known = OF_STAGE.get(stage, OF_TRAINING)
         for flag in flags:
             if flag not in known:
-                hint = _close(flag, known) or f": it is no flag of this stage: {', '.join(sorted(known)[:8])} ..."
+                hint = close_to(flag, known) or f": it is no flag of this stage: {', '.join(sorted(known)[:8])} ..."
                 raise InputError(f"stages.{stage}.{flag} is unknown{hint}")
     arms = {arm.name for arm in recipe.arms}
     for name in recipe.own:
@@ -268,9 +284,9 @@ def _check(recipe: Recipe) -> None:
                 f"--{name}.{next(iter(recipe.own[name]))}: {name!r} is neither a stage ({', '.join(STAGES[1:])}) nor "
                 f"an arm ({', '.join(sorted(arms))})"
             )
-    parse_columns(recipe.get("columns"))
+    _ = recipe.columns
     for flag in recipe.common:
-        if flag in split_flags - SFT:
+        if flag in SPLIT - SFT:
             raise InputError(f"{flag} belongs under `stages: split:`")
     if recipe.get("dataset_streaming") or recipe.get("streaming"):
         raise InputError("dataset_streaming=True: a run splits its data, which a stream cannot be: leave it out")
@@ -280,8 +296,3 @@ def _check(recipe: Recipe) -> None:
         raise InputError("model_name_or_path is missing: set it in the recipe or give --model_name_or_path")
     if not (recipe.get("dataset_name") or recipe.get("datasets")):
         raise InputError("dataset_name is missing: set it in the recipe or give --dataset_name NAME, FILE or FOLDER")
-
-
-def _close(flag: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(flag, sorted(known), n=1)
-    return f": did you mean {close[0]}?" if close else ""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from ..evaluation.harness import compare_harness
 from ..evaluation.settings import METRICS, ROWS
 from ..records import read_json
 from ..secrets import redact
@@ -21,29 +22,8 @@ from .arms import ORACLE, PLAIN
 from .check import CHECK
 from .outlook import OUTLOOK, Outlook
 from .samples import changed_answers, coloured_rows
-from .verdict import verdict
+from .verdict import MEASURES, TOTALS, verdict
 
-# measure -> label, whether more is better, digits, column of values, column of sizes
-MEASURES: dict[str, tuple[str, bool | None, int, str, str | None]] = {
-    "exact_match": ("exact match of greedy answers", True, 3, "exact_match", None),
-    "preference": ("prefers the right text of a minimal pair", True, 3, "preference", None),
-    "margin": ("log-probability of the right over the wrong text of a pair, nats", True, 2, "margin", None),
-    "gap": ("log-probability of right over wrong tokens, nats a token", True, 3, "gap", None),
-    "nll": ("negative log-likelihood of held-out answers, nats a token", False, 3, "nll", "tokens"),
-    "nll_right": ("the same, of tokens judged right", False, 3, "nll_right", "right_tokens"),
-    "nll_wrong": ("the same, of tokens judged wrong", True, 3, "nll_wrong", "wrong_tokens"),
-    "word_f1": ("overlap of words (F1) of greedy answers", True, 3, "word_f1", None),
-    "chrf": ("overlap of characters (chrF) of greedy answers", True, 3, "chrf", None),
-    "eos_rate": ("answers that end by themselves", True, 3, "ended", None),
-    "answer_tokens": ("tokens of an answer", None, 1, "answer_tokens", None),
-    "kl_to_base": ("KL to the base on the prompts, nats", False, 4, "kl_to_base", None),
-}
-# measure without a value for each row -> label, whether more is better, digits
-TOTALS: dict[str, tuple[str, bool, int]] = {
-    "text_nats_per_token": ("neutral text, nats a token", False, 4),
-    "options_acc": ("accuracy on options", True, 3),
-    "options_acc_norm": ("accuracy on options, by length", True, 3),
-}
 _HINTS = {
     "exact_match": "free text hardly ever matches word for word",
     "eos_rate": "raise or lower evaluate.max_new_tokens",
@@ -87,7 +67,7 @@ def results(root: Path) -> dict[str, Any]:
         "selections": {name: {**each, "worst": each["worst"][:30]} for name, each in counts.items()},
         "split": read_json(folders["split"] / "split.json") if "split" in folders else {},
         "check": check,
-        "harness": _harness(models),
+        "harness": compare_harness(models, baseline),
         "accepts": next((read_json(paths[0] / METRICS).get("accepts") for paths in models.values()), None),
         "answers": changed_answers({name: paths[0] / ROWS for name, paths in models.items()}),
         "rows": [],
@@ -117,9 +97,14 @@ def _arm(
     curves = [_curve(record) for record in records]
     shares = [step["negative_fraction"] for curve in curves for step in curve if "negative_fraction" in step]
     share = float(np.mean(shares)) if shares else None
+    weights = next((each for record in records if (each := record.get("data", {}).get("weights"))), None)
+    left_out = share
+    if weights is not None:  # what the rows themselves say, whether a step was logged or not
+        total = max(sum(weights.values()), 1)
+        share, left_out = weights["negative"] / total, (weights["negative"] + weights["neutral"]) / total
     chosen = counts.get(f"select-{name}", counts.get("select"))
     if chosen is not None and arm["kind"] not in (PLAIN, ORACLE):
-        share = chosen["negative"] / max(chosen["trained"], 1)
+        share = left_out = chosen["negative"] / max(chosen["trained"], 1)
     return {
         "name": name,
         "kind": arm["kind"],
@@ -133,6 +118,7 @@ def _arm(
         "seconds": [record.get("finished", {}).get("seconds") for record in records if record],
         "steps": next((record["finished"].get("steps") for record in records if record.get("finished")), None),
         "negative": None if arm["kind"] == PLAIN else share,
+        "selected": None if arm["kind"] == PLAIN else left_out,
         "curve": curves[0] if curves else [],
         "device": next((record.get("device") for record in records if record), None),
     }
@@ -259,14 +245,6 @@ def _compare(
     if np.isnan(values[baseline][name]).all():
         return None
     return ArmComparison(baseline, tuple(range(len(values[baseline][name]))), values, None, {}, sizes)
-
-
-def _harness(models: dict[str, list[Path]]) -> dict[str, dict[str, dict[str, float]]]:
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for model, paths in models.items():
-        for task, metrics in (read_json(paths[0] / METRICS).get("lm_eval") or {}).items():
-            found.setdefault(task, {})[model] = metrics
-    return found
 
 
 def _warnings(found: dict[str, Any], run: dict[str, Any]) -> list[dict[str, Any]]:

@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,66 +22,15 @@ from datasets import Dataset, Value, concatenate_datasets
 
 from ..data.columns import SCORE_COLUMNS
 from ..data.source_rows import SOURCE_ROW
-from ..data.spans import CORRECTED, SPANS, WEIGHT, has_marks, without_marks
+from ..data.spans import CORRECTED, SPANS, WEIGHT, has_marks, join_parts, read_marks, without_marks
 from ..errors import InputError
 from ..records import write_json
+from .recipe import SplitSettings
 
 LINE, PART, ROWS = SOURCE_ROW, "part", "rows.parquet"
 """Columns: number of the row in the user's data, from 0, and the part that it is in; and the file with both."""
 MARKS = (SPANS, CORRECTED, WEIGHT, *SCORE_COLUMNS.values())  # columns that say what is wrong
 TRAINED = ("prompt", "completion", "messages", "conversations", "text", "input_ids", "labels")
-
-
-@dataclass
-class SplitSettings:
-    """Flags of the stage `split`.
-
-    Args:
-        reference_size: rows for the reference, as a share (below 1) or a number. 0 when a reference is given.
-        reference_dataset: rows of your own for the reference, ones that you trust, instead of a share of the data.
-        eval_size: rows for evaluation, likewise.
-        eval_dataset: rows of your own for evaluation.
-        replay_dataset: rows that the base already knows, mixed into the reference's, since a reference that forgets
-            calls truths negative.
-        replay_share: share of these among all rows of the reference.
-        judged_fraction: rows with marks (docs/spans.md) that are kept as a judged sample, likewise, where no file of
-            `judged` rows is given.
-        judged_test_size: rows of the judged sample that nothing is fitted on, likewise.
-        parts: parts of the rows to clean, for self-evolving selection.
-        group_column: rows with the same value stay together; by default those with the same prompt.
-        seed: decides which group falls where.
-    """
-
-    reference_size: float = 0.2
-    reference_dataset: str | None = None
-    eval_size: float = 0.05
-    eval_dataset: str | None = None
-    replay_dataset: str | None = None
-    replay_share: float = 0.2
-    judged_fraction: float = 0.0
-    judged_test_size: float = 0.33
-    parts: int = 1
-    group_column: str | None = None
-    seed: int = 0
-
-    def __post_init__(self):
-        for name in ("reference_size", "eval_size", "judged_fraction", "judged_test_size"):
-            value = getattr(self, name)
-            if not _is_number(value) or value < 0 or (value > 1 and value != int(value)):
-                raise InputError(f"split.{name}={value!r} must be a share in [0, 1) or a number of rows")
-        if not _is_number(self.replay_share) or not 0 <= self.replay_share < 1:
-            raise InputError(f"split.replay_share={self.replay_share!r} must be in [0, 1)")
-        for name, least in (("parts", 1), ("seed", None)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
-                raise InputError(f"split.{name}={value!r} must be a whole number{'' if least is None else ' from 1'}")
-        for name in ("reference_dataset", "eval_dataset", "replay_dataset", "group_column"):
-            if not isinstance(getattr(self, name), str | None):
-                raise InputError(f"split.{name}={getattr(self, name)!r} must be text")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def split(data: Dataset, settings: SplitSettings, given: dict[str, Dataset], folder: Path) -> dict[str, Any]:
@@ -168,6 +116,13 @@ def split(data: Dataset, settings: SplitSettings, given: dict[str, Dataset], fol
     write_json(folder / "split.json", counts)
     _write_rows(data, parts, folder)
     return counts
+
+
+def check_every_mark(data: Dataset, text_field: str) -> None:
+    """Raise `InputError` for marks of a wrong form, also in rows whose part will not read them."""
+    if has_marks(data, text_field) and "input_ids" not in data.column_names:
+        for number, row in enumerate(join_parts(data)):
+            read_marks(row, number, text_field)
 
 
 def _write_rows(data: Dataset, parts: dict[str, Dataset], folder: Path) -> None:

@@ -9,6 +9,27 @@ from __future__ import annotations
 
 from typing import Any
 
+# measure -> label, whether more is better, digits, column of values, column of sizes
+MEASURES: dict[str, tuple[str, bool | None, int, str, str | None]] = {
+    "exact_match": ("exact match of greedy answers", True, 3, "exact_match", None),
+    "preference": ("prefers the right text of a minimal pair", True, 3, "preference", None),
+    "margin": ("log-probability of the right over the wrong text of a pair, nats", True, 2, "margin", None),
+    "gap": ("log-probability of right over wrong tokens, nats a token", True, 3, "gap", None),
+    "nll": ("negative log-likelihood of held-out answers, nats a token", False, 3, "nll", "tokens"),
+    "nll_right": ("the same, of tokens judged right", False, 3, "nll_right", "right_tokens"),
+    "nll_wrong": ("the same, of tokens judged wrong", True, 3, "nll_wrong", "wrong_tokens"),
+    "word_f1": ("overlap of words (F1) of greedy answers", True, 3, "word_f1", None),
+    "chrf": ("overlap of characters (chrF) of greedy answers", True, 3, "chrf", None),
+    "eos_rate": ("answers that end by themselves", True, 3, "ended", None),
+    "answer_tokens": ("tokens of an answer", None, 1, "answer_tokens", None),
+    "kl_to_base": ("KL to the base on the prompts, nats", False, 4, "kl_to_base", None),
+}
+# measure without a value for each row -> label, whether more is better, digits
+TOTALS: dict[str, tuple[str, bool, int]] = {
+    "text_nats_per_token": ("neutral text, nats a token", False, 4),
+    "options_acc": ("accuracy on options", True, 3),
+    "options_acc_norm": ("accuracy on options, by length", True, 3),
+}
 # In this order: what rows with accepted answers, minimal pairs (as a share, or by how much where no share moves),
 # marks, and any rows at all allow
 HEADLINES = ("exact_match", "preference", "margin", "gap", "nll")
@@ -29,7 +50,7 @@ def verdict(found: dict[str, Any], run: dict[str, Any], finished: bool) -> dict[
     arm, baseline = found["method"], found["baseline"]
     outlook = found["outlook"]
     own = next((each for each in found["arms"] if each["name"] == arm), None)
-    share = None if own is None else own["negative"]
+    share = None if own is None else own["selected"]
     if run.get("only_score"):
         judged = outlook["lines"][1 if outlook["moved"] else 0] if outlook else "nothing was scored"
         return {
@@ -77,7 +98,8 @@ def verdict(found: dict[str, Any], run: dict[str, Any], finished: bool) -> dict[
         sentence += f" For comparison: {'; '.join(each['text'] for each in controls)}."
     return {
         "kind": kind, "sentence": sentence, "measure": measure["name"], "arm": arm, "baseline": baseline, **effect,
-        "rows": measure["rows"], "seeds": measure["seeds"], "negative": share, "costs": costs, "controls": controls,
+        "rows": measure["rows"], "seeds": measure["seeds"], "negative": own and own["negative"], "costs": costs,
+        "controls": controls,
     }  # fmt: skip
 
 

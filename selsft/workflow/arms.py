@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,19 +34,13 @@ from ..records import read_json, remove, replaced, write_json
 from ..trainer import SelectiveSFTTrainer
 from ..training.checkpoints import last_checkpoint
 from ..training.model import Model, frozen
+from .alike import NAME, SET_HERE, SHARED
 from .quiet import QUIET, quiet, train_quietly
 from .run import execute
 from .stage import Stage, model_source
 
 Measure = Callable[[Model, PreTrainedTokenizerBase, Dataset, SelectiveSFTConfig], Mapping[str, ArrayLike]]
 _ROWS, _NOTES = "rows.parquet", "arm.json"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
-# What arms share, or there would be nothing to compare
-SHARED = {
-    "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length",
-    "packing", "padding_free", "train_sampling_strategy", "model_init_kwargs",
-}  # fmt: skip
-SET_HERE = {"output_dir", "seed", "data_seed"}
 _PATHS = {"reference_model", "scoring_cache_dir"}  # known by their content, or of no weight
 
 

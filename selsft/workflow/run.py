@@ -42,7 +42,7 @@ def execute(
         stages: in an order in which each reads from earlier ones only.
         about: what the run is; goes into its manifest.
         manifest: file name of the manifest, which also marks `root` as a run's folder.
-        from_stage: this stage and all after it run again; their old folders are renamed, not removed.
+        from_stage: this stage and all that read from it run again; their old folders are renamed, not removed.
         report: writes the report from the run's folder and returns its path.
         echo: shows a line.
         after: looks at every stage that is finished or skipped; what it raises ends the run.
@@ -51,11 +51,12 @@ def execute(
         `InputError` when the folder holds something else or another process runs in it, or when a stage fails.
     """
     check_folder(root, manifest)
-    first = _position(stages, from_stage)
+    anew = read_anew(stages, from_stage)
     with resumable(root, "output_dir", KEPT), exclusive(root):
-        for stage in stages[first:] if from_stage else []:
-            stage.set_aside()
-        states = {stage.name: stage.state() for stage in stages}
+        for stage in stages:
+            if stage.name in anew:
+                stage.set_aside()
+        states = states_of(stages)
         for stage in stages:
             if states[stage.name] != "finished":
                 stage.unlink()
@@ -65,8 +66,8 @@ def execute(
             if state == "finished":
                 echo(f"{heading} unchanged, skipped ({stage.folder.name})")
             else:
-                if state == "changed":
-                    echo(f"{stage.name}: a file of {stage.folder.name} has changed; kept as {stage.set_aside()}")
+                if state in _SET_ASIDE:
+                    echo(f"{stage.name}: {_SET_ASIDE[state].format(stage.folder.name)}; kept as {stage.set_aside()}")
                 echo(f"{heading} {stage.folder.name}{' (resumed)' if state == 'interrupted' else ''}")
                 states[stage.name] = "interrupted"
                 write_json(root / manifest, _record(stages, states, about))
@@ -89,28 +90,46 @@ def execute(
 
 def preview(stages: Sequence[Stage], title: str, from_stage: str | None, console: Console) -> None:
     """What `execute` would do, without doing it."""
-    first = _position(stages, from_stage)
+    anew, states = read_anew(stages, from_stage), states_of(stages)
     table = Table(title=title)
     for column in ("stage", "reads", "folder", "would"):
         table.add_column(column)
-    for index, stage in enumerate(stages):
-        action = "run anew" if from_stage and index >= first else _ACTIONS[stage.state()]
+    for stage in stages:
+        action = "run anew" if stage.name in anew else _ACTIONS[states[stage.name]]
         reads = [each if isinstance(each, str) else each.name for each in stage.inputs.values()]
         shown = ", ".join(each if len(each) < 24 else f"{each[:8]}..." for each in reads)
         table.add_row(stage.name, shown, stage.folder.name, action)
     console.print(table)
 
 
-_ACTIONS = {"finished": "skip", "interrupted": "resume", "changed": "run anew", "new": "run"}
+_ACTIONS = {"finished": "skip", "interrupted": "resume", "changed": "run anew", "dropped": "run anew", "new": "run"}
+_SET_ASIDE = {"changed": "a file of {} has changed", "dropped": "files of {} that are read again were dropped"}
 
 
-def _position(stages: Sequence[Stage], from_stage: str | None) -> int:
-    if from_stage is None:
-        return 0
-    for index, stage in enumerate(stages):
-        if from_stage in (stage.name, stage.name.split("-")[0]):
-            return index
-    raise InputError(f"--from {from_stage}: the stages of this run are {', '.join(stage.name for stage in stages)}")
+def states_of(stages: Sequence[Stage]) -> dict[str, str]:
+    """The state of each stage (`Stage.state`), and `"dropped"` for a finished one some of whose files were removed
+    although a stage that is yet to run reads them."""
+    states = {stage.name: stage.state() for stage in stages}
+    for stage in reversed(stages):  # those that read come after those that are read
+        if states[stage.name] != "finished":
+            for each in stage.inputs.values():
+                if isinstance(each, Stage) and states[each.name] == "finished" and each.record.get("dropped"):
+                    states[each.name] = "dropped"
+    return states
+
+
+def read_anew(stages: Sequence[Stage], from_stage: str | None) -> set[str]:
+    """The stages of a name, and all that read from them."""
+    found: set[str] = set()
+    for stage in stages:
+        read = {each.name for each in stage.inputs.values() if isinstance(each, Stage)}
+        if from_stage in (stage.name, stage.name.split("-")[0]) or read & found:
+            found.add(stage.name)
+    if from_stage is not None and not found:
+        raise InputError(
+            f"--from {from_stage}: the stages of this run are {', '.join(stage.name for stage in stages)}"
+        )
+    return found
 
 
 def check_folder(root: Path, manifest: str = RUN) -> None:

@@ -20,7 +20,6 @@ from typing import Any
 
 from ..data.cards import write_card
 from ..data.foreign import split_format
-from ..data.loading import BUILDERS
 from ..errors import InputError
 from ..records import file_sha256, now, read_json, sweep, versions, write_json
 
@@ -74,7 +73,9 @@ class Stage:
             return "interrupted" if self.folder.is_dir() and any(self.folder.iterdir()) else "new"
         if record["status"] != "finished":
             return "interrupted"
-        return "finished" if _contents(self.folder) == record["outputs"] else "changed"
+        dropped = record.get("dropped", ())
+        there = {name: value for name, value in _contents(self.folder).items() if name not in dropped}
+        return "finished" if there == record["outputs"] else "changed"
 
     def earlier(self) -> dict[str, Any]:
         """The record of the last finished stage of this name, of whatever key; empty when there is none."""
@@ -108,6 +109,17 @@ class Stage:
         record |= {"status": "finished", "seconds": round(seconds, 1), "outputs": _contents(self.folder)}
         write_json(self.folder / RECORD, record)
         return f"{seconds:.1f} s" + (f": {remark}" if remark else "")
+
+    def drop(self, suffixes: tuple[str, ...]) -> None:
+        """Remove files of a finished stage that all who needed them have read. Its record names them as `dropped`;
+        who is to read them again has the stage run anew (`workflow.run`)."""
+        record = self.record
+        outputs = record["outputs"]
+        gone = {name for name in (*outputs, *record.get("dropped", ())) if name.endswith(suffixes)}
+        kept = {name: value for name, value in outputs.items() if name not in gone}
+        write_json(self.folder / RECORD, {**record, "outputs": kept, "dropped": sorted(gone)})
+        for name in gone:
+            (self.folder / name).unlink(missing_ok=True)
 
     def link(self) -> None:
         """Show the folder where `links` says, in place of an earlier stage's."""
@@ -200,6 +212,8 @@ def data_source(name: str) -> str:
     form, path = split_format(name)
     if Path(path).exists():
         return file_fingerprint(path) + (f" {form}" if form else "")
+    from ..data.loading import BUILDERS  # imports datasets, which a plan of files that are there does without
+
     if form or Path(path).suffix in BUILDERS:
         raise InputError(f"dataset_name={path!r}: no such file in {os.getcwd()}")
     return name

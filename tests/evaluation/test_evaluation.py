@@ -198,7 +198,7 @@ def test_harness_runs_a_task_and_leaves_the_model_as_it_was(task):
     pytest.importorskip("lm_eval")
     model, tok = tiny.llama(), tiny.tokenizer()
     model.train()
-    found = run_harness(model, tok, ["local_choice"], include_path=task)
+    found, documents = run_harness(model, tok, ["local_choice"], include_path=task)
     right = 0
     for i in range(12):
         prompt = tok(tiny.sentence(i, 3))["input_ids"]
@@ -209,6 +209,8 @@ def test_harness_runs_a_task_and_leaves_the_model_as_it_was(task):
             sums.append(sum(float(logps[t - 1, whole[t]]) for t in range(len(prompt), len(whole))))
         right += int(np.argmax(sums)) == i % 2
     assert found["local_choice"]["acc"] == pytest.approx(right / 12)
+    single = [value for _, _, measure, value in documents if measure == "acc"]
+    assert len(single) == 12 and np.mean(single) == pytest.approx(right / 12)
     assert model.training
     with pytest.raises(ValueError, match="lm_eval_tasks='nonsense' is not a task"):
         run_harness(model, tok, ["nonsense"], include_path=task)

@@ -59,6 +59,7 @@ LOSS_ONLY = {
     "floor": ({"floor": 0.0}, "floor=0.0"),
     "anchor": ({"anchor": -1.0, "reference_logprob": torch.zeros(2, 3)}, "anchor=-1.0"),
     "anchor-without-reference": ({"anchor": 1.0}, "reference_logprob is None; anchor=1.0"),
+    "dead": ({"dead_below": -1.0}, "dead_below=-1.0"),
     "z-loss": ({"z_loss": 0.0}, "z_loss=0.0"),
     "gate": ({"entropy_gate": 0.0}, "entropy_gate=0.0"),
     "npo-without-reference": ({"forget": "npo"}, "reference_logprob is None"),

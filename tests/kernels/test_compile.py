@@ -10,12 +10,17 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("function", ["linear_loss", "logprob", "logits", "logits_inplace"])
+@pytest.mark.parametrize(
+    "function", ["linear_loss", "linear_loss listed", "logprob", "logprob listed", "logits", "logits_inplace"]
+)
 def test_fullgraph(function: str, backend: str) -> None:
     p = problem(rows=9, bias=True, lora=True, softcap=4.0)
+    function, *listed = function.split()
+    rows = torch.tensor([7, 0, 3, 4]) if listed else None
 
     def step(hidden, weight, bias, a, b):  # type: ignore[no-untyped-def]
         extra = {"linear_bias": bias, "lora_a": a, "lora_b": b, "softcap": 4.0, "outputs": ("logprob", "entropy")}
+        extra |= {"active_rows": rows}
         if function == "linear_loss":
             out = linear_selective_cross_entropy(hidden * 2, weight, p.target, p.token_weight, **extra)
             return out.loss / 3, out.entropy

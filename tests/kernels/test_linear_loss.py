@@ -440,7 +440,39 @@ def test_rows_without_a_gradient_do_not_go_through_the_products(
 
 
 def test_a_nan_is_not_a_row_without_a_gradient() -> None:
-    factor = torch.tensor([0.0, torch.nan, 0.0, 0.0, 1e-40])
-    alive = linear_loss.living_rows(factor)
+    factor, nothing = torch.tensor([0.0, torch.nan, 0.0, 0.0, 1e-40]), rows.RowStats()
+    alive = linear_loss.living_rows(5, factor, nothing, None)
     assert alive is not None and alive.tolist() == [1, 4]
-    assert linear_loss.living_rows(torch.ones(3)) is None and linear_loss.living_rows(None) is None
+    assert linear_loss.living_rows(3, torch.ones(3), nothing, None) is None
+    assert linear_loss.living_rows(3, None, nothing, None) is None
+    alive = linear_loss.living_rows(5, None, rows.RowStats(grad=factor, others=torch.ones(5)), 0.5)
+    assert alive is None
+    alive = linear_loss.living_rows(
+        5, None, rows.RowStats(grad=factor, others=torch.tensor([0, 0, 0.5, -0.6, 0])), 0.5
+    )
+    assert alive is not None and alive.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("prompt", [False, True])
+def test_rows_under_a_bound_leave_the_products(prompt: bool) -> None:
+    """What is lost is within the bound that the docstring states, and nothing is where the bound is 0."""
+    p = problem(rows=40, vocab=23, spread=6.0, seed=6, logit_scale=1.5)
+    p.target.clamp_(min=0)
+    p.token_weight.fill_(1.0)
+    if prompt:
+        p.token_weight[::5] = 0.0
+    with torch.no_grad():  # the model is sure of half of its targets
+        p.target[::2] = (p.input @ p.weight.T).argmax(1)[::2]
+    whole, none = call.linear(p, dead_below=0.0), call.linear(p)
+    for name, value in none.items():
+        assert torch.equal(whole[name], value), name
+    bound = 0.05
+    cut = call.linear(p, dead_below=bound)
+    gone = (cut["d_input"] == 0).all(1) & oracle.used(p)
+    assert int(gone.sum()) > 10 and none["d_input"][gone].any()
+    reach = 2 * bound * 1.5
+    lost = (cut["d_input"] - none["d_input"]).norm(dim=1)
+    assert 0 < lost.max() <= reach * p.weight.norm(dim=1).max()
+    lost = (cut["d_weight"] - none["d_weight"]).norm(dim=1).sum()
+    assert 0 < lost <= reach * p.input[gone].norm(dim=1).sum()
+    assert torch.equal(cut["loss"], none["loss"]) and torch.equal(cut["logprob"], none["logprob"])

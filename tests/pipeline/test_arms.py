@@ -92,11 +92,31 @@ def test_arms_are_trained_alike_and_differ_in_weights_alone(folder):
     assert configs["train-oracle-seed42"]["dataset_name"].endswith("marked.parquet")
     report = json.loads(Path("run/report.json").read_text())
     by_name = {arm["name"]: arm for arm in report["arms"]}
-    assert all(Path("run", place).is_dir() for arm in report["arms"] for place in arm["folders"] + arm["evaluations"])
+    trace(report)
     assert by_name["plain"]["negative"] is None and 0 < by_name["oracle"]["negative"] < 0.5
     assert {arm["steps"] for arm in report["arms"]} == {3}
     # The held-out rows have marks, so the verdict is about what they mark
     assert report["verdict"]["measure"] == "gap" and len(report["verdict"]["controls"]) == 2
+
+
+def trace(report):
+    """Follow each number of each arm to the stage that it comes from, and that stage to what it read."""
+    for arm in report["arms"]:
+        assert len(arm["folders"]) == len(arm["evaluations"]) >= 1
+        for number, (trained, evaluated) in enumerate(zip(arm["folders"], arm["evaluations"], strict=True)):
+            trained, evaluated = Path("run", trained), Path("run", evaluated)
+            config = yaml.safe_load((evaluated / "config.yaml").read_text())
+            assert Path(config["model_name_or_path"]).resolve() == (trained / "model").resolve()
+            assert json.loads((evaluated / "stage.json").read_text())["inputs"]["trained"] == trained.name
+            rows = pq.read_table(evaluated / "evaluation" / "rows.parquet").to_pydict()
+            mean = np.mean(np.divide(rows["nll"], rows["tokens"]))
+            nll = next(each for each in report["measures"] if each["name"] == "nll")
+            assert nll["by_seed"][arm["name"]][number] == pytest.approx(mean)
+            data = Path(yaml.safe_load((trained / "config.yaml").read_text())["dataset_name"])
+            assert (
+                data.is_file()
+                and data.parent.name in json.loads((trained / "stage.json").read_text())["inputs"].values()
+            )
 
 
 def test_rows_that_mark_themselves_need_no_scores(folder):
@@ -243,6 +263,7 @@ def test_scored_rows_lead_back_to_the_user_s_own(folder):
         ({"prompt": "alpha " * 300}, "row 5 of the data has .* tokens, more than the model's context of 256"),
         ({"prompt": b"caf\xe9"}, "line 6 is not UTF-8"),
         ({"completion": None}, "row 5 of the data has no 'completion'"),
+        ({"spans": [[0, 999]]}, r"row 5.* \[0, 999\]"),
     ],
 )
 def test_what_can_be_checked_is_checked_before_anything_is_trained(folder, change, message):
@@ -258,6 +279,38 @@ def test_what_can_be_checked_is_checked_before_anything_is_trained(folder, chang
     with pytest.raises(InputError, match=message):
         plan("--max_length", "null", run=commands).execute([])
     assert commands.names == []
+
+
+def test_messages_are_rendered_before_anything_is_trained(folder):
+    asked = {"role": "user", "content": "alpha beta"}
+    rows = [
+        {"messages": [asked | {"content": f"alpha {n}"}, {"role": "assistant", "content": "mu"}]} for n in range(48)
+    ]
+    rows[7]["messages"] = [asked]
+    write_rows(rows)
+    commands = Commands()
+    with pytest.raises(InputError, match="row 7 of the data has no message of the role 'assistant'"):
+        plan("--assistant_only_loss", "true", run=commands).execute([])
+    silent = tiny.tokenizer()
+    silent.chat_template = None
+    silent.save_pretrained("model")
+    Path("model/chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(InputError, match="has no chat template to render them with: give --chat_template_path"):
+        plan(run=commands).execute([])
+    assert commands.names == []
+
+
+def test_glued_words_are_warned_of_once_and_by_the_row_of_the_data(folder):
+    write_rows([{"prompt": f"alpha {n}", "completion": "beta"} for n in range(48)])
+    found = plan("--only_score", "true")
+    for stage in found.stages[:2]:
+        stage.run()
+    warnings = json.loads((folders(found)["check"] / "check.json").read_text())["warnings"]
+    assert len(warnings) == 1 and "prompts run into their completions, as in row " in warnings[0]
+    row = int(warnings[0].split("in row ")[1].split()[0])
+    assert warnings[0].startswith(
+        f"prompts run into their completions, as in row {row} of the data: 'alpha {row}beta'"
+    )
 
 
 def test_columns_are_named_by_the_recipe(folder):
@@ -277,5 +330,6 @@ def test_a_flag_replaces_the_recipe_s_exclusive_sibling(folder):
     found = plan("--positive_fraction", "0.8")
     flags = found.recipe.flags("select")
     assert flags["positive_fraction"] == 0.8 and "negative_threshold" not in flags
+    assert plan("--negative_threshold", "1e-2").recipe.flags("select")["negative_threshold"] == 0.01
     kept = plan("--target_precision", "0.6", "--split.judged_fraction", "0.5").recipe
-    assert "negative_threshold" not in kept.flags("select") and kept.flags("score")["target_precision"] == 0.6
+    assert "negative_threshold" not in kept.flags("select") and kept.flags("select")["target_precision"] == 0.6

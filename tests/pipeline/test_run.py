@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from selsft.cli import main
 from selsft.cli.run import check_flags
 from selsft.errors import InputError
+from selsft.pipeline.plan import Plan
+from selsft.recipes import RECIPES
 from tests.support import tiny
 from tests.support.recipe import RECIPE, plan, run_here
 
@@ -33,7 +35,7 @@ def changed(*overrides):
     """The stages that an override makes anew."""
     before, after = keys(plan()), keys(plan(*overrides))
     assert list(before) == list(after)
-    return [name for name in before if before[name] != after[name]]
+    return {name for name in before if before[name] != after[name]}
 
 
 TRAINED = [f"train-{arm}-seed42" for arm in ("plain", "ignore", "forget")]
@@ -63,11 +65,23 @@ AFTER_SCORE = ["select", "triage", *TRAINED[1:], *EVALUATED[1:]]
     ],
 )  # fmt: skip
 def test_a_flag_decides_the_stages_that_it_concerns(folder, overrides, stages):
-    assert changed(*overrides) == stages
+    assert changed(*overrides) == set(stages)
 
 
 def test_another_max_length_leaves_only_the_split(folder):
-    assert changed("--max_length", "16") == list(keys(plan()))[1:]
+    assert changed("--max_length", "16") == set(keys(plan())) - {"split"}
+
+
+def test_another_precision_chooses_another_threshold_and_scores_nothing(folder):
+    rows = [row | {"spans": [[1, 4]] if n % 2 else []} for n, row in enumerate(tiny.prompt_data(48).to_list())]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judged = ["--split.judged_fraction", "0.5", "--split.reference_size", "5"]
+    before, after = keys(plan(*judged, "--target_precision", "0.6")), keys(plan(*judged, "--target_precision", "0.7"))
+    assert {name for name in before if before[name] != after[name]} == set(AFTER_SCORE)
+    given = keys(plan(*judged, "--negative_threshold", "1.5"))
+    assert given["score"] == before["score"] and given["select"] != before["select"]
+    with pytest.raises(InputError, match=r"target_precision=0\.6 without judged rows"):
+        plan("--target_precision", "0.6")
 
 
 def test_content_decides_not_names_or_times(folder):
@@ -121,7 +135,7 @@ def test_from_data_to_report_and_again(folder):
 
     first = plan(run=run)
     first.execute([])
-    assert commands == ["train", "score", *["train"] * 3, *["evaluate"] * 5]
+    assert commands == ["train", "score", *["evaluate"] * 2, *["train", "evaluate"] * 3]
     train = Path("run/train/model")
     assert (train / "adapter_model.safetensors").is_file() and Path("run/report.html").is_file()
     selected = pq.read_table("run/select/selected.parquet").to_pydict()
@@ -140,11 +154,11 @@ def test_from_data_to_report_and_again(folder):
     plan(run=run).execute([])
     assert commands == []
     plan("--negative_threshold", "0.02", run=run).execute([])  # no model for the selection
-    assert commands == ["train", "train", "evaluate", "evaluate"]  # plain training knows no threshold
+    assert commands == ["train", "evaluate"] * 2  # plain training knows no threshold
     assert len(list(Path("run/stages").glob("train-*"))) == 5
     plan(run=run).execute([])  # going back finds the old one
     assert (
-        commands == ["train", "train", "evaluate", "evaluate"]
+        commands == ["train", "evaluate"] * 2
         and {k: v for k, v in outputs("run").items() if k in before}.keys() == before.keys()
     )
 
@@ -155,7 +169,7 @@ def test_from_data_to_report_and_again(folder):
     assert len(list(Path("run/stages").glob("select-*.1"))) == 1
 
     plan(run=run).execute([], "train")
-    assert commands == [*["train"] * 3, *["evaluate"] * 5]
+    assert commands == ["train", "evaluate"] * 3
     kept = outputs("run")
     for name, value in before.items():
         if name.startswith("stages/train"):
@@ -317,7 +331,7 @@ def test_a_failed_stage_keeps_the_others_and_names_itself(folder):
     with pytest.raises(InputError, match=r"stage score: no such thing\. What was finished is kept"):
         plan(run=run).execute([])
     plan(run=run).execute([])
-    assert calls == ["train", "score", "score", *["train"] * 3, *["evaluate"] * 5]
+    assert calls == ["train", "score", "score", *["evaluate"] * 2, *["train", "evaluate"] * 3]
 
 
 def cli(*argv):
@@ -347,11 +361,24 @@ def cli(*argv):
         (["recipe.yaml", "stray"], "unexpected argument 'stray'"),
         (["recipe.yaml", "--dataset_streaming", "true"], "a run splits its data, which a stream cannot be"),
         (["domain-lora"], "model_name_or_path is missing"),
+        (
+            ["recipe.yaml", "--score", "probe"],
+            "stage score: score='probe' has nothing to fit a probe on: give --judged",
+        ),
+        (
+            ["recipe.yaml", "--lora_target_modules", "[q_proj, nose]"],
+            "lora_target_modules: 'nose' is not a layer of",
+        ),
+        (["recipe.yaml", "--report_to", "paper"], "report_to='paper'"),
+        (["recipe.yaml", "--model_name_or_path", "hollow"], "'hollow' holds a configuration but no weights"),
+        (["recipe.yaml", "--reference_model", "runs.yaml"], "'runs.yaml' is neither a folder with a model nor"),
+        (["recipe.yaml", "--forget.forget_objective", "oblivion"], "stage train-forget: "),
         (["broken.yaml"], "is not a YAML file"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_runs(folder, capsys, argv, message):
     Path("broken.yaml").write_text("a: [1")
+    tiny.llama().config.save_pretrained("hollow")
     assert cli(*argv) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("selsft run: error: ") and message in error and "\n" not in error
@@ -371,7 +398,7 @@ def test_dry_run_says_what_would_be_done(folder, capsys):
     assert told["score"] == "skip" and told["select"] == told["train-forget-seed42"] == "run"
     assert cli("recipe.yaml", "--output_dir", "run", "--dry_run", "--from", "score") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "run anew" in line]
-    assert len(lines) == 11
+    assert len(lines) == 7 and not any("plain" in line or "base" in line for line in lines)  # which read no scores
 
 
 @pytest.mark.parametrize(
@@ -380,12 +407,71 @@ def test_dry_run_says_what_would_be_done(folder, capsys):
 )
 def test_shipped_recipes_parse_and_plan(folder, name):
     flags = ["--model_name_or_path", "model", "--dataset_name", "rows.jsonl", "--use_cpu", "true", "--bf16", "false"]
+    flags += ["--split.judged_fraction", "0.5"] if name == "judged-lora" else []
     found = plan(*flags, source=name)
     check_flags(found)
     stages = [stage.name for stage in found.stages]
     assert stages[0] == "split" and stages[-1].startswith("evaluate-")
     assert ("score" in stages) == (name not in ("rho-1", "self-evolving", "spans"))
     assert ("reference" in stages) == (name not in ("judged-lora", "spans", "self-evolving"))
+
+
+SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml") if "\nstages:" in path.read_text())
+SMALL = ["--model_name_or_path", "model", "--dataset_name", "rows.jsonl", "--use_cpu", "true", "--bf16", "false",
+         "--dtype", "float32", "--max_length", "32", "--max_steps", "1", "--gradient_accumulation_steps", "1",
+         "--gradient_checkpointing", "false", "--report_to", "none", "--evaluate.max_new_tokens", "0"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name != "demo"])
+def test_no_recipe_ends_well_when_nothing_was_selected(folder, capsys, monkeypatch, name):
+    monkeypatch.setattr("selsft.pipeline.stages.run_child", lambda argv: main(argv[3:]))
+    monkeypatch.setattr(Plan.__init__, "__defaults__", (run_here,))
+    rows = [row | {"prompt": f"{row['prompt']} {n}"} for n, row in enumerate(tiny.prompt_data(48).to_list())]
+    if name in ("spans", "judged-lora"):
+        wrong = [1, 3] if name == "judged-lora" else None
+        rows = [row | {"spans": [wrong] if wrong and n % 2 else []} for n, row in enumerate(rows)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    nothing = {
+        "rho-1": ["--positive_fraction", "0.999999", "--logging_steps", "1"],
+        "spans": [],
+        "judged-lora": ["--negative_threshold", "1.5", "--split.judged_fraction", "0.5"],
+    }.get(name, ["--negative_threshold", "1e3"])
+    status = cli(name, "--output_dir", "run", *SMALL, *nothing)
+    printed = capsys.readouterr()
+    assert status == 3, printed.err
+    verdict = json.loads(Path("run/report.json").read_text())["verdict"]
+    assert (
+        verdict["kind"] in ("nothing selected", "stopped")
+        and "verdict better" not in Path("run/report.html").read_text()
+    )
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_whole_models_of_other_arms_make_room_once_they_are_evaluated(folder, kept):
+    commands = []
+
+    def run(command, argv):
+        commands.append(command)
+        run_here(command, argv)
+
+    gently = ["--learning_rate", "1e-4", "--reference.learning_rate", "1e-3", "--go_on", "true"]
+    flags = ["--use_peft", "false", "--arms", "plain,forget", *gently, *(["--keep_models", "true"] if kept else [])]
+    found = plan(*flags, run=run)
+    found.execute([])
+    at = {stage.name: stage.folder / "model" for stage in found.stages if stage.name.startswith("train")}
+    weights = {name: bool(list(model.rglob("*.safetensors"))) for name, model in at.items()}
+    assert weights == {"train-plain-seed42": kept, "train-forget-seed42": True}
+    assert Path("run/train/model/model.safetensors").is_file()
+    report = Path("run/report.json").read_text()
+    commands.clear()
+    plan(*flags, run=run).execute([])
+    assert (
+        commands == [] and json.loads(Path("run/report.json").read_text())["verdict"] == json.loads(report)["verdict"]
+    )
+    plan(*flags, "--evaluate.max_new_tokens", "2", run=run).execute([])  # plain is read again
+    assert commands.count("train") == (0 if kept else 1) and commands.count("evaluate") == 4
+    state = json.loads(Path("run/run.json").read_text())["stages"]
+    assert all(stage["state"] == "finished" for stage in state.values())
 
 
 def test_report_escapes_the_text_of_the_data(folder):

@@ -63,7 +63,8 @@ def test_launches_of_a_step(chunks: int, trained: bool, device: torch.device, mo
     settings = linear_loss._Settings(
         positive="nll", forget="unlikelihood", beta=1.0, floor=None, entropy_gate=None, anchor=None, z_loss=None,
         softcap=None, logit_scale=1.0, lora_scale=1.0, entropy=True, is_top1=True,
-        chunk_size=-(-len(rows) // chunks), compute_dtype=torch.float32, weight_grad_dtype=torch.float32,
+        chunk_size=-(-len(rows) // chunks), dead_below=None, compute_dtype=torch.float32,
+        weight_grad_dtype=torch.float32,
         ignore_index=-100,
     )  # fmt: skip
     needs = [True, trained, False, False, False]

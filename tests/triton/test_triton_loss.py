@@ -193,6 +193,32 @@ def test_forgotten_rows_have_no_gradient(device: torch.device, short_blocks: Non
     assert result["d_input"][[1, 3]].any() and not result["d_input"][[0, 2, 4, 5]].any()
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_dead_rows_leave_the_products(
+    listed: bool, device: torch.device, short_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from selsft_kernels import linear_loss
+
+    p = problem(rows=12, vocab=70, floor=-1e-3, bias=True, device=device)
+    p.target.clamp_(min=0)
+    p.token_weight.copy_(torch.tensor([-1.0, 1.0, -1.0, 1.0, -0.5, -2.0] * 2))
+    p.token_weight[6:] = -1.0  # a chunk without one living row
+    seen: list[int] = []
+    inner = linear_loss.add_gradients
+
+    def counted(grads, d_raw, *arguments, **options):  # type: ignore[no-untyped-def]
+        seen.append(d_raw.shape[0])
+        inner(grads, d_raw, *arguments, **options)
+
+    monkeypatch.setattr(linear_loss, "add_gradients", counted)
+    rows = torch.arange(12, device=device) if listed else None
+    assert_matches(p, call.linear(p, chunk_size=6, active_rows=rows, dead_below=0.0))
+    assert seen == [2, 0]
+    seen.clear()
+    assert_matches(p, call.linear(p, chunk_size=6, active_rows=rows))
+    assert seen == [6, 6]  # by default the host does not look
+
+
 def test_a_masked_vocabulary_entry_is_allowed(device: torch.device) -> None:
     """-inf at columns other than the target, also all of a lane: probability 0, and nothing becomes NaN."""
     z = torch.zeros(2, 40, device=device)

@@ -80,6 +80,36 @@ def test_a_stage_done_anew_keeps_the_old_folder(tmp_path):
         execute(stages(tmp_path, log), tmp_path, {}, from_stage="third")
 
 
+def test_what_does_not_read_a_stage_is_left_alone_when_it_is_done_anew(tmp_path):
+    log = []
+
+    def made():
+        return [Stage("aside", {}, {}, lambda folder: log.append("aside"), tmp_path), *stages(tmp_path, log)]
+
+    execute(made(), tmp_path, {})
+    execute(made(), tmp_path, {}, from_stage="first")
+    assert log == ["aside", "first", "second", "first", "second"]
+
+
+def test_dropped_files_come_back_for_whoever_reads_them_again(tmp_path):
+    log, lines = [], []
+    execute(stages(tmp_path, log), tmp_path, {})
+    one, _ = stages(tmp_path, log)
+    one.drop((".bin",))
+    assert one.state() == "finished" and one.record["dropped"] == []
+    one.drop(("file",))
+    assert one.state() == "finished" and not (one.folder / "file").exists() and one.record["dropped"] == ["file"]
+    (one.folder / "file").write_text("a")  # killed between record and removal
+    assert one.state() == "finished"
+    one.drop(("file",))
+    assert not (one.folder / "file").exists() and one.record["dropped"] == ["file"]
+    execute(stages(tmp_path, log), tmp_path, {})
+    assert log == ["first", "second"]  # what read it is finished
+    execute(stages(tmp_path, log, more="c"), tmp_path, {}, echo=lines.append)
+    assert log == ["first", "second", "first", "second"] and "that are read again were dropped" in lines[0]
+    assert (tmp_path / "shown/second.txt").read_text() == "ac" and not stages(tmp_path, log)[0].record.get("dropped")
+
+
 def test_the_manifest_says_how_far_a_run_got(tmp_path):
     root = tmp_path / "run"
 
