@@ -15,6 +15,7 @@ from selsft.data.scored_folder import load_scores, read_manifest
 from selsft.errors import InputError
 from selsft.evaluation.judging import choose_threshold
 from selsft.records import write_sealed
+from selsft.report.terminal import print_judged
 from selsft.score import score_dataset
 from selsft.selection.chosen import use_folder
 from tests.support import judged, tiny
@@ -224,9 +225,12 @@ def test_whole_rows(score, tmp_path):
     assert measured(tmp_path / "c")["judged"]["surprisal"]["row"]["n_rows"] == 60
 
 
-def test_groups_are_kept_in_one_fold(score):
+def test_groups_are_kept_in_one_fold(score, tmp_path, capsys):
     rows = [{**row, "essay": f"e{index // 4}"} for index, row in enumerate(judged.rows(40))]
     score(score="probe", judged=Dataset.from_list(rows), judged_group="essay")
+    record = measured(tmp_path / "scored")
+    print_judged(record, dict.fromkeys(("threshold", "refusal")))
+    assert "AUC within 10 groups of judged rows: 1.000" in capsys.readouterr().out
     with pytest.raises(InputError, match="judged_group='text' is not a column"):
         score("b", score="probe", judged=Dataset.from_list(rows), judged_group="text")
 

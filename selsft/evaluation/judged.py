@@ -91,19 +91,22 @@ def figures(examples: Examples, groups: np.ndarray | None = None) -> dict[str, A
     `None` where nothing can be told apart.
 
     Args:
-        groups: `(rows,)` what each row belongs to; adds `auc_within`, the mean AUC of the groups with both kinds, and
-            their number, `n_groups`.
+        groups: `(rows,)` what each row belongs to; adds `auc_within`, the mean AUC of the groups with both kinds,
+            its 95 % interval over these groups where there are any, and their number, `n_groups`.
     """
     if not examples.both:
         return None
     area = auc_interval(examples.badness, examples.wrong, examples.rows, DRAWS)
     worst = np.argsort(-examples.badness, kind="stable")[: int(examples.wrong.sum())]
-    within = {}
+    within: dict[str, Any] = {}
     if groups is not None:
         of = groups[examples.rows]
-        each = [auc(examples.badness[of == group], examples.wrong[of == group]) for group in np.unique(of)]
-        each = [value for value in each if not np.isnan(value)]
-        within = {"auc_within": float(np.mean(each)) if each else None, "n_groups": len(each)}
+        found = np.array([auc(examples.badness[of == group], examples.wrong[of == group]) for group in np.unique(of)])
+        found = found[~np.isnan(found)]
+        if found.size:
+            mean = bootstrap(lambda times: float(np.average(found, weights=times)), np.arange(found.size), DRAWS)
+            within = dict(zip(("auc_within", "auc_within_low", "auc_within_high"), mean, strict=True))
+        within["n_groups"] = int(found.size)
     return within | {
         "auc": area.value,
         "auc_low": area.low,

@@ -126,6 +126,7 @@ def print_judged(record: dict[str, Any] | None, selection: dict[str, Any], conso
             markup=False,
         )
         return
+    lines = []
     for sample in ("judged", "test"):
         if sample not in record:
             continue
@@ -138,6 +139,12 @@ def print_judged(record: dict[str, Any] | None, selection: dict[str, Any], conso
                 numbers = f"{found['auc']:.3f}", interval, f"{found['ap']:.3f}", f"{found['precision_at_share']:.3f}"
                 table.add_row(score, level, *numbers, str(found["n_wrong"]), str(found["n_rows"]))
         console.print(table)
+        found = record[sample][record["score"]].get(record["level"], {})
+        if "auc_within" in found:
+            lines.append(
+                f"AUC within {found['n_groups']} groups of {sample} rows: {found['auc_within']:.3f} "
+                f"({found['auc_within_low']:.3f} to {found['auc_within_high']:.3f})"
+            )
     table = Table(title=f"{record['score']} by threshold, judged rows")
     for name in ("negative_threshold", "flagged", "precision", "recall"):
         table.add_column(name, justify="right")
@@ -146,7 +153,6 @@ def print_judged(record: dict[str, Any] | None, selection: dict[str, Any], conso
             f"{line['negative_threshold']:.4g}", *(f"{line[key]:.2f}" for key in ("flagged", "precision", "recall"))
         )
     console.print(table)
-    lines = []
     if probe := record.get("probe"):
         lines.append(f"the probe was fitted on {probe['rows']} rows ({probe['labels']})")
     if curve := record.get("learning_curve"):

@@ -88,6 +88,10 @@ def test_auc_within_groups():
     ]
     assert shifted["auc_within"] == pytest.approx(np.mean(wanted), abs=1e-6) and shifted["n_groups"] == 15
     assert shifted["auc_within"] > shifted["auc"] + 0.05
+    assert 0.02 < shifted["auc_within_high"] - shifted["auc_within_low"] < 0.4
+    assert shifted["auc_within_low"] < shifted["auc_within"] < shifted["auc_within_high"]
+    alone = judge_scores(rows, {"score": scores}, np.arange(scores.size), groups=np.arange(60))["score"]["row"]
+    assert alone["n_groups"] == 0 and "auc_within" not in alone  # a row has one kind
     assert "auc_within" not in judge_scores(rows, {"score": scores}, np.arange(scores.size))["score"]["token"]
 
 

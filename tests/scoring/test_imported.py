@@ -48,6 +48,14 @@ def test_either_side_comes_from_elsewhere(run, models, side, column):
         assert load_scores("imported")[name][:] == load_scores("scored")[name][:]
 
 
+def test_surprisal_from_elsewhere_needs_no_pass(run):
+    assert run() == 0
+    served("base_logps", path="server.parquet")
+    assert run(score="surprisal", reference_model=None, base_logps="server.parquet", scored_dir="imported") == 0
+    assert len(run.calls) == 0
+    assert load_scores("imported")["base_logps"][:] == load_scores("scored")["base_logps"][:]
+
+
 def test_a_folder_of_files_and_of_our_own_parts(run):
     assert run() == 0
     os.mkdir("server")

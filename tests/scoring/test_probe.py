@@ -15,6 +15,7 @@ from selsft.data.chunks import TokenChunk
 from selsft.data.judged import judged_rows
 from selsft.data.tokenizers import special_ids, tokenizer_sha256
 from selsft.errors import InputError
+from selsft.evaluation.judged import Examples, threshold_for
 from selsft.scoring.frozen import FrozenModels
 from selsft.scoring.probe import (
     Design,
@@ -129,6 +130,28 @@ def test_logits_are_calibrated(fitted):
     for low, high in ((0, 0.1), (0.1, 0.3), (0.3, 1)):
         inside = (probability >= low) & (probability < high)
         assert abs(wrong[inside].mean() - probability[inside].mean()) < 0.05
+
+
+def test_a_threshold_keeps_its_precision_on_unseen_tokens():
+    """Chosen on logits out of fold, and used with the probe that was fitted on all: both must be on one scale."""
+    rng = np.random.default_rng(2)
+    truth = rng.normal(size=60)
+
+    def drawn(n):
+        states = rng.normal(size=(n, 60)).astype(np.float32)
+        return states, rng.random(n) < 1 / (1 + np.exp(2.5 - states @ truth / 4))
+
+    for _ in range(2):
+        states, wrong = drawn(3000)
+        rows = np.arange(3000) // 20
+        design = Design("token", np.arange(3000), wrong, rows, np.zeros((3000, 2), np.float32),
+                        {1: torch.from_numpy(states)}, np.stack([np.arange(3000)] * 2, 1))  # fmt: skip
+        fit = fit_probe(design)
+        cut = threshold_for(Examples(fit.logits, wrong, rows), 0.6)
+        fresh, right = drawn(20_000)
+        flagged = fresh @ fit.probe.weights[1].sum(1) + fit.probe.bias > cut.negative_threshold
+        assert right[flagged].mean() == pytest.approx(0.6, abs=0.1)
+        assert flagged.mean() == pytest.approx(cut.flagged / 3000, rel=0.35)
 
 
 def test_batches_do_not_matter(fitted):
@@ -258,11 +281,14 @@ def probe_folder(models, fit, folder):
     return str(folder)
 
 
-@pytest.mark.parametrize("mode", ["padded", "packed"])
+@pytest.mark.parametrize("mode", ["padded", "packed", "padding_free"])
 def test_training_by_a_saved_probe_online_and_beforehand(mode, fitted, options, tmp_path):
     models, _, _, fit = fitted
-    settings = {**options, "max_length": 64, "score": "probe", "probe": probe_folder(models, fit, tmp_path / "probe"),
-                "scoring_cache_dir": str(tmp_path / "cache"), "packing": mode == "packed"}  # fmt: skip
+    settings = {
+        **options, "score": "probe", "probe": probe_folder(models, fit, tmp_path / "probe"),
+        "scoring_cache_dir": str(tmp_path / "cache"), "packing": mode == "packed",
+        "padding_free": mode == "padding_free", "max_length": None if mode == "padding_free" else 64,
+    }  # fmt: skip
 
     def make(data=None, **changes):
         return SelectiveSFTTrainer(

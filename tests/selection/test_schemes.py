@@ -55,6 +55,33 @@ def test_token_cleaning_keeps_the_best_of_the_pool(options, tmp_path):
     assert scores[weights > 0].min() > scores[trained & (weights == 0)].max()
 
 
+@pytest.mark.parametrize("pooling", ["token", "word_sum"])
+@pytest.mark.parametrize("mode", PACKING)
+def test_surprisal_in_every_mode(mode, pooling, options, tmp_path):
+    """Negative is what the policy at the start finds unlikely, computed beforehand or between the steps."""
+    data = tiny.tokenised_data(24)
+    shared = {"score": "surprisal", "score_pooling": pooling, "forget_schedule": "constant", **PACKING[mode]}
+    shared |= {"negative_threshold": 4.0 if pooling == "token" else 6.0, "scoring_cache_dir": str(tmp_path)}
+    before = make(options, data, **shared)
+    if mode == "padded" and pooling == "token":
+        for row in before.train_dataset:
+            logps = plain_logps(tiny.llama().eval(), row["input_ids"])
+            special = {tiny.tokenizer().eos_token_id, *tiny.tokenizer().all_special_ids}
+            for t, (token, label, weight) in enumerate(
+                zip(row["input_ids"], row["labels"], row["token_weights"], strict=True)
+            ):
+                if t and label != -100 and token not in special and abs(logps[t] + 4.0) > 1e-4:
+                    assert (weight < 0) == (logps[t] < -4.0)
+    if mode == "streamed":
+        now = make(options, data.to_iterable_dataset(), **shared)
+    else:
+        now = make(options, data, precompute_scores=False, **shared)
+    before.train()
+    now.train()
+    assert 0 < steps(before)[0]["negative_fraction"] < 1
+    same_runs(before, now)
+
+
 def test_self_evolving_scores_part_t_with_the_model_of_part_t_minus_1(options, tmp_path):
     """Three parts, a moving reference: the base stays the first model, the reference is the last one trained."""
     parts = [tiny.tokenised_data(24).select(range(8 * t, 8 * t + 8)) for t in range(3)]
