@@ -414,12 +414,14 @@ class ScoringRun:
                     given = {} if done else {name: source.take(chunk) for name, source in self.imported.items()}
                     yield index, chunk, given, done
 
-        total, missing = None, []
+        total: int | None = None
+        missing: list[int] = []
         if isinstance(dataset, Dataset):
             total = 0
             for index, chunk, _, done in shards():
                 if not done and index % world == rank:
-                    total, missing = total + chunk.size, [*missing, index]
+                    total += chunk.size
+                    missing.append(index)
             total *= self.models.passes(self.models.columns) + len(self._others)
         # With sharded weights all processes must agree which shards are missing, and the first to write would make
         # them differ

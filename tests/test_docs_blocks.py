@@ -41,7 +41,6 @@ NOT_RUN = {
     ("CONTRIBUTING.md", "runs tests"): 1,
     ("docs/axolotl.md", "a file of axolotl"): 1,
     ("docs/axolotl.md", "installs axolotl"): 1,
-    ("docs/axolotl.md", "repeats what docs/api.md runs"): 1,
     ("docs/demo.md", "minutes"): 1,
     ("docs/experiments.md", "hours, and a model of the Hub"): 2,
     ("docs/experiments.md", "minutes of measuring"): 1,

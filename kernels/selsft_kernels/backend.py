@@ -59,7 +59,7 @@ def scratch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
         return torch.empty(shape, device=device, dtype=dtype)
     memory: Tensor | None = getattr(_kept, "memory", None)
     if memory is None or memory.numel() < size:
-        memory = _kept.memory = torch.empty(size, dtype=torch.uint8)
+        memory = _kept.memory = in_large_pages(torch.empty(size, dtype=torch.uint8))
     return memory[:size].view(dtype).view(shape)
 
 

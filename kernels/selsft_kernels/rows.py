@@ -115,7 +115,7 @@ def loss_rows(
     targets = targets.inside(raw.shape[1])
     in_place = want_grad and raw.dtype == torch.float32
     blocks = row_blocks(raw)
-    if in_place and (len(blocks) == 1 or (t == Transform() and stats.entropy is None)):
+    if in_place and (len(blocks) == 1 or t == Transform()):
         return _loss_rows(raw, targets, t, objective, stats, want_grad)
     factor = torch.empty_like(targets.logit) if in_place else None
     for start, end in blocks:
@@ -154,14 +154,16 @@ def _loss_rows(
     if stats.is_top1 is not None:
         stats.is_top1.copy_(top1(z, own, largest, targets.column))
     z.scatter_(1, column, largest.unsqueeze(1))
-    torch.softmax(z, 1, out=z)
+    mean = softmax_in_place(z, None if stats.entropy is None else largest)
     p = z.gather(1, column).squeeze(1)
     rest = 1.0 - p
-    lse = largest + (rest / p).log()
+    log_others = (rest / p).log()
+    lse = largest + log_others
     m = log_odds(z_y, lse)
     weight, entropy = targets.weight, None
-    if stats.entropy is not None:
-        entropy = entropy_from(m, entropy_of(z, column, rest))
+    if mean is not None:
+        # The others have log-probabilities z_j - largest - log_others. What stands in the target's place adds 0.
+        entropy = entropy_from(m, log_others - mean / rest)
         weight = gated(weight, entropy, objective)
     value, grad = token_loss(m, weight, targets.reference, objective)
     skip = targets.weight == 0
@@ -188,12 +190,19 @@ def _loss_rows(
     return scale
 
 
-def entropy_of(p: Tensor, column: Tensor, rest: Tensor) -> Tensor:
-    """Entropy of `p_j / rest` over j != y; p [n, V], whose entries at `column` [n, 1] become 0, rest [n] their sum."""
-    p.scatter_(1, column, 0.0)
-    # 0 log 0 = 0. A NaN stays.
-    total = p.log().clamp_(min=-200.0).mul_(p).sum(1)
-    return rest.log() - total / rest
+def softmax_in_place(z: Tensor, largest: Tensor | None) -> Tensor | None:
+    """Softmax p of each row; with `largest` [n], the `sum_j p_j (z_j - largest)` of each."""
+    if largest is None:
+        torch.softmax(z, 1, out=z)
+        return None
+    mean = torch.empty_like(largest)
+    for start, end in row_blocks(z):
+        block = z[start:end]
+        distance = block - largest[start:end].unsqueeze(1)
+        torch.softmax(block, 1, out=block)
+        # 0 times a distance of -inf would be NaN.
+        mean[start:end] = distance.clamp_(min=-300.0).mul_(block).sum(1)
+    return mean
 
 
 def _store(

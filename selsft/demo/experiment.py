@@ -179,7 +179,7 @@ def run_seed(seed: int, config: DemoConfig, folder: Path, echo: Callable[[str], 
     world = make_world(seed, config.world)
     tokenizer = train_tokenizer(world.pretraining, config.vocab_size)
     noisy = encode_all(world.training, tokenizer)
-    base, reference = _model_stages(world, tokenizer, seed, config, folder)
+    base, reference = model_stages(world, tokenizer, seed, config, folder)
     with quiet():
         execute([base, reference], folder, {"seed": seed}, echo=echo)
         models = {stage.name: stage.folder / "model" for stage in (base, reference)}
@@ -226,7 +226,8 @@ def run_seed(seed: int, config: DemoConfig, folder: Path, echo: Callable[[str], 
     )
 
 
-def _model_stages(world: World, tokenizer: Any, seed: int, config: DemoConfig, root: Path) -> tuple[Stage, Stage]:
+def model_stages(world: World, tokenizer: Any, seed: int, config: DemoConfig, root: Path) -> tuple[Stage, Stage]:
+    """The stages that pretrain the base and fine-tune it into the reference, in `root`."""
     settings = {**asdict(config), "seed": seed}
     sizes = {key: settings[key] for key in ("world", "vocab_size", "hidden_size", "layers", "seed")}
 

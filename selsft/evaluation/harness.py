@@ -143,15 +143,16 @@ def _values(paths: Sequence[Path]) -> dict[tuple[str, str], pd.DataFrame]:
     frames = [pq.read_table(path / DOCUMENTS).to_pandas().assign(seed=seed) for seed, path in enumerate(paths)]
     grouped = pd.concat(frames).groupby(["task", "measure"])
     tables = {key: part.pivot_table(index="seed", columns="document", values="value") for key, part in grouped}
-    return {(str(key[0]), str(key[1])): table.dropna(axis=1) for key, table in tables.items()}  # type: ignore[index]
+    return {(str(key[0]), str(key[1])): table.dropna(axis=1) for key, table in tables.items()}
 
 
 def _difference(first: pd.DataFrame, second: pd.DataFrame) -> Interval:
     """`second - first` over the documents of both; one row stands for all seeds of a model that was not trained."""
     shared = first.columns.intersection(second.columns)
     seeds = max(len(first), len(second))
-    both = (np.broadcast_to(each[shared].to_numpy(), (seeds, len(shared))) for each in (first, second))
-    return paired(*both)
+    shape = seeds, len(shared)
+    a, b = (np.broadcast_to(each[shared].to_numpy(), shape) for each in (first, second))
+    return paired(a, b)
 
 
 def count_requests(

@@ -164,7 +164,6 @@ class SelectiveTrainer(AxolotlTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the step, not by micro-batches
-        self._step_tokens: torch.Tensor | None = None
         self._sums = torch.zeros(3, device=self.args.device)  # positives, negatives, probability of the negatives
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -183,8 +182,7 @@ class SelectiveTrainer(AxolotlTrainer):
         count = torch.stack(found).sum().to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.reduce(count, reduction="sum")
-        self._step_tokens = count.clamp(min=1)
-        return batches, self._step_tokens
+        return batches, count.clamp(min=1)
 
     def forget_weight(self) -> float:
         """lambda at this optimizer step."""
@@ -215,9 +213,8 @@ class SelectiveTrainer(AxolotlTrainer):
         assert found.logprob is not None
         stats = torch.stack([(weights > 0).sum(), negative.sum(), (found.logprob.exp() * negative).sum()])
         self._sums += stats.detach().to(self._sums)
-        loss = found.loss / (
-            self._step_tokens if num_items_in_batch is not None else (weights != 0).sum().clamp(min=1)
-        )
+        items = num_items_in_batch if num_items_in_batch is not None else (weights != 0).sum().clamp(min=1)
+        loss = found.loss / items
         if args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # which DDP averages over
         return (loss, outputs) if return_outputs else loss
