@@ -16,7 +16,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from selsft.report.inspect import write_inspection
+from selsft.report.inspect import default_rule, write_inspection
 from selsft.report.tokens import read_rows
 from tests.support.browser import Tab, chromium
 
@@ -100,14 +100,14 @@ def picture(tab: Tab, page: Path, name: str, width: int, height: int, dark: bool
 def main() -> None:
     tok = tokenizer()
     data, judged = rows(tok)
-    settings = {"score": "influence", "negative_threshold": 0.75, "neutral_band": 0.0, "score_base_weight": 1.0,
-                "protect_special_tokens": True}  # fmt: skip
+    settings = {"score": "influence", "score_base_weight": 0.5, **default_rule("influence"), "neutral_band": 0.0,
+                "score_lookahead": 0.0, "score_row_worst": None, "protect_special_tokens": True}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, chromium() as tab:
         page = Path(folder) / "inspect.html"
         about = {"title": "runs/scored", "lines": ["scores made up for this picture"], "measured": {}}
         found = read_rows(data, tok, 10**6)
         write_inspection(page, found, {**about, "total": len(data), "judged": []}, settings)
-        show = "document.querySelectorAll('#list article')[0].querySelector('.n3, .n2')"
+        show = "document.querySelector('#list .n3, #list .n2, #list .neg')"
         picture(tab, page, "inspect.png", 1240, 720, False, f"showTip({show}); 0")
         write_inspection(page, found, {**about, "total": len(data), "judged": judged}, settings)
         sort = "$('only').value = 'judged'; $('only').dispatchEvent(new Event('change')); $('target-use').click(); 0"

@@ -7,6 +7,7 @@ flags load models and train them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import textwrap
 from pathlib import Path
@@ -52,11 +53,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--model_name_or_path", help="whose tokenizer made the rows (default: the model that scored them)")
     add("--trust_remote_code", action="store_true", help="let the tokenizer run code of its own")
     add("--dataset_train_split", default="train", help="split of a saved data set or of the Hub (default: train)")
-    add("--score", help="which score to begin with (default: influence, or the first that there is)")
+    add("--score", help="which score to begin with (default: what training takes, or the first that there is)")
+    add(
+        "--score_pooling",
+        choices=("token", "word", "word_sum", "span", "row"),
+        help="begin with this pooling (default: that of training)",
+    )
     add(
         "--negative_threshold",
         type=float,
-        help="begin with this threshold (default: that of training, or the worst 5 %%)",
+        help="begin with this threshold (default: the rule of training)",
     )
     add("--neutral_band", type=float, default=0.0, help="begin with this band (default: 0.0)")
     add("--judged", type=Path, metavar="FILE.jsonl", help="a judged sample whose marks are shown")
@@ -79,11 +85,12 @@ def main(argv: list[str]) -> int:
 
     from ..report.inspect import (
         WEIGHTED,
+        boundary_at,
         classes,
+        pooled,
         print_rows,
         score_names,
         score_of,
-        starting_threshold,
         write_inspection,
     )
     from ..report.tokens import read_rows
@@ -92,22 +99,17 @@ def main(argv: list[str]) -> int:
         data = load_rows(DataSource(arguments.scored, split=arguments.dataset_train_split))
         tokenizer = _tokenizer(arguments, manifest)
         rows = read_rows(data, tokenizer, arguments.max_tokens)
-    names = score_names(rows)
-    if arguments.score is not None and arguments.score not in names:
-        raise InputError(f"--score {arguments.score}: the rows have {', '.join(names)}")
-    score = arguments.score or names[0]
-    base_weight = manifest.get("score_base_weight", 1.0)
-    values = score_of(rows, score, base_weight)
-    threshold = arguments.negative_threshold
-    settings: dict[str, Any] = {
-        "score": score,
-        "negative_threshold": starting_threshold(rows, values) if threshold is None else threshold,
-        "neutral_band": arguments.neutral_band,
-        "score_base_weight": base_weight,
-        "protect_special_tokens": SelectiveSFTConfig.protect_special_tokens,
-    }
+    settings = _settings(arguments, score_names(rows), scored)
     if arguments.text:
-        boundary = 0.0 if score == WEIGHTED else -settings["negative_threshold"]
+        values = score_of(rows, settings["score"], settings["score_base_weight"])
+        if settings["score"] != WEIGHTED:
+            values = pooled(
+                rows, values, settings["score_pooling"], settings["score_lookahead"], settings["score_row_worst"]
+            )
+            share, threshold = settings["positive_fraction"], settings["negative_threshold"]
+            boundary = -threshold if share is None else boundary_at(rows, values, share)
+        else:
+            boundary = 0.0
         print_rows(rows, classes(rows, values, boundary, settings["neutral_band"], True), arguments.rows)
     if arguments.output is not None:
         about = {
@@ -122,6 +124,46 @@ def main(argv: list[str]) -> int:
         with resumable(arguments.output.parent, "--output", "nothing else is written, start it again"):
             print(f"Page: {write_inspection(arguments.output, rows, about, settings)}")
     return 0
+
+
+def _settings(arguments: argparse.Namespace, names: list[str], scored: bool) -> dict[str, Any]:
+    """What the page begins with: the settings of a run on these scores that says nothing else, and what was given.
+
+    Args:
+        names: what the rows can be coloured by, the best first.
+        scored: whether they are a folder of scores, whose judged rows may have chosen a score and a threshold.
+    """
+    from ..report.inspect import SETTINGS, default_rule
+    from ..selection.select import selection_args
+
+    args = SelectiveSFTConfig("unused", use_cpu=True, bf16=False, go_on=True)
+    if scored:
+        with contextlib.suppress(InputError):  # no threshold has the precision that was asked for
+            args = selection_args(Path(arguments.scored), {})
+    chosen = next((name for name in names if SETTINGS.get(name) == args.score), names[0])
+    score = arguments.score or chosen
+    if score not in names:
+        raise InputError(f"--score {score}: the rows have {', '.join(names)}")
+    rule = default_rule(score)
+    if score == chosen and SETTINGS.get(score) == args.score:
+        rule = {
+            "score_pooling": args.pooling,
+            "negative_threshold": args.effective_threshold,
+            "positive_fraction": args.effective_fraction,
+        }
+    if arguments.negative_threshold is not None:
+        rule |= {"negative_threshold": arguments.negative_threshold, "positive_fraction": None}
+    if arguments.score_pooling is not None:
+        rule["score_pooling"] = arguments.score_pooling
+    return {
+        "score": score,
+        **rule,
+        "neutral_band": arguments.neutral_band,
+        "score_base_weight": args.score_base_weight,
+        "score_lookahead": args.score_lookahead,
+        "score_row_worst": args.score_row_worst,
+        "protect_special_tokens": args.protect_special_tokens,
+    }
 
 
 def _tokenizer(arguments: argparse.Namespace, manifest: dict[str, Any]) -> Any:

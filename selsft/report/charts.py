@@ -17,6 +17,9 @@ CIVIDIS = ("#00224e", "#213b6e", "#4c556c", "#6c6e72", "#8e8978", "#b2a570", "#d
 """Stops of the cividis scale (Nuñez, Anderton and Renslow 2018), which reads the same with a colour-vision deficiency
 and rises evenly in lightness."""
 CELL_WIDTH, CELL_HEIGHT, TREE, LETTER, AXIS = 52, 30, 60, 7.2, 360.0
+PAGE, NARROWEST = 1168, 32
+"""Width of the page's text in a window of 1280 pixels, into which a heat map shrinks its cells, and that of a cell in
+which a number can still be read."""
 
 
 class Cell(NamedTuple):
@@ -43,6 +46,7 @@ class HeatMap:
     trees: list[str]
     legend: list[tuple[float, str]]
     ends: tuple[str, str]
+    cell: tuple[float, float]
 
 
 def colour(value: float) -> tuple[str, str]:
@@ -68,12 +72,14 @@ def heat_map(title: str, matrix: Any, what: str, top: float = 1.0) -> HeatMap:
     row_names, column_names = list(matrix.values.index), list(matrix.values.columns)
     left = 8 + LETTER * max(map(len, row_names))
     head = 8 + TREE + LETTER * max(map(len, column_names)) * 0.71
-    right, bottom = left + CELL_WIDTH * len(column_names), head + CELL_HEIGHT * len(row_names)
+    margin = max(TREE + 8, LETTER * len(column_names[-1]) * 0.71)  # the last label leans over it
+    wide = min(CELL_WIDTH, max(NARROWEST, (PAGE - left - margin) // len(column_names)))
+    right, bottom = left + wide * len(column_names), head + CELL_HEIGHT * len(row_names)
     cells = []
     for i, row in enumerate(row_names):
         for j, column in enumerate(column_names):
             value, low, high = (float(each.iat[i, j]) for each in (matrix.values, matrix.low, matrix.high))
-            place = round(left + CELL_WIDTH * j, 1), round(head + CELL_HEIGHT * i, 1)
+            place = round(left + wide * j, 1), round(head + CELL_HEIGHT * i, 1)
             cell = what.format(row=row, column=column)
             if np.isnan(value):
                 cells.append(Cell(*place, "", f"{cell}: {matrix.reasons.iat[i, j] or 'no value'}"))
@@ -81,17 +87,16 @@ def heat_map(title: str, matrix: Any, what: str, top: float = 1.0) -> HeatMap:
                 ends = f"{cell}: {value:.3f}, 95 % interval {low:.3f} to {high:.3f}"
                 cells.append(Cell(*place, f"{value:.2f}", ends, *colour(value / top)))
     rows = [(round(left - 6, 1), round(head + CELL_HEIGHT * (i + 0.5), 1), name) for i, name in enumerate(row_names)]
-    columns = [
-        (round(left + CELL_WIDTH * (j + 0.5), 1), round(head - 6, 1), name) for j, name in enumerate(column_names)
-    ]
+    columns = [(round(left + wide * (j + 0.5), 1), round(head - 6, 1), name) for j, name in enumerate(column_names)]
     trees = []
     for points in _tree(matrix.row_linkage, matrix.row_leaves, row_names, CELL_HEIGHT):
         trees.append(" ".join(f"{right + 4 + depth:.1f},{head + place:.1f}" for place, depth in points))
-    for points in _tree(matrix.column_linkage, matrix.column_leaves, column_names, CELL_WIDTH):
+    for points in _tree(matrix.column_linkage, matrix.column_leaves, column_names, wide):
         trees.append(" ".join(f"{left + place:.1f},{TREE - 2 - depth:.1f}" for place, depth in points))
     legend = [(round(left + 20 * i, 1), colour(i / 10)[0]) for i in range(11)]
-    size = round(right + TREE + 60), round(bottom + 44)
-    return HeatMap(title, *size, cells, rows, columns, trees, legend, ("0", f"{top:g}"))
+    size = round(right + margin), round(bottom + 44)
+    ends = ("0", f"{top:g}")
+    return HeatMap(title, *size, cells, rows, columns, trees, legend, ends, (wide - 2, CELL_HEIGHT - 2))
 
 
 def _tree(linkage: np.ndarray, leaves: list[str], order: list[str], size: float) -> list[list[tuple[float, float]]]:

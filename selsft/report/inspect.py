@@ -17,43 +17,78 @@ from rich.console import Console
 from rich.text import Text
 
 from ..config import SelectiveSFTConfig
-from ..data.columns import BASE_LOGPS, REF_LOGPS, TOKEN_SCORES
+from ..data.columns import BASE_LOGPS, NOISY_LOGPS, PROBE_SCORES, REF_LOGPS, TOKEN_SCORES
+from ..selection.pooling import pool_scores
+from ..selection.quantile import boundary_of_fraction
 from ..selection.rules import classes_at
 from .page import HIDDEN, write_page
 from .terminal import printable
-from .tokens import LABELLED, ROLE, SCORED, SPECIAL, START, TokenRows
+from .tokens import DOCUMENT, LABELLED, ROLE, SCORED, SPECIAL, START, WORD, TokenRows
 
-INFLUENCE, WEIGHTED = "influence", "weights"
+INFLUENCE, CONTRAST, WEIGHTED = "influence", "contrast", "weights"
+SETTINGS = {
+    INFLUENCE: INFLUENCE, CONTRAST: CONTRAST, BASE_LOGPS: "surprisal", PROBE_SCORES: "probe", TOKEN_SCORES: "given",
+}  # fmt: skip
+"""What the page can colour by -> `SelectiveSFTConfig.score`."""
 _SHOWN, _FACETS = 200, 40
 
 
 def score_names(rows: TokenRows) -> list[str]:
     """What the rows can be coloured by, the best first; `weights` are their own, or 1 for tokens with a label."""
-    both = {BASE_LOGPS, REF_LOGPS} <= rows.scores.keys()
-    others = sorted(rows.scores.keys() - {BASE_LOGPS, REF_LOGPS}, key=lambda name: (name != TOKEN_SCORES, name))
-    logps = [name for name in (BASE_LOGPS, REF_LOGPS) if name in rows.scores]
-    names = [*([INFLUENCE] if both else []), *others, *logps]
+    logps = [name for name in (BASE_LOGPS, REF_LOGPS, NOISY_LOGPS) if name in rows.scores]
+    others = sorted(rows.scores.keys() - set(logps), key=lambda name: (name != TOKEN_SCORES, name))
+    compared = [
+        name
+        for name, other in ((CONTRAST, NOISY_LOGPS), (INFLUENCE, BASE_LOGPS))
+        if {REF_LOGPS, other} <= rows.scores.keys()
+    ]
+    names = [*compared, *others, *logps]
     return [*names, WEIGHTED] if rows.weights is not None or not names else names
 
 
 def score_of(rows: TokenRows, name: str, base_weight: float = 1.0) -> np.ndarray:
-    """A score of every token, `(n,)` float32; high is good."""
+    """A score of every token by itself, `(n,)` float32; high is good."""
     if name == INFLUENCE:
         return rows.scores[REF_LOGPS] - np.float32(base_weight) * rows.scores[BASE_LOGPS]
+    if name == CONTRAST:
+        return rows.scores[REF_LOGPS] - rows.scores[NOISY_LOGPS]
     if name == WEIGHTED:
         return np.ones(len(rows.tokens), np.float32) if rows.weights is None else rows.weights
     return rows.scores[name]
 
 
-def starting_threshold(rows: TokenRows, score: np.ndarray) -> float:
-    """A `negative_threshold` to begin with, at the worst twentieth of the tokens."""
-    found = score[(rows.flags & SCORED > 0) & np.isfinite(score)]
-    return round(-float(np.quantile(found, 0.05)), 4) if len(found) else 1.0
+def pooled(
+    rows: TokenRows, score: np.ndarray, pooling: str, lookahead: float = 0.0, worst: int | None = None
+) -> np.ndarray:
+    """Scores as selection pools them, `(n,)` float32 (`selection.pooling`)."""
+    documents, words = (np.cumsum(rows.flags & bit > 0) for bit in (DOCUMENT, WORD))
+    return pool_scores(score, _scored(rows, score), documents, words, pooling, lookahead, worst)
+
+
+def boundary_at(rows: TokenRows, score: np.ndarray, fraction: float) -> float:
+    """The lowest of the best `fraction` of the scores: what `positive_fraction` makes of these rows."""
+    return boundary_of_fraction(lambda: [score[_scored(rows, score)]], fraction)
+
+
+def default_rule(name: str) -> dict[str, Any]:
+    """`score_pooling`, and `negative_threshold` or `positive_fraction`, of a run that sets none of them."""
+    if name not in SETTINGS:
+        return {"score_pooling": "token", "negative_threshold": None, "positive_fraction": 0.95}
+    args = SelectiveSFTConfig("unused", use_cpu=True, bf16=False, score=SETTINGS[name])
+    return {
+        "score_pooling": args.pooling,
+        "negative_threshold": args.effective_threshold,
+        "positive_fraction": args.effective_fraction,
+    }
+
+
+def _scored(rows: TokenRows, score: np.ndarray) -> np.ndarray:
+    return (rows.flags & SCORED > 0) & np.isfinite(score)
 
 
 def classes(rows: TokenRows, score: np.ndarray, boundary: float, band: float, protect_special: bool) -> np.ndarray:
     """Class of every token as training has it, `(n,)` int8: 1, 0 or -1; 2 for tokens that are not scored."""
-    scored = (rows.flags & SCORED > 0) & np.isfinite(score)
+    scored = _scored(rows, score)
     special = rows.flags & SPECIAL > 0 if protect_special else None
     with np.errstate(invalid="ignore"):
         found = classes_at(score, np.float32(boundary), neutral_band=np.float32(band), protected=special)
@@ -67,7 +102,9 @@ def write_inspection(path: Path, rows: TokenRows, about: dict[str, Any], setting
     Args:
         about: `title`, `lines` (facts as texts), `total` (rows of the data set), `judged` (rows of a judged sample, as
             they are in its file), `measured` (content of a folder's `judged.json`).
-        settings: `score`, `negative_threshold`, `neutral_band`, `score_base_weight`, `protect_special_tokens`.
+        settings: `score` (one of `score_names`), `negative_threshold` or `positive_fraction` and the other one None,
+            `neutral_band`, `score_base_weight`, `score_pooling`, `score_lookahead`, `score_row_worst`,
+            `protect_special_tokens`.
     """
     digest = hashlib.sha256(
         rows.tokens.tobytes() + rows.offsets.tobytes() + "\0".join(rows.pieces).encode("utf-8", "surrogatepass")
@@ -75,7 +112,10 @@ def write_inspection(path: Path, rows: TokenRows, about: dict[str, Any], setting
     data = {
         "key": digest.hexdigest()[:16],
         "hidden": HIDDEN.pattern,
-        "bits": {"LABELLED": LABELLED, "SCORED": SCORED, "SPECIAL": SPECIAL, "ROLE": ROLE, "START": START},
+        "bits": {
+            "LABELLED": LABELLED, "SCORED": SCORED, "SPECIAL": SPECIAL, "ROLE": ROLE, "START": START, "WORD": WORD,
+            "DOCUMENT": DOCUMENT,
+        },
         "facts_rows": len(rows.numbers),
         "pieces": rows.pieces,
         "tokens": _packed(rows.tokens.astype(np.uint32)),
@@ -88,8 +128,10 @@ def write_inspection(path: Path, rows: TokenRows, about: dict[str, Any], setting
         "facts": {name: [_short(value) for value in values] for name, values in rows.facts.items()},
         "facets": [name for name, values in rows.facts.items() if _is_facet(values)],
         "judged": about["judged"],
-        "settings": settings | {"has_base_weight": hasattr(SelectiveSFTConfig, "score_base_weight")},
-    }
+        "settings": settings,
+        "names": SETTINGS,
+        "defaults": {name: default_rule(name) for name in score_names(rows)},
+    }  # fmt: skip
     content = {**about, "data": data, "tables": _measured(about["measured"])}
     return write_page(path, "inspect/page.html", content)
 

@@ -20,11 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.columns import BASE_LOGPS, NEGATIVE_MASK, REF_LOGPS, WEIGHTS
 from ..data.tokenizers import special_ids
+from ..data.words import Words
 from ..errors import InputError
 
-LABELLED, SCORED, SPECIAL, ROLE, START = 1, 2, 4, 8, 16
+LABELLED, SCORED, SPECIAL, ROLE, START, WORD, DOCUMENT = 1, 2, 4, 8, 16, 32, 64
 """Bits of `TokenRows.flags`: has a label; is also predicted from a past; a special token; names a chat role; a token
-that the tokenizer puts in front of every text."""
+that the tokenizer puts in front of every text; the first of a word, as pooling has it; the first of a document."""
 _ROLES = {"system", "developer", "user", "human", "assistant", "model", "tool", "ipython", "function", "observation"}
 _MASKS = ("completion_mask", "assistant_masks")  # of data sets that TRL has prepared, in the place of labels
 _BROKEN = "\ufffd"
@@ -137,7 +138,10 @@ def _flags(ids, offsets, starts, columns, pieces, tokens, tokenizer: PreTrainedT
     labelled = columns["labels"] != -100 if "labels" in columns else masks[0] if masks else np.ones(len(ids), bool)
     flags[labelled] |= LABELLED
     scored = labelled.copy()
-    scored[[start for start in {*offsets.tolist(), *starts.tolist()} if start < len(ids)]] = False
+    begins = [start for start in {*offsets.tolist(), *starts.tolist()} if start < len(ids)]
+    scored[begins] = False
+    flags[np.flatnonzero(np.diff(Words(tokenizer).number(ids, np.diff(offsets)), prepend=-1))] |= WORD
+    flags[begins] |= WORD | DOCUMENT
     for name in (BASE_LOGPS, REF_LOGPS):
         if name in columns:
             scored &= np.isfinite(columns[name])

@@ -1,11 +1,14 @@
 """Lines and bars of a run's page: where values lie, and what is left out."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
+from scipy.cluster import hierarchy
 
-from selsft.report.charts import bars, lines
+from selsft.report.charts import PAGE, bars, heat_map, lines
 from selsft.report.terminal import ScoreHistogram
 
 
@@ -46,3 +49,22 @@ def test_the_share_below_a_score():
     for score in (-3.0, -1.0, -0.1, 0.0, 0.5, 2.0):
         assert histogram.below(score) == pytest.approx((scores < score).mean(), abs=1e-3)
     assert histogram.below(-100.0) == 0.0 and histogram.below(100.0) == 1.0
+
+
+@pytest.mark.parametrize(("count", "fits"), [(3, 52), (21, 45), (26, 36)])
+def test_a_heat_map_of_many_tasks_fits_the_page(count, fits):
+    """The longest name of the suite has 17 letters; a window of 1280 pixels has 1168 for the page."""
+    names = [f"commonsense_qa_{i:02}" for i in range(count)]
+    values = pd.DataFrame(np.linspace(0, 1.2, count * count).reshape(count, count), names, names)
+    linkage = hierarchy.linkage(np.arange(count)[:, None].astype(float), "average")
+    order = [names[i] for i in hierarchy.dendrogram(linkage, no_plot=True)["leaves"]]
+    matrix = SimpleNamespace(
+        values=values.loc[order, order], low=values - 0.1, high=values + 0.1, reasons=values.astype(str),
+        row_linkage=linkage, column_linkage=linkage, row_leaves=names, column_leaves=names,
+    )  # fmt: skip
+    found = heat_map("ratios", matrix, "{row}, {column}")
+    assert found.width <= PAGE and found.cell[0] == fits - 2
+    ends = [x + found.cell[0] for x, *_ in found.cells]
+    assert max(ends) < found.width and len({x for x, *_ in found.cells}) == count
+    corners = [float(point.split(",")[0]) for points in found.trees for point in points.split()]
+    assert max(corners) <= found.width

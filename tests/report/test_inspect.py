@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from datasets import Dataset, load_dataset
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -20,10 +21,10 @@ from selsft.data.judged import judged_rows
 from selsft.data.tokenizers import special_ids
 from selsft.pipeline.results import results
 from selsft.report import skills
-from selsft.report.inspect import classes, print_rows, score_names, score_of, starting_threshold, write_inspection
+from selsft.report.inspect import classes, pooled, print_rows, score_names, score_of, write_inspection
 from selsft.report.run import write_report
 from selsft.report.tokens import LABELLED, ROLE, SCORED, SPECIAL, read_rows
-from selsft.selection.weights import add_token_weights
+from selsft.selection.weights import add_token_weights, vocabulary
 from selsft.skills.results import compute
 from tests.pipeline.test_results import run_folder
 from tests.support import tiny
@@ -45,7 +46,8 @@ HOSTILE = [
 ]
 SETTINGS = {
     "score": "influence", "negative_threshold": 0.5, "neutral_band": 0.0, "score_base_weight": 1.0,
-    "protect_special_tokens": True,
+    "protect_special_tokens": True, "positive_fraction": None, "score_pooling": "token", "score_lookahead": 0.0,
+    "score_row_worst": None,
 }  # fmt: skip
 ABOUT = {"title": "a test", "lines": ["policy: tiny"], "total": 9, "judged": [], "measured": {}}
 
@@ -143,6 +145,54 @@ def test_the_tokens_that_the_page_colours_are_those_of_training(tab, tmp_path):
     for source, count, negative, _ in shares:
         own = np.repeat([name == source for name in data["source"]], np.diff(rows.offsets))
         assert (int(count), int(negative)) == (20, (ours[own] == -1).sum())
+
+
+def trained_classes(data, **settings):
+    """Token weights of training, and which tokens the rule made negative."""
+    args = SelectiveSFTConfig("out", use_cpu=True, bf16=False, **settings)
+    special, words = vocabulary(tiny.tokenizer(), args)
+    weighted = add_token_weights(data, args, special, padding_free=False, words=words)
+    return np.concatenate([chunk.columns[WEIGHTS] for chunk in token_chunks(weighted, [WEIGHTS])])
+
+
+def yaml_settings(tab):
+    return yaml.safe_load(tab.js("$('settings').textContent"))
+
+
+def test_pooled_classes_are_those_of_training(tab, tmp_path):
+    """Every pooling, by share and by threshold, and the settings that the page says give the same weights."""
+    texts = ["one, two-three don't four4 naïve 👩‍👩‍👧 שלום", *sentences(30)]
+    data = scored(texts, prompts=["", *sentences(30)[::-1]])
+    page(tmp_path / "page.html", data, score_base_weight=0.5, score_lookahead=0.3, score_row_worst=3)
+    show(tab, tmp_path / "page.html")
+    fixed = {"score_base_weight": 0.5, "score_lookahead": 0.3, "score_row_worst": 3}
+    for pooling in ("token", "word", "word_sum", "span", "row"):
+        move(tab, "pooling", f"'{pooling}'")
+        for control, value in (("share", 20), ("boundary-number", -1.25)):
+            move(tab, control, value)
+            rule = {"positive_fraction": 0.8} if control == "share" else {"negative_threshold": 1.25}
+            own = {**fixed, "score_row_worst": 3 if pooling == "row" else None}
+            trained = trained_classes(data, score_pooling=pooling, **rule, **own)
+            assert int(tab.js("document.body.dataset.negative")) == (trained == -1).sum() > 0, (pooling, rule)
+            assert tab.js("[...classOf].map(c => c === 2 ? 0 : c)") == trained.tolist(), (pooling, rule)
+            said = yaml_settings(tab)
+            assert (trained_classes(data, **said) == trained).all() and rule.items() <= said.items()
+
+
+def test_a_page_begins_with_the_classes_of_a_default_run(tab, tmp_path, capsys):
+    """`inspect FOLDER` and `train --dataset_name FOLDER`, neither with another flag."""
+    data = scored(sentences(40), prompts=sentences(40)[::-1])
+    tiny.tokenizer().save_pretrained(str(tmp_path / "model"))
+    data.save_to_disk(str(tmp_path / "scored"))
+    argv = [str(tmp_path / "scored"), "--model_name_or_path", str(tmp_path / "model"), "--text"]
+    assert main(["inspect", *argv, "--output", str(tmp_path / "page.html")]) == 0
+    trained = trained_classes(data)
+    assert f"{(trained == -1).sum()} of {(trained != 0).sum()} scored" in capsys.readouterr().out
+    show(tab, tmp_path / "page.html")
+    assert coloured(tab) == set(np.flatnonzero(trained == -1).tolist()) != set()
+    said = yaml_settings(tab)
+    assert said == {"score": "influence", "score_pooling": "word_sum", "score_base_weight": 0.5,
+                    "positive_fraction": 0.95, "neutral_band": 0}  # fmt: skip
 
 
 def test_rows_are_sorted_filtered_and_searched(tab, tmp_path):
@@ -543,7 +593,8 @@ def test_the_command_writes_a_page_and_prints_rows(saved, tmp_path, capsys):
     )
     said = capsys.readouterr().out
     rows = read_rows(data, tiny.tokenizer(), 10**6)
-    found = classes(rows, score_of(rows, "influence"), -0.5, 0.0, True)
+    score = pooled(rows, score_of(rows, "influence", 0.5), "word_sum")
+    found = classes(rows, score, -0.5, 0.0, True)
     assert f"{(found == -1).sum()} of {(found != 2).sum()} scored tokens are negative" in said
     assert said.count("id row-") == 2 and f"Page: {output}" in said and output.stat().st_size > 20_000
     share = [(part == -1).sum() / (part != 2).sum() for part in np.split(found, rows.offsets[1:-1])]
@@ -588,15 +639,6 @@ def test_rows_of_other_tools(tmp_path, capsys):
     assert (found == -1).sum() == 6 and score_names(rows) == ["weights"]
     probe = weighted.add_column("probe", weights).add_column("base_logps", weights)
     assert score_names(read_rows(probe, tok, 10**6)) == ["probe", "base_logps", "weights"]
-
-
-def test_where_the_sliders_begin():
-    rows = read_rows(scored(sentences(20)), tiny.tokenizer(), 10**6)
-    score = score_of(rows, "influence")
-    mine = score[rows.flags & SCORED > 0]
-    for scale in (1, 100):
-        threshold = starting_threshold(rows, score / scale)
-        assert (mine / scale < -threshold).mean() == pytest.approx(0.05, abs=0.02)
 
 
 @pytest.mark.parametrize(

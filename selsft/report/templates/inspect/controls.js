@@ -63,7 +63,7 @@ list.addEventListener("keydown", (event) => {
   const actions = { w: () => act(-1), u: () => act(0), x: () => act(null), Delete: () => act(null), c: () => toggleClean(itemRow[i]) };
   if (event.key === "ArrowRight" || event.key === "ArrowLeft") {
     let t = cursor + step;
-    if (event.ctrlKey) while (t > itemStart[i] && t < itemEnd(i) - 1 && !wordStart[t]) t += step;
+    if (event.ctrlKey) while (t > itemStart[i] && t < itemEnd(i) - 1 && !(flags[t] & WORD)) t += step;
     moveTo(t, event.shiftKey);
   } else if (event.key === "Home" || event.key === "End") moveTo(event.key === "Home" ? itemStart[i] : itemEnd(i) - 1, event.shiftKey);
   else if (event.key === "ArrowDown" || event.key === "ArrowUp") {
@@ -89,9 +89,18 @@ function update(rest) {
   if (rest && (state.sort !== "data" || state.only === "negative")) choose(); else refresh();
 }
 function setBoundary(value, rest) {
-  state.boundary = rounded(value);
+  state.share = null, state.boundary = rounded(value);
+  showBoundary(rest);
+}
+function setShare(value, rest) {
+  state.share = Math.min(1, Math.max(0, value)), state.boundary = boundaryAt(state.share);
+  showBoundary(rest);
+}
+function showBoundary(rest) {
+  const write = (id, value) => { if (document.activeElement !== $(id) || rest) $(id).value = value; };
   $("boundary").value = state.boundary;
-  if (document.activeElement !== $("boundary-number") || rest) $("boundary-number").value = state.boundary;
+  write("boundary-number", Number.isFinite(state.boundary) ? rounded(state.boundary) : "");
+  write("share", state.share === null ? "" : rounded(100 * (1 - state.share)));
   update(rest);
 }
 function setBand(value, rest) {
@@ -100,16 +109,22 @@ function setBand(value, rest) {
   if (document.activeElement !== $("band-number") || rest) $("band-number").value = state.band;
   update(rest);
 }
-function setScore(keep) {
-  const start = findScore(), step = 10 ** Math.floor(Math.log10((high - low) / 500));
+function setScore() {
+  findScore();
+  const step = 10 ** Math.floor(Math.log10((high - low) / 500));
   for (const [id, from, to] of [["boundary", low, high], ["band", 0, (high - low) / 4]])
     Object.assign($(id), { min: rounded(from), max: rounded(to), step }), ($(`${id}-number`).step = step);
-  for (const id of ["boundary", "boundary-number", "band", "band-number"]) $(id).disabled = asGiven();
+  for (const id of ["boundary", "boundary-number", "band", "band-number", "share", "pooling"]) $(id).disabled = asGiven();
   $("base-box").hidden = state.score !== "influence";
   findBins();
   delete $("histogram").dataset.drawn;
-  if (!keep) state.boundary = rounded(start);
-  setBoundary(state.boundary, false);
+  if (state.share === null) setBoundary(state.boundary, false); else setShare(state.share, false);
+}
+/** The rule of a run that says nothing but which score. */
+function useDefaults() {
+  const { score_pooling: pooling, negative_threshold: threshold, positive_fraction: share } = D.defaults[state.score];
+  Object.assign(state, { pooling, share, boundary: -threshold });
+  $("pooling").value = pooling;
 }
 let searching = 0;
 function search() {
@@ -123,9 +138,12 @@ for (const name of D.facets) {
 }
 $("facet-box").hidden = !D.facets.length;
 const listen = (id, event, action) => $(id).addEventListener(event, action);
-listen("score", "change", () => { state.score = $("score").value; setScore(false); choose(); });
-listen("base", "input", () => { state.base = Number($("base").value) || 0; setScore(true); });
+listen("score", "change", () => { state.score = $("score").value; useDefaults(); setScore(); choose(); });
+listen("pooling", "change", () => { state.pooling = $("pooling").value; setScore(); choose(); });
+listen("base", "input", () => { state.base = Number($("base").value) || 0; setScore(); });
 listen("base", "change", () => choose());
+for (const event of ["input", "change"])
+  listen("share", event, () => $("share").value !== "" && setShare(Math.round(1e6 - 1e4 * $("share").value) / 1e6, event === "change"));
 for (const [id, set] of [["boundary", setBoundary], ["band", setBand]])
   for (const [field, event] of [[id, "input"], [id, "change"], [`${id}-number`, "input"], [`${id}-number`, "change"]])
     listen(field, event, () => $(field).value !== "" && set(Number($(field).value), event === "change"));
@@ -167,8 +185,9 @@ new ResizeObserver(() => { if (list.clientWidth !== width) width = list.clientWi
 if (innerWidth < 960) for (const box of document.querySelectorAll(".panel details")) box.open = false;
 $("score").value = state.score;
 $("base").value = state.base;
+$("pooling").value = state.pooling;
 loadMarks();
-setScore(true);
+setScore();
 setBand(state.band, false);
 width = list.clientWidth;
 choose();

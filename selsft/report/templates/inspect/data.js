@@ -5,7 +5,7 @@
 const $ = (id) => document.getElementById(id);
 const D = JSON.parse($("data").textContent);
 $("data").remove();
-const { LABELLED, SCORED, SPECIAL, ROLE, START } = D.bits;
+const { LABELLED, SCORED, SPECIAL, ROLE, START, WORD, DOCUMENT } = D.bits;
 const SEGMENT = 400, BINS = 96, DRAWS = 300;
 
 function unpack(text, Type) {
@@ -48,30 +48,6 @@ function fillTable(id, rows) {
 
 // ---------------------------------------------------------------- words
 
-// A word begins behind white space, and where letters meet punctuation or a script that has no spaces.
-const SPACE = 0, LETTER = 1, OTHER = 2, ALONE = 3, NOTHING = 4;
-function kindOf(c) {
-  if (c === undefined) return NOTHING;
-  if (/\s/u.test(c)) return SPACE;
-  if (/[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}]/u.test(c)) return ALONE;
-  return /[\p{L}\p{N}\p{M}_'’\u200c\u200d]/u.test(c) ? LETTER : OTHER;
-}
-const firstKind = new Uint8Array(pieces.length), lastKind = new Uint8Array(pieces.length);
-pieces.forEach((piece, i) => {
-  firstKind[i] = kindOf(piece === "" ? undefined : String.fromCodePoint(piece.codePointAt(0)));
-  lastKind[i] = kindOf(piece === "" ? undefined : Array.from(piece.slice(-2)).pop());
-});
-const wordStart = new Uint8Array(T);
-for (let r = 0; r < R; r++) {
-  let last = SPACE, special = true;
-  for (let t = offsets[r]; t < offsets[r + 1]; t++) {
-    const first = firstKind[tokens[t]], own = (flags[t] & SPECIAL) > 0;
-    if (t === offsets[r] || own || special) wordStart[t] = 1;
-    else if (first !== NOTHING) wordStart[t] = +(first === SPACE || first === ALONE || first !== last);
-    if (first !== NOTHING) last = lastKind[tokens[t]];
-    special = own;
-  }
-}
 const rowOf = (t) => {
   let low = 0, high = R - 1;
   while (low < high) {
@@ -83,8 +59,8 @@ const rowOf = (t) => {
 /** The whole words that the tokens from to end (exclusive) touch. */
 function wholeWords(from, end) {
   const r = rowOf(from);
-  while (from > offsets[r] && !wordStart[from]) from--;
-  while (end < offsets[r + 1] && !wordStart[end]) end++;
+  while (from > offsets[r] && !(flags[from] & WORD)) from--;
+  while (end < offsets[r + 1] && !(flags[end] & WORD)) end++;
   return [from, end];
 }
 function textOf(from, end) {
@@ -97,7 +73,7 @@ function findWords() {
   const names = [], seen = [], places = new Map(), of = new Int32Array(T).fill(-1);
   for (let t = 0; t < T;) {
     let end = t + 1;
-    while (end < T && !wordStart[end]) end++;
+    while (end < T && !(flags[end] & WORD)) end++;
     let scored = false;
     for (let i = t; i < end; i++) scored ||= (flags[i] & SCORED) > 0;
     if (scored) {
@@ -117,32 +93,74 @@ function findWords() {
 // ---------------------------------------------------------------- scores and classes
 
 const state = {
-  score: D.settings.score, base: D.settings.score_base_weight, boundary: -D.settings.negative_threshold,
-  band: D.settings.neutral_band, sort: "data", only: "all", facet: "", query: "",
+  score: D.settings.score, base: D.settings.score_base_weight, pooling: D.settings.score_pooling,
+  lookahead: D.settings.score_lookahead, worst: D.settings.score_row_worst, band: D.settings.neutral_band,
+  // By a share of the tokens, or by a threshold: then share is null
+  share: D.settings.positive_fraction, boundary: -D.settings.negative_threshold,
+  sort: "data", only: "all", facet: "", query: "",
 };
 const protect = D.settings.protect_special_tokens;
-let score = new Float32Array(0), low = 0, high = 1, spread = 1;
+let score = new Float32Array(0), low = 0, high = 1, spread = 1, sorted = null;
 const classOf = new Int8Array(T), negatives = new Uint32Array(R), scoredIn = new Uint32Array(R);
 const judged = new Int8Array(T), marks = new Map(); // row -> [[start, end, weight], ...] in tokens of the row
 const asGiven = () => state.score === "weights"; // classes by the sign of a weight: no threshold
+const isScored = (t) => (flags[t] & SCORED) > 0 && Number.isFinite(score[t]);
 
+/** The score of a token by itself, as `score_of` in Python. */
+function scoreAlone(name) {
+  const { base_logps: policy, ref_logps: reference, noisy_logps: noisy } = columns, base = Math.fround(state.base);
+  if (name === "influence") return (t) => Math.fround(reference[t] - Math.fround(base * policy[t]));
+  if (name === "contrast") return (t) => Math.fround(reference[t] - noisy[t]);
+  if (name === "weights") return (t) => (weights ? weights[t] : 1);
+  return (t) => columns[name][t];
+}
+/** Pools `score` over words, spans or documents, as `selection/pooling.py` does. */
+function pool() {
+  if (asGiven() || (state.pooling === "token" && !state.lookahead)) return;
+  const own = score.slice(), mask = new Uint8Array(T), over = state.pooling === "row" ? DOCUMENT : WORD;
+  for (let t = 0; t < T; t++) mask[t] = isScored(t);
+  if (state.lookahead)
+    for (let t = 0; t + 1 < T; t++) if (mask[t + 1]) own[t] += Math.fround(Math.fround(state.lookahead) * score[t + 1]);
+  score = own.slice();
+  if (state.pooling === "token") return;
+  for (let start = 0, end; start < T; start = end) {
+    for (end = start + 1; end < T && !(flags[end] & over); ) end++;
+    if (state.pooling === "row") {
+      let found = [];
+      for (let t = start; t < end; t++) if (mask[t]) found.push(own[t]);
+      if (state.worst !== null) found = found.sort((a, b) => a - b).slice(0, state.worst);
+      score.fill(found.reduce((sum, value) => sum + value, 0) / Math.max(found.length, 1), start, end);
+      continue;
+    }
+    let sum = 0, least = Infinity;
+    for (let t = start; t < end; t++) {
+      if (mask[t]) (sum += own[t]), (least = Math.min(least, own[t]));
+      if (state.pooling === "span" && mask[t]) score[t] = least;
+    }
+    // Tokens that do not count keep their own score: nothing is made of it
+    for (let t = start; t < end; t++) if (mask[t] && state.pooling !== "span") score[t] = state.pooling === "word" ? least : sum;
+  }
+}
 function findScore() {
-  if (state.score === "influence") {
-    const { base_logps: policy, ref_logps: reference } = columns, base = Math.fround(state.base);
-    score = new Float32Array(T);
-    for (let t = 0; t < T; t++) score[t] = reference[t] - Math.fround(base * policy[t]);
-  } else if (asGiven()) score = weights || new Float32Array(T).fill(1);
-  else score = columns[state.score];
-  const some = [], step = Math.max(1, Math.floor(T / 200000));
-  for (let t = 0; t < T; t += step) if (flags[t] & SCORED && Number.isFinite(score[t])) some.push(score[t]);
-  some.sort((a, b) => a - b);
-  const at = (q) => some.length ? some[Math.min(some.length - 1, Math.floor(q * some.length))] : 0;
-  low = Math.min(at(0.001), -D.settings.negative_threshold * (state.score === "influence"));
+  const alone = scoreAlone(state.score);
+  score = new Float32Array(T);
+  for (let t = 0; t < T; t++) score[t] = alone(t);
+  pool();
+  sorted = new Float32Array(T);
+  let n = 0;
+  for (let t = 0; t < T; t++) if (isScored(t)) sorted[n++] = score[t];
+  sorted = sorted.subarray(0, n).sort();
+  const at = (q) => n ? sorted[Math.min(n - 1, Math.floor(q * n))] : 0;
+  low = Math.min(at(0.001), state.share === null ? state.boundary : 0);
   high = Math.max(at(0.999), low + 1e-3);
   const margin = 0.03 * (high - low);
   low -= margin, high += margin;
   spread = Math.max(at(0.75) - at(0.25), (high - low) / 40);
-  return at(0.05);
+}
+/** The lowest of the best `fraction` of the scores, as `positive_fraction` has it. */
+function boundaryAt(fraction) {
+  const keep = Math.floor(fraction * sorted.length + 1e-9);
+  return keep > 0 ? sorted[sorted.length - keep] : Infinity;
 }
 
 function classify() {
@@ -152,7 +170,7 @@ function classify() {
     for (let t = offsets[r], end = offsets[r + 1]; t < end; t++) {
       const s = score[t];
       let c = 2;
-      if (flags[t] & SCORED && Number.isFinite(s)) {
+      if (isScored(t)) {
         c = s < boundary ? -1 : 1;
         if (band > 0 ? Math.abs(Math.fround(s - boundary)) <= band : zero && s === 0) c = 0;
         if (c < 0 && protect && !zero && flags[t] & SPECIAL) c = 1;

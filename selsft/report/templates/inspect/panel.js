@@ -26,28 +26,28 @@ function showShares() {
 function showWords() {
   if (!$("words-box").open) return;
   words ||= findWords();
-  const counts = new Uint32Array(words.names.length);
+  const often = new Uint32Array(words.names.length);
   for (let t = 0, last = -1; t < T; t++) {
-    if (wordStart[t]) last = -1;
+    if (flags[t] & WORD) last = -1;
     const word = words.of[t];
-    if (word >= 0 && classOf[t] < 0 && last !== word) counts[last = word]++;
+    if (word >= 0 && classOf[t] < 0 && last !== word) often[last = word]++;
   }
   const best = [];
   let floor = 0;
-  counts.forEach((count, word) => {
+  often.forEach((count, word) => {
     if (count <= floor) return;
     best.push(word);
     if (best.length > 400) {
-      best.sort((a, b) => counts[b] - counts[a]).length = 20;
-      floor = counts[best[19]];
+      best.sort((a, b) => often[b] - often[a]).length = 20;
+      floor = often[best[19]];
     }
   });
-  best.sort((a, b) => counts[b] - counts[a]).length = Math.min(best.length, 20);
+  best.sort((a, b) => often[b] - often[a]).length = Math.min(best.length, 20);
   fillTable("words", best.map((word) => {
     const button = element("button", { type: "button", class: "link", title: "show rows with this word" });
     button.append(element("bdi", {}, visible(words.names[word].slice(0, 40))));
     button.onclick = () => { $("search").value = words.names[word]; search(); };
-    return [button, number(counts[word]), number(words.seen[word]), percent(counts[word] / words.seen[word])];
+    return [button, number(often[word]), number(words.seen[word]), percent(often[word] / words.seen[word])];
   }));
 }
 
@@ -56,7 +56,7 @@ let bins = null;
 function findBins() {
   const all = new Float64Array(BINS), right = new Float64Array(BINS / 4), wrong = new Float64Array(BINS / 4);
   for (let t = 0; t < T; t++) {
-    if (!(flags[t] & SCORED) || !Number.isFinite(score[t])) continue;
+    if (!isScored(t)) continue;
     const bin = Math.min(BINS - 1, Math.floor((place(score[t]) / 300) * BINS));
     all[bin]++;
     if (judged[t]) (judged[t] > 0 ? right : wrong)[Math.floor(bin / 4)]++;
@@ -93,8 +93,13 @@ function showHistogram() {
 
 function settingsText() {
   if (asGiven()) return "# the column token_weights is used as it is";
-  const names = { token_scores: "given" };
-  const lines = [`score: ${names[state.score] || state.score}`, `negative_threshold: ${-state.boundary || 0}`, `neutral_band: ${state.band}`, 'score_pooling: token'];
-  if (D.settings.has_base_weight && state.score === "influence") lines.push(`score_base_weight: ${state.base}`);
+  const name = D.names[state.score];
+  const lines = [name ? `score: ${name}` : `score: given  # with the column ${state.score} called token_scores`];
+  lines.push(`score_pooling: ${state.pooling}`);
+  if (state.score === "influence") lines.push(`score_base_weight: ${state.base}`);
+  if (state.lookahead) lines.push(`score_lookahead: ${state.lookahead}`);
+  if (state.pooling === "row" && state.worst !== null) lines.push(`score_row_worst: ${state.worst}`);
+  lines.push(state.share === null ? `negative_threshold: ${-state.boundary || 0}` : `positive_fraction: ${state.share}`);
+  lines.push(`neutral_band: ${state.band}`);
   return lines.join("\n");
 }

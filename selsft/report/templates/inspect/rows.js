@@ -140,8 +140,8 @@ function describe(t) {
     if (columns[name] && Number.isFinite(columns[name][t]) && f & SCORED)
       lines.push([`log p ${label}`, `${fixed(columns[name][t])} (p ${Math.exp(columns[name][t]).toPrecision(2)})`]);
   if (f & SCORED)
-    for (const name of D.scores) if (!name.endsWith("_logps") && name !== "weights")
-      lines.push([name, fixed(name === state.score ? score[t] : name === "influence" ? columns.ref_logps[t] - columns.base_logps[t] : columns[name][t], 3)]);
+    for (const name of D.scores) if (!name.endsWith("_logps") && name !== "weights") lines.push([name, fixed(scoreAlone(name)(t), 3)]);
+  if (isScored(t) && !asGiven() && state.pooling !== "token") lines.push([`${state.score} of its ${state.pooling.replace("_sum", "")}`, fixed(score[t], 3)]);
   if (weights) lines.push(["weight", fixed(weights[t], 3)]);
   if (judged[t]) lines.push(["judged", judged[t] < 0 ? "wrong" : "right"]);
   return [JSON.stringify(visible(pieces[tokens[t]])).slice(0, 120), lines];
