@@ -95,8 +95,8 @@ def heat_map(title: str, matrix: Any, what: str, top: float = 1.0) -> HeatMap:
         trees.append(" ".join(f"{left + place:.1f},{TREE - 2 - depth:.1f}" for place, depth in points))
     legend = [(round(left + 20 * i, 1), colour(i / 10)[0]) for i in range(11)]
     size = round(right + margin), round(bottom + 44)
-    ends = ("0", f"{top:g}")
-    return HeatMap(title, *size, cells, rows, columns, trees, legend, ends, (wide - 2, CELL_HEIGHT - 2))
+    scale = ("0", f"{top:g}")
+    return HeatMap(title, *size, cells, rows, columns, trees, legend, scale, (wide - 2, CELL_HEIGHT - 2))
 
 
 def _tree(linkage: np.ndarray, leaves: list[str], order: list[str], size: float) -> list[list[tuple[float, float]]]:
