@@ -259,4 +259,4 @@ def test_prompts_that_run_into_their_completions(prompt, completion, warned, wor
         assert (warning is not None) == warned
         if warning is not None:
             assert "row 0 of the data" in warning and remedy in warning
-            assert ("bring messages" in caplog.text) == (model == "model")
+            assert ("bring messages" in warning) == (model == "model")
