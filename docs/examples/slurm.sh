@@ -14,7 +14,8 @@ set -euo pipefail
 
 recipe=$1 output=$2
 shift 2
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${hosts%%$'\n'*} # not `| head`, which breaks the pipe
 resume=()
 if compgen -G "$output/checkpoint-*" > /dev/null; then
     resume=(--resume_from_checkpoint true)

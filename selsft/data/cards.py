@@ -12,9 +12,11 @@ agree.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import yaml
 
 from ..records import file_sha256, json_sha256, replaced
@@ -33,7 +35,7 @@ def write_card(folder: Path, about: str = "Rows written by selsft.") -> None:
     if card.exists() and not card.read_text(encoding="utf-8").startswith(_BEGIN):
         return
     for ending in ("parquet", "jsonl", "csv"):
-        files = sorted([*folder.glob(f"*.{ending}"), *folder.glob(f"{SOURCE}/*.{ending}")])
+        files = sorted(filter(_has_rows, [*folder.glob(f"*.{ending}"), *folder.glob(f"{SOURCE}/*.{ending}")]))
         if files:
             break
     else:
@@ -58,6 +60,15 @@ def write_card(folder: Path, about: str = "Rows written by selsft.") -> None:
     text = f"---\n{yaml.safe_dump({'configs': configs}, sort_keys=False)}---\n\n{about}\n"
     with replaced(card) as handle:
         handle.write(text.encode())
+
+
+def _has_rows(file: Path) -> bool:
+    """`load_dataset` refuses a configuration without rows."""
+    if file.suffix == ".parquet":
+        return pq.read_metadata(file).num_rows > 0
+    with file.open("rb") as handle:
+        lines = sum(1 for _ in itertools.islice(handle, 2))
+    return lines > (file.suffix == ".csv")  # below the names of its columns
 
 
 def _fingerprint(file: Path) -> str:

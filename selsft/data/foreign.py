@@ -106,7 +106,7 @@ def check_unread(data: Dataset | IterableDataset, name: str) -> None:
         struct = getattr(data.features[column], "feature", None)
         keys = set(struct) if isinstance(struct, Mapping) else set()
         if "Json(" in repr(data.features[column]):
-            rows = [row[column] for row in data.take(_PEEK)]
+            rows = [row[column] for row in itertools.islice(data, _PEEK)]
             keys |= {key for row in rows if isinstance(row, list) for message in row for key in message}
         for key in sorted(keys & _LOSS_KEYS.keys()):
             raise InputError(

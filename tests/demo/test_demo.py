@@ -263,7 +263,7 @@ def test_the_whole_flow_runs(tiny, tmp_path):
 
     screen = StringIO()
     (result,) = run(tiny, [1], tmp_path, Console(file=screen, width=110))
-    made = {"config.json", "results.json", "results.csv", "report.html", "seed-1"}
+    made = {"README.md", "config.json", "results.json", "results.csv", "report.html", "seed-1"}
     assert {p.name for p in tmp_path.iterdir()} == made
     saved = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert saved["results"][0]["scores"]["plain SFT"]["exact_match"] == result.scores["plain SFT"].exact_match

@@ -246,7 +246,7 @@ def _result(path: Path, root: Path):
     elif path.name in ("metrics.json", "selection.json", "split.json", "judged.json", "selsft_scores.json",
                        "verdict.json"):  # fmt: skip
         found = json.loads(path.read_text())
-        for name_ in ("seconds", "created"):
+        for name_ in ("seconds", "created", "content_sha256"):
             found.pop(name_, None)
         yield name, json.dumps(found, sort_keys=True)
     elif path.name == "results.csv":
