@@ -62,8 +62,8 @@ def write_report(folder: Path, found: Any) -> Path:
     for name, frame in frames.items():
         with replaced(folder / "tables" / f"{name}.csv") as file:
             file.write(frame.to_csv(index=False, lineterminator="\n").encode())
-    for part in (folder, folder / "scores", folder / "tables"):
-        write_card(part, "Questions, scores or tables of a skill study, by `selsft skills`.")
+    for part in (folder, folder / "tables"):
+        write_card(part, "Questions or tables of a skill study, by `selsft skills`.")
     content = {
         "model": _model(found.manifest),
         "areas": _by_area(sorted(set(found.own["eval_task"])), areas),
