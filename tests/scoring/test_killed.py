@@ -97,10 +97,10 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(job):
     seconds, passes, whole = time.perf_counter() - start, job.forwards(), shards("peace")
     assert len(whole) > 50 and passes == 2 * len(whole)  # a batch per shard, for each of two models
     rng, kills, rounds, later = random.Random(0), 0, 0, 0
-    while kills < 24:
+    while kills < 16:
         rounds += 1
         folder, lost, had = f"trouble-{rounds}", 0, 0
-        while job.run(folder, kill_after=rng.uniform(0, seconds / 4)) == "killed":
+        while job.run(folder, kill_after=rng.uniform(seconds / 8, seconds / 2)) == "killed":
             kills, lost = kills + 1, lost + 1
             there = len(shards(folder)) if Path(folder).is_dir() else 0
             assert there >= had  # what was finished stays
@@ -110,7 +110,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(job):
         assert not list(Path(folder).glob(".shard-*"))
         assert passes <= job.forwards() <= passes + 2 * lost  # a kill costs the current shard and no other
         shutil.rmtree(folder)
-    assert later >= 12  # the kills came in the middle of the work, not before it
+    assert later >= 8  # the kills came in the middle of the work, not before it
 
 
 @pytest.mark.parametrize("moment", ["half written", "before the rename", "after the rename", "manifest"])
