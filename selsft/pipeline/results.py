@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from ..evaluation.harness import compare_harness
 from ..evaluation.settings import METRICS, ROWS
+from ..records import RUN as MANIFEST
 from ..records import read_json
 from ..secrets import redact
 from ..selection.select import COUNTS, SELECTED
@@ -93,12 +94,15 @@ def _arm(
 ) -> dict[str, Any]:
     """Where an arm's numbers come from, how many tokens it forgot, and how its training went."""
     trained = [root / run["stages"][stage]["folder"] for stage in arm["train"] if stage in run["stages"]]
-    records = [read_json(folder / "model" / "selsft_run.json") for folder in trained]
+    records = [read_json(folder / "model" / MANIFEST) for folder in trained]
     curves = [_curve(record) for record in records]
     shares = [step["negative_fraction"] for curve in curves for step in curve if "negative_fraction" in step]
     share = float(np.mean(shares)) if shares else None
     weights = next((each for record in records if (each := record.get("data", {}).get("weights"))), None)
     left_out = share
+    # Of tokens that are ranked in every step, those that are not forgotten leave no other trace
+    if picked := [step["selected_fraction"] for curve in curves for step in curve if "selected_fraction" in step]:
+        left_out = 1 - float(np.mean(picked))
     if weights is not None:  # what the rows themselves say, whether a step was logged or not
         total = max(sum(weights.values()), 1)
         share, left_out = weights["negative"] / total, (weights["negative"] + weights["neutral"]) / total
@@ -127,7 +131,7 @@ def _arm(
 def _curve(record: dict[str, Any]) -> list[dict[str, float]]:
     """The logged values by step, of a training's record."""
     log = (record.get("finished") or {}).get("log") or []
-    names = (*_CURVES, "negative_fraction")
+    names = (*_CURVES, "negative_fraction", "selected_fraction")
     return [
         {"step": each["step"], **{name: each[name] for name in names if isinstance(each.get(name), int | float)}}
         for each in log
