@@ -59,7 +59,9 @@ MODEL = fields_of("ModelConfig")
 OWN = fields_of("SelectiveSFTConfig") - SFT
 SCORE, EVALUATE = fields_of("ScoreArguments"), fields_of("EvaluateArguments")
 RUN, SPLIT = fields_of("RunSettings"), fields_of("SplitSettings")
-FORGET = {name for name in OWN if name.startswith("forget_")}
+# What becomes of tokens in training, whatever says which are negative; and what of it concerns positive ones, too
+KEEPING = {"entropy_gate", "anchor_weight", "z_loss_weight"}
+FORGET = KEEPING | {name for name in OWN if name.startswith("forget_")}
 # What a scoring pass computes, besides the models
 JUDGING = {"judged", "judged_test", "judged_group", "probe_clean", "probe_corruptions"}
 POOLING = {"score_base_weight", "score_pooling", "score_row_worst", "score_lookahead"}

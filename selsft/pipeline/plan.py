@@ -15,7 +15,7 @@ from ..records import read_json, write_json
 from ..workflow.run import RUN, execute, read_anew, states_of
 from ..workflow.stage import Stage, model_source
 from .arms import IGNORE, ORACLE, PLAIN, RANDOM, Arm, method_of, same_training
-from .flags import FORGET, OWN, REFERENCED, SCORED, SELECTION
+from .flags import FORGET, KEEPING, OWN, REFERENCED, SCORED, SELECTION
 from .recipe import Recipe
 from .stages import Run, Stages, Stopped, run_command, with_own_rule
 from .verdict import MEASURES
@@ -123,7 +123,7 @@ class Plan:
             changes["score"] = ORACLE
             return self.make.train(name, self.parts, "marked", {}, changes=changes, kept=FORGET | {"score"})
         if selected is not None:
-            kept = {"forget_weight"} if arm.kind == IGNORE else FORGET
+            kept = {"forget_weight"} | KEEPING if arm.kind == IGNORE else FORGET
             return self.make.train(name, selected, "selected", {}, changes=changes, kept=kept)
         extra = {} if self.reference is None else {"reference_model": self.reference}
         changes |= {key: value for key, value in arm.changes.items() if key in SELECTION}

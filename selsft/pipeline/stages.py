@@ -271,9 +271,9 @@ class Stages:
             raise InputError(
                 f"target_precision={target} without judged rows: give --judged FILE or --split.judged_fraction"
             )
-        train = self.recipe.flags("train")
-        npo = [train.get("forget_objective"), *(arm.changes.get("forget_objective") for arm in self.recipe.arms)]
-        settings = {**flags, "base_logps": "npo" in npo}  # which compares with the start
+        training = [self.recipe.flags("train"), *(arm.changes for arm in self.recipe.arms)]
+        start = any(each.get("forget_objective") == "npo" or each.get("anchor_weight") for each in training)
+        settings = {**flags, "base_logps": start}  # with which these compare
 
         def work(folder: Path) -> str:
             from ..evaluation.judging import choose_threshold
@@ -291,9 +291,7 @@ class Stages:
                             "--score_pooling, lower --target_precision, or set --negative_threshold yourself"
                         )
                     options["negative_threshold"] = threshold.negative_threshold
-                found = select(
-                    place, self.model, options, folder, "npo" in npo, self.recipe.get("trust_remote_code", False)
-                )
+                found = select(place, self.model, options, folder, start, self.recipe.get("trust_remote_code", False))
                 outlook(folder, place, self.model, options, chosen)
             trained = max(found["trained"], 1)
             shares = ", ".join(f"{k} {found[k] / trained:.1%}" for k in ("positive", "neutral", "negative"))

@@ -11,9 +11,10 @@ import trl
 
 from selsft.config import SelectiveSFTConfig
 from selsft.evaluation.settings import EvaluateArguments
-from selsft.pipeline.flags import fields_of
+from selsft.pipeline.flags import FORGET, fields_of
 from selsft.pipeline.recipe import RunSettings, SplitSettings
 from selsft.scoring.settings import ScoreArguments
+from selsft.training.validation import _FORGETTING
 
 HEAVY = ("torch", "transformers", "trl", "datasets", "peft", "accelerate", "scipy", "pandas")
 TYPES = [
@@ -25,6 +26,10 @@ TYPES = [
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.__name__)
 def test_fields_are_those_of_the_dataclass(kind):
     assert fields_of(kind.__name__) == {item.name for item in dataclasses.fields(kind)}
+
+
+def test_what_becomes_of_negative_tokens_is_said_in_training():
+    assert set(_FORGETTING) == FORGET
 
 
 def imported(code, *argv):

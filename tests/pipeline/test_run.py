@@ -433,7 +433,7 @@ def test_no_recipe_ends_well_when_nothing_was_selected(folder, capsys, monkeypat
         rows = [row | {"spans": [wrong] if wrong and n % 2 else []} for n, row in enumerate(rows)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     nothing = {
-        "rho-1": ["--positive_fraction", "0.999999", "--logging_steps", "1"],
+        "rho-1": ["--positive_fraction", "1.0", "--logging_steps", "1"],
         "spans": [],
         "judged-lora": ["--negative_threshold", "1.5", "--split.judged_fraction", "0.5"],
     }.get(name, ["--negative_threshold", "1e3"])
@@ -445,6 +445,39 @@ def test_no_recipe_ends_well_when_nothing_was_selected(folder, capsys, monkeypat
         verdict["kind"] in ("nothing selected", "stopped")
         and "verdict better" not in Path("run/report.html").read_text()
     )
+
+
+def test_tokens_that_are_ranked_in_every_step_are_selected_without_being_forgotten(folder, capsys, monkeypatch):
+    """rho-1 leaves the others out, so that no step has a negative one."""
+    monkeypatch.setattr("selsft.pipeline.stages.run_child", lambda argv: main(argv[3:]))
+    monkeypatch.setattr(Plan.__init__, "__defaults__", (run_here,))
+    rows = [row | {"prompt": f"{row['prompt']} {n}"} for n, row in enumerate(tiny.prompt_data(48).to_list())]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    learn = [
+        "--logging_steps",
+        "1",
+        "--warmup_steps",
+        "0",
+        "--learning_rate",
+        "1e-3",
+        "--reference.learning_rate",
+        "1e-2",
+    ]
+    assert cli("rho-1", "--output_dir", "run", *SMALL, *learn) == 0, capsys.readouterr().err
+    report = json.loads(Path("run/report.json").read_text())
+    (arm,) = (each for each in report["arms"] if each["name"] == report["method"])
+    assert arm["negative"] == 0 and arm["selected"] == pytest.approx(0.4, abs=0.05)
+    assert report["verdict"]["kind"] != "nothing selected"
+
+
+def test_settings_of_the_loss_go_to_the_arms_and_not_to_the_selection(folder):
+    given = {"entropy_gate": 3.0, "z_loss_weight": 1e-4, "anchor_weight": 0.1}
+    found = plan(*(part for name, value in given.items() for part in (f"--{name}", str(value))))
+    stages = {stage.name: stage.settings for stage in found.stages}
+    for name in given:
+        assert name in stages["train-forget-seed42"] and name in stages["train-ignore-seed42"], name
+        assert name not in stages["train-plain-seed42"] and name not in stages["select"], name
+    assert stages["select"]["base_logps"] is True  # with which the anchor compares
 
 
 @pytest.mark.parametrize("kept", [False, True])
