@@ -131,6 +131,11 @@ def merged(text: str, judges: Sequence[Sequence[Range]]) -> list[list[float]]:
     ]
 
 
+def _lines(content: str) -> list[str]:
+    """Lines by their line breaks alone: `splitlines` would cut texts at U+2028, U+0085 or a form feed."""
+    return [line.removesuffix("\r") for line in content.split("\n")]
+
+
 # m2: grammatical errors
 
 
@@ -139,7 +144,7 @@ def _m2(content: str, where: str) -> Iterator[Row]:
     first = 0
     judges: dict[str, list[Range]] = {}
     words: list[tuple[int, int]] = []
-    for number, line in enumerate([*content.splitlines(), ""], start=1):
+    for number, line in enumerate([*_lines(content), ""], start=1):
         here = f"{where}, line {number}"
         if line.startswith("S ") or line == "S":
             if text is not None:
@@ -177,7 +182,7 @@ def _mqm(content: str, where: str) -> Iterator[Row]:
     names: Sequence[str] = _MQM
     segments: dict[tuple[str, ...], dict[str, list[Range]]] = {}
     kept: list[Row] = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(_lines(content), start=1):
         here = f"{where}, line {number}"
         cells = [_unquoted(cell) for cell in line.split("\t")]
         if number == 1 and cells[:2] == ["system", "doc"]:

@@ -114,6 +114,18 @@ def test_m2(tmp_path):
     assert said(rows, "text") == [[("is", -1), ("sofa", 0)], [], [("has", -1), ("dog", 0)]]
 
 
+def test_a_line_ends_at_its_line_break_alone(tmp_path):
+    """Texts of the web hold U+2028, U+0085 and form feeds, where `str.splitlines` would cut them."""
+    text = "one\u2028two\x85three\x0cfour"
+    (tmp_path / "a.m2").write_bytes(f"S {text}\r\nA 0 1|||R:NOUN|||1|||REQUIRED|||-NONE-|||0\r\n\r\n".encode())
+    (row,) = load_marked(tmp_path / "a.m2")
+    assert row["text"] == text and row["spans"] == [[0.0, 3.0, -1.0]]
+    line = f"A\tnews\t1\t7\tr1\tHi.\t{text}<v>!</v>\tStyle\tMajor\n"
+    (tmp_path / "a.tsv").write_bytes((MQM_HEAD + line).encode())
+    (row,) = load_marked(tmp_path / "a.tsv")
+    assert row["completion"] == text + "!" and row["spans"] == [[float(len(text)), float(len(text)) + 1, -1.0]]
+
+
 def test_mqm(tmp_path):
     rows = load_marked(write(tmp_path, "mqm"))
     assert rows["completion"] == ["Er blieb.", "Er ging.", 'Sag "so" jetzt.', "Jetzt.", "Nein, aber ja.", "Jo."]
