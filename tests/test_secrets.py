@@ -102,9 +102,10 @@ def test_pickled_settings_have_no_secrets(tmp_path):
     )  # fmt: skip
     torch.save(args, tmp_path / "training_args.bin")
     assert not [path for path in tmp_path.iterdir() if MARK.encode() in path.read_bytes()]
-    again = torch.load(tmp_path / "training_args.bin", weights_only=False)
-    assert (again.seed, again.optim, again.save_strategy) == (3, args.optim, args.save_strategy)
-    assert again.model_init_kwargs["dtype"] == "float32" and again.judged == f"https://user:{HIDDEN}@host/rows.jsonl"
+    again = args.__getstate__()  # what the pickle holds; nothing is unpickled
+    assert (again["seed"], again["optim"], again["save_strategy"]) == (3, args.optim, args.save_strategy)
+    assert again["model_init_kwargs"]["dtype"] == "float32"
+    assert again["judged"] == f"https://user:{HIDDEN}@host/rows.jsonl"
     for same in (copy.copy(args), copy.deepcopy(args), dataclasses.replace(args)):
         assert (same.hub_token, same.judged, same.model_init_kwargs["token"]) == (MARK, url, MARK)
 
