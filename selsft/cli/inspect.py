@@ -18,7 +18,7 @@ from ..data.corrections import spans_of_corrections
 from ..data.loading import DataSource, load_rows
 from ..data.scored_folder import is_scored, read_manifest
 from ..errors import InputError, input_errors
-from ..records import read_sealed, resumable
+from ..records import resumable
 
 DESCRIPTION = (
     "Look at the tokens of a data set, coloured by their scores, on one HTML page: choose a threshold, see what it "
@@ -30,7 +30,6 @@ EXAMPLES = """examples:
   selsft inspect runs/scored --output look.html
   selsft inspect runs/scored --text --rows 20 --negative_threshold 0.5
   selsft inspect last_run_prepared/0f3a --model_name_or_path Qwen/Qwen3-0.6B --output look.html"""
-JUDGED = "judged.json"
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,6 +82,8 @@ def main(argv: list[str]) -> int:
     scored = is_scored(arguments.scored)
     manifest = read_manifest(arguments.scored) if scored else {}
 
+    from ..data.tokenizers import load_tokenizer
+    from ..evaluation.judging import read_verdict
     from ..report.inspect import (
         WEIGHTED,
         boundary_at,
@@ -97,7 +98,7 @@ def main(argv: list[str]) -> int:
 
     with input_errors():
         data = load_rows(DataSource(arguments.scored, split=arguments.dataset_train_split))
-        tokenizer = _tokenizer(arguments, manifest)
+        tokenizer = load_tokenizer(arguments.model_name_or_path or manifest.get("model"), arguments.trust_remote_code)
         rows = read_rows(data, tokenizer, arguments.max_tokens)
     settings = _settings(arguments, score_names(rows), scored)
     if arguments.text:
@@ -117,9 +118,7 @@ def main(argv: list[str]) -> int:
             "lines": _lines(manifest),
             "total": len(data),
             "judged": judged,
-            "measured": read_sealed(Path(arguments.scored) / JUDGED, "run the same `selsft score` command again")
-            if scored
-            else {},
+            "measured": read_verdict(Path(arguments.scored)) if scored else {},
         }
         with resumable(arguments.output.parent, "--output", "nothing else is written, start it again"):
             print(f"Page: {write_inspection(arguments.output, rows, about, settings)}")
@@ -164,20 +163,6 @@ def _settings(arguments: argparse.Namespace, names: list[str], scored: bool) -> 
         "score_row_worst": args.score_row_worst,
         "protect_special_tokens": args.protect_special_tokens,
     }
-
-
-def _tokenizer(arguments: argparse.Namespace, manifest: dict[str, Any]) -> Any:
-    from transformers import AutoTokenizer
-
-    name = arguments.model_name_or_path or manifest.get("model")
-    if not name:
-        raise InputError("model_name_or_path is missing: give the model whose tokenizer made the rows")
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"no tokenizer at {name!r} ({str(error).splitlines()[0]}): give --model_name_or_path NAME or FOLDER"
-        ) from error
 
 
 def _lines(manifest: dict[str, Any]) -> list[str]:

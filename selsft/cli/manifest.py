@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..data.chunks import data_fingerprint, supervised_mask, token_chunks
+from ..data.chunks import class_counts, data_fingerprint, token_chunks
 from ..data.columns import WEIGHTS
 from ..records import RUN as NAME
 from ..records import json_sha256, now, read_json, versions, write_json
@@ -86,16 +86,6 @@ def _data(arguments: Arguments, dataset) -> dict[str, Any]:
         found["rows"] = len(dataset)
         found["tokens"] = sum(chunk.size for chunk in token_chunks(dataset, ["input_ids"]))
         if {"labels", WEIGHTS} <= set(dataset.column_names):
-            found["weights"] = _weights(dataset)
+            found["weights"] = class_counts(dataset)
         found["sha256"] = data_fingerprint(dataset)
     return found
-
-
-def _weights(dataset: Dataset) -> dict[str, int]:
-    """Supervised tokens by their class."""
-    counts = dict.fromkeys(("positive", "neutral", "negative"), 0)
-    for chunk in token_chunks(dataset, ["input_ids", "labels", WEIGHTS]):
-        weights = chunk.columns[WEIGHTS][supervised_mask(chunk, padding_free=False)]
-        for name, there in (("positive", weights > 0), ("neutral", weights == 0), ("negative", weights < 0)):
-            counts[name] += int(there.sum())
-    return counts

@@ -92,8 +92,9 @@ def _print_costs(plan: Plan, from_stage: str | None) -> None:
     speed = measure(plan, size // max(count, 1))
     harness = None
     try:
-        harness = harness_requests(plan)
-    except Exception as error:  # libraries disagree about what an unreachable hub is
+        with input_errors():
+            harness = harness_requests(plan)
+    except OSError as error:  # an unreachable hub; unknown tasks and a missing extra are errors of the recipe
         print(f"Not in the estimate: lm_eval_tasks, whose data cannot be had ({first_line(error)})")
     if harness is not None:
         print(

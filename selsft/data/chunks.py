@@ -23,6 +23,8 @@ from datasets import Dataset, Features, IterableDataset, List, Value, concatenat
 from datasets.fingerprint import get_temporary_cache_files_directory
 from datasets.table import InMemoryTable
 
+from .columns import WEIGHTS
+
 logger = logging.getLogger(__name__)
 
 TOKENS_PER_CHUNK = 2**20
@@ -180,6 +182,16 @@ def supervised_mask(chunk: TokenChunk, padding_free: bool) -> np.ndarray:
     starts = np.cumsum(lengths) - lengths
     mask[starts[lengths > 0]] = False
     return mask
+
+
+def class_counts(dataset: Dataset) -> dict[str, int]:
+    """Supervised tokens of rows with `token_weights`, by the sign of the weight: `positive`, `neutral`, `negative`."""
+    counts = dict.fromkeys(("positive", "neutral", "negative"), 0)
+    for chunk in token_chunks(dataset, ["input_ids", "labels", WEIGHTS]):
+        weights = chunk.columns[WEIGHTS][supervised_mask(chunk, padding_free=False)]
+        for name, there in (("positive", weights > 0), ("neutral", weights == 0), ("negative", weights < 0)):
+            counts[name] += int(there.sum())
+    return counts
 
 
 def data_fingerprint(dataset: Dataset) -> str:

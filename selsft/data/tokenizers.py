@@ -13,7 +13,24 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
+from ..errors import InputError, first_line
 from ..records import json_sha256
+
+
+def load_tokenizer(name: str | None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer that made some rows.
+
+    Raises:
+        `InputError` without a name, and where there is no tokenizer.
+    """
+    if not name:
+        raise InputError("model_name_or_path is missing: give the model whose tokenizer made the rows")
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"no tokenizer at {name!r} ({first_line(error)}): give --model_name_or_path NAME or FOLDER"
+        ) from error
 
 
 def set_up(tokenizer: PreTrainedTokenizerBase, flags: Mapping[str, Any]) -> str | None:

@@ -9,7 +9,7 @@ or seeds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,8 @@ def run_harness(
     return metrics, list(_documents(measured["samples"]))
 
 
-def _documents(samples: Mapping[str, list[dict[str, Any]]]) -> Any:
+def _documents(samples: Mapping[str, list[dict[str, Any]]]) -> Iterator[tuple[str, int, str, float]]:
+    """`(task, document, measure, value)` of the measures that are numbers."""
     for task, rows in samples.items():
         for row in rows:
             suffix = "" if row.get("filter", "none") == "none" else f",{row['filter']}"

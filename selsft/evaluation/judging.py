@@ -359,7 +359,7 @@ def choose_threshold(folder: Path, precision: float) -> tuple[dict[str, Any], Th
     if not (folder / EXAMPLES).is_file():
         raise InputError(f"target_precision={precision}: {str(folder)!r} has no judged rows, score it with --judged")
     verdict = read_verdict(folder)
-    if verdict["examples_sha256"] != file_sha256(folder / EXAMPLES):
+    if verdict.get("examples_sha256") != file_sha256(folder / EXAMPLES):
         raise InputError(
             f"{str(folder / EXAMPLES)!r} is not the file that {JUDGED} names: run the same `selsft score` command "
             "again"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..records import read_json
+from ..records import RUN, read_json
 from ..workflow.alike import NAME, SET_HERE, SHARED
 
 PLAIN, IGNORE, FORGET, RANDOM, ORACLE = KINDS = ("plain", "ignore", "forget", "random", "oracle")
@@ -123,7 +123,7 @@ def same_training(folders: Mapping[str, Path]) -> None:
     """
     seen = {}
     for name, folder in folders.items():
-        record = read_json(folder / "selsft_run.json")
+        record = read_json(folder / RUN)
         data, finished = record.get("data", {}), record.get("finished") or {}
         seen[name] = (data.get("rows"), data.get("tokens"), finished.get("steps"))
     if len(set(seen.values())) > 1:

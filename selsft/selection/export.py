@@ -15,24 +15,23 @@ from typing import IO, Any
 
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..config import SelectiveSFTConfig
 from ..data.alignment import Alignment
-from ..data.chunks import supervised_mask, token_chunks
+from ..data.chunks import class_counts
 from ..data.columns import WEIGHTS
 from ..data.judged import tokenize_rows
 from ..data.scored_folder import load_scores, read_manifest
 from ..data.source_rows import SOURCE_ROW, read_source_rows
 from ..data.spans import CORRECTED, SPANS, text_places
-from ..data.tokenizers import set_up, tokenizer_sha256
-from ..errors import InputError, first_line
-from ..records import read_json
+from ..data.tokenizers import load_tokenizer, set_up, tokenizer_sha256
+from ..errors import InputError
+from ..records import RUN, read_json
 from .chosen import warn_unverified
 from .select import select_tokens, selection_args
 
 FORMS = ("labels", "weights", "spans")
-_RUN = "selsft_run.json"
 _CONVERSATIONS = ("messages", "conversations", "prompt", "completion")
 _SETTINGS = ("chat_template_path", "assistant_only_loss")
 _TOKENS = ("max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss", "dataset_text_field")
@@ -71,7 +70,8 @@ def export(
         raise InputError(
             f"{str(scored)!r} has {len(weighted)} scored rows and {len(source)} source rows: score it again"
         )
-    counts = _counts(weighted)
+    classes = class_counts(weighted)
+    counts: dict[str, Any] = {"rows": len(weighted), "tokens": sum(classes.values()), **classes}
     if form == "spans":
         if source is None:
             raise InputError(
@@ -121,28 +121,12 @@ def _masks(batch: dict[str, Any]) -> dict[str, Any]:
     return {"attention_mask": [np.ones(len(ids), np.int8) for ids in batch["input_ids"]]}
 
 
-def _counts(weighted: Dataset) -> dict[str, Any]:
-    found = {"rows": len(weighted), "tokens": 0, "positive": 0, "neutral": 0, "negative": 0}
-    for chunk in token_chunks(weighted, ["input_ids", "labels", WEIGHTS]):
-        mask = supervised_mask(chunk, padding_free=False)
-        weights = chunk.columns[WEIGHTS][mask]
-        found["tokens"] += int(mask.sum())
-        for name, sign in (("positive", 1), ("neutral", 0), ("negative", -1)):
-            found[name] += int((np.sign(weights) == sign).sum())
-    return found
-
-
 def _tokenizer(scored: Path, model: str | None, trust_remote_code: bool) -> tuple[PreTrainedTokenizerBase, str | None]:
     """The tokenizer that made the rows, and the template that they were rendered with."""
     manifest = read_manifest(scored)
-    flags = read_json(scored / _RUN).get("config") or {}
+    flags = read_json(scored / RUN).get("config") or {}
     name = model or manifest.get("model")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"no tokenizer at {name!r} ({first_line(error)}): give --model_name_or_path NAME or FOLDER"
-        ) from error
+    tokenizer = load_tokenizer(name, trust_remote_code)
     template = set_up(tokenizer, {key: flags.get(key, manifest["identity"].get(key)) for key in _SETTINGS})
     wanted = manifest["identity"]["tokenizer_sha256"]
     if tokenizer_sha256(tokenizer, template) != wanted:
