@@ -10,6 +10,7 @@ from datasets import Dataset, load_dataset
 from selsft import SelectiveSFTConfig, SelectiveSFTTrainer, load_scores, score_dataset, select_tokens
 from selsft.cli import main
 from selsft.data.alignment import Alignment
+from selsft.errors import InputError
 from selsft.selection.export import export, text_places
 from tests.support import tiny, tokenizers
 from tests.support.characters import tokens_of_characters
@@ -161,6 +162,14 @@ def test_packed_rows_have_no_text(tmp_path, model, options):
         export(scored, "spans", SETTINGS)
     rows, _ = export(scored, "labels", SETTINGS)
     assert "source_row" in rows.column_names
+
+
+def test_rows_that_were_tokenised_already_have_no_text(tmp_path, model, options):
+    ids = [tiny.tokenizer()(row["text"])["input_ids"] for row in texts()]
+    scored = score(tmp_path, Dataset.from_dict({"input_ids": ids, "labels": ids}), model, options)
+    with pytest.raises(InputError, match="were tokenised already and have no text"):
+        export(scored, "spans", SETTINGS)
+    assert export(scored, "weights", SETTINGS)[1]["rows"] == len(ids)
 
 
 def test_another_tokenizer_is_refused(tmp_path, model, options):
