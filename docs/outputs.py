@@ -27,7 +27,7 @@ COMMANDS = {
     f"--dataset_name runs/demo/world/train.jsonl {CPU} --show_tokens 5 --scored_dir runs/scored",
     "tokens": "selsft tokens --model_name_or_path runs/demo/world/base --dataset_name runs/demo/world/train.jsonl "
     f"{CPU} --tokens_dir runs/tokens",
-    "export": "selsft export runs/scored --form spans --output marked.jsonl",
+    "export": "selsft export runs/scored --form weights --output runs/exported",
     "inspect": "selsft inspect runs/scored --text --rows 4",
     "train": f"selsft train --model_name_or_path runs/demo/world/base --dataset_name runs/scored {CPU} "
     "--learning_rate 5e-4 --max_steps 60 --logging_steps 20 --per_device_train_batch_size 32 --output_dir runs/forget",
