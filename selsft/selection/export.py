@@ -147,8 +147,8 @@ def _with_spans(
     flags = {key: identity[key] for key in _TOKENS}
     if not {flags["dataset_text_field"], *_CONVERSATIONS} & set(source.column_names):
         raise InputError(
-            f"the rows of {str(scored)!r} were tokenised already and have no text to mark characters of: export labels "
-            "or weights"
+            f"the rows of {str(scored)!r} were tokenised already and have no text to mark characters of: export "
+            "labels or weights"
         )
     args = SelectiveSFTConfig("unused", use_cpu=True, bf16=False, **flags)
     prepared = tokenize_rows(source, tokenizer, args, template)
